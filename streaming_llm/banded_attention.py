@@ -1,0 +1,262 @@
+"""Exact attention of a block of new tokens over a streaming cache.
+
+Every query of the block has its own window and its own distance to the sinks. Two paths, chosen by the SDPA
+kernels that are allowed (``torch.nn.attention.sdpa_kernel``):
+
+* ``flash``: no mask. The band of the window is either one call of CUDA's windowed flash kernel, or, cut into
+  blocks of ``W`` queries, two causal calls: the block over itself, and the block over the ``W`` keys before it,
+  which is causal once both are reversed. The sinks are scored with the query turned to their distance, and
+  everything is merged by log-sum-exp.
+* ``math``: one softmax over sinks, previous keys and block with a boolean mask. Queries and keys are doubled in
+  width, so that the sinks see the turned query and the window sees the query itself.
+
+Shapes: query ``[batch, num_heads, q_len, head_dim]``, key and value ``[batch, num_kv_heads, kv_len, head_dim]``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .kv_cache import BlockPlan
+from .rope_utils import rotate
+
+MATH_SCORES_BYTES = 1 << 28
+"""Attention scores that the math path holds at a time."""
+
+
+def choose_kernel(query: Tensor) -> str:
+    """The kernel to use, ``flash`` or ``math``, among those that are allowed for SDPA.
+
+    Raises:
+        RuntimeError: none of the allowed kernels can do it.
+    """
+    flash_runs = query.device.type == "cpu" or (
+        query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+    )
+    if flash_runs and torch.backends.cuda.flash_sdp_enabled():
+        return "flash"
+    if torch.backends.cuda.math_sdp_enabled():
+        return "math"
+    raise RuntimeError(
+        f"no allowed attention kernel takes a block of {query.dtype} with head_dim {query.shape[-1]} on "
+        f"{query.device.type}: allow math, or flash with bfloat16 or float16"
+    )
+
+
+def block_attention(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float) -> Tensor:
+    """Attention of new tokens under the stream's rule (each its own window, sinks at ``min(t, S+W) - j``).
+
+    Args:
+        query: rotated to the tokens' positions in the stream.
+        key, value: all tokens from ``plan.first_key`` on.
+        plan: made by the cache; marked as consumed.
+        scale: factor on the scores.
+
+    Returns:
+        ``[batch, num_heads, q_len, head_dim]`` in the dtype of ``query``.
+    """
+    plan.consumed = True
+    kernel = choose_kernel(query)
+    key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
+    config = plan.layout.config
+    # Queries up to token S + W have lost nothing yet: plain causal attention over every token so far.
+    n_dense = min(max(config.cache_size + 1 - plan.first_query, 0), query.shape[2])
+    parts = []
+    if n_dense:
+        kv_len = plan.first_query + n_dense - plan.first_key
+        parts.append(causal_attention(query[:, :, :n_dense], key[:, :, :kv_len], value[:, :, :kv_len], scale, kernel))
+    if n_dense < query.shape[2]:
+        first_key = plan.first_query + n_dense - config.window_size - plan.first_key
+        band = (query[:, :, n_dense:], key[:, :, first_key:], value[:, :, first_key:])
+        parts.append(_streaming_band(*band, plan, plan.first_query + n_dense, scale, kernel))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def repeat_heads(query: Tensor, x: Tensor, kernel: str) -> Tensor:
+    """Keys or values repeated to one per query head, except where the kernel shares them itself."""
+    groups = query.shape[1] // x.shape[1]
+    if groups == 1 or (kernel == "flash" and query.device.type == "cuda"):
+        return x
+    return x.repeat_interleave(groups, dim=1)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, kernel: str) -> Tensor:
+    """Causal attention whose last query sees the last key (SDPA's ``is_causal`` aligns the first ones)."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if kernel == "math":
+        mask = None
+        if q_len != kv_len:
+            mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+            )
+    past = kv_len - q_len
+    out, lse = flash(query, key[:, :, past:], value[:, :, past:], scale, causal=True)
+    if not past:
+        return out
+    return merge(out, lse, *flash(query, key[:, :, :past], value[:, :, :past], scale, causal=False))[0]
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """PyTorch's own flash kernel for the device, without a mask.
+
+    Returns:
+        Output like ``query`` and the log-sum-exp of the scores ``[batch, num_heads, q_len]``, float32 or better.
+    """
+    if query.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, scale=scale
+        )
+        return out, lse
+    head_dim = query.shape[-1]
+    if head_dim % 8:
+        query, key, value = (F.pad(x, (0, 8 - head_dim % 8)) for x in (query, key, value))
+    out, lse = torch.ops.aten._flash_attention_forward(
+        *(x.transpose(1, 2) for x in (query, key, value)),
+        None, None, query.shape[2], key.shape[2], 0.0, causal, False, scale=scale,
+    )[:2]  # fmt: skip
+    return out.transpose(1, 2)[..., :head_dim], lse
+
+
+def windowed_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
+    """CUDA's flash kernel with a band: query ``i`` of ``q_len`` sees keys ``i .. i + window`` of ``window + q_len``."""
+    head_dim = query.shape[-1]
+    if head_dim % 8:
+        query, key, value = (F.pad(x, (0, 8 - head_dim % 8)) for x in (query, key, value))
+    out, lse = torch.ops.aten._flash_attention_forward(
+        *(x.transpose(1, 2) for x in (query, key, value)),
+        None, None, query.shape[2], key.shape[2], 0.0, True, False, scale=scale,
+        window_size_left=window, window_size_right=0,
+    )[:2]  # fmt: skip
+    return out.transpose(1, 2)[..., :head_dim], lse
+
+
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys from the attention over each.
+
+    Args:
+        out, other: ``[..., q_len, head_dim]``.
+        lse, other_lse: log-sum-exp of the scores over each set, ``[..., q_len]``.
+    """
+    total = torch.logaddexp(lse, other_lse)
+    dtype = torch.promote_types(out.dtype, lse.dtype)
+    merged = out * (lse - total).exp().unsqueeze(-1).to(dtype) + other * (other_lse - total).exp().unsqueeze(-1).to(
+        dtype
+    )
+    return merged.to(out.dtype), total
+
+
+def _streaming_band(
+    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, first_query: int, scale: float, kernel: str
+) -> Tensor:
+    """Attention of queries that are all past the cache size; keys begin ``W`` tokens before the first of them."""
+    turned = _turn_to_sinks(query, plan, first_query) if plan.layout.config.n_sink else None
+    if kernel == "math":
+        return _band_math(query, turned, key, value, plan, scale)
+    out, lse = _band_flash(query, key, value, plan.layout.config.window_size, scale)
+    if turned is None:
+        return out
+    return _merge_sinks(out, lse, turned, plan, scale)
+
+
+def _turn_to_sinks(query: Tensor, plan: BlockPlan, first_query: int) -> Tensor:
+    """Queries turned from token ``t`` to position ``S + W``, where the sinks in their first rotation see them."""
+    tokens = torch.arange(first_query, first_query + query.shape[2], device=query.device)
+    cos, sin = plan.rotary.cos_sin(plan.layout.config.cache_size - tokens)
+    return rotate(query, cos, sin, plan.rotary)
+
+
+def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scale: float) -> Tensor:
+    """Add the sinks, a handful of keys, to the attention over the window."""
+    batch, num_heads, q_len, head_dim = turned.shape
+    keys, values = plan.sink_keys, plan.sink_values
+    grouped = (batch, keys.shape[1], -1, head_dim)  # [batch, num_kv_heads, groups * q_len, head_dim]
+    dtype = lse.dtype
+    scores = (turned.reshape(grouped).to(dtype) @ keys.transpose(2, 3).to(dtype)) * scale
+    scores = scores.view(batch, num_heads, q_len, -1)
+    total = torch.logaddexp(lse, scores.logsumexp(-1))
+    weights = (scores - total.unsqueeze(-1)).exp().view(batch, keys.shape[1], -1, keys.shape[2])
+    from_sinks = (weights @ values.to(dtype)).view_as(out)
+    return torch.addcmul(from_sinks, out.to(dtype), (lse - total).exp().unsqueeze(-1)).to(out.dtype)
+
+
+def _band_flash(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over the window alone."""
+    if query.device.type == "cuda":
+        return windowed_flash(query, key, value, scale, window)
+    q_len = query.shape[2]
+    if q_len > window:
+        return _band_flash_folded(query, key, value, window, scale)
+    out, lse = flash(query, key[:, :, window:], value[:, :, window:], scale, causal=True)
+    # Of the W keys before, query i sees those from the i-th on: causal among the first q_len once reversed.
+    reverse = [x[:, :, :q_len].flip(2) for x in (query, key, value)]
+    older, older_lse = flash(*reverse, scale, causal=True)
+    out, lse = merge(out, lse, older.flip(2), older_lse.flip(2))
+    if q_len < window:
+        between = slice(q_len, window)
+        out, lse = merge(out, lse, *flash(query, key[:, :, between], value[:, :, between], scale, causal=False))
+    return out, lse
+
+
+def _band_flash_folded(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The same for more than ``W`` queries: cut into blocks of ``W``, which become entries of the batch."""
+    batch, q_len = query.shape[0], query.shape[2]
+    n_blocks = -(-q_len // window)
+    padding = n_blocks * window - q_len
+
+    def fold(x: Tensor) -> Tensor:  # [batch, heads, n * W, d] -> [batch, n, heads, W, d]
+        x = F.pad(x, (0, 0, 0, padding))
+        return x.unflatten(2, (-1, window)).transpose(1, 2)
+
+    def unfold(x: Tensor) -> Tensor:  # [batch * n, heads, W, ...] -> [batch, heads, q_len, ...]
+        return x.unflatten(0, (batch, n_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :q_len]
+
+    queries, keys, values = fold(query), fold(key), fold(value)
+    own = [x.flatten(0, 1) for x in (queries, keys[:, 1:], values[:, 1:])]
+    before = [x.flatten(0, 1).flip(2) for x in (queries, keys[:, :-1], values[:, :-1])]
+    out, lse = flash(*own, scale, causal=True)
+    older, older_lse = flash(*before, scale, causal=True)
+    out, lse = merge(out, lse, older.flip(2), older_lse.flip(2))
+    return unfold(out), unfold(lse)
+
+
+def _band_math(
+    query: Tensor, turned: Tensor | None, key: Tensor, value: Tensor, plan: BlockPlan, scale: float
+) -> Tensor:
+    """Sinks and window in one softmax, for as many queries at a time as the scores' memory allows."""
+    window, n_sink = plan.layout.config.window_size, plan.layout.config.n_sink
+    batch, num_heads, q_len, _ = query.shape
+    if turned is not None:
+        groups = num_heads // plan.sink_keys.shape[1]
+        sink_keys = plan.sink_keys.repeat_interleave(groups, dim=1)
+        sink_values = plan.sink_values.repeat_interleave(groups, dim=1)
+        query = torch.cat((query, turned), dim=-1)
+        key = torch.cat((key, torch.zeros_like(key)), dim=-1)
+        sink_keys = torch.cat((torch.zeros_like(sink_keys), sink_keys), dim=-1)
+
+    row_bytes = batch * num_heads * query.element_size()
+    step = min(window, q_len)
+    while step > 1 and row_bytes * step * (n_sink + window + step) > MATH_SCORES_BYTES:
+        step = -(-step // 2)
+    row = torch.arange(step, device=query.device).unsqueeze(1)
+    column = torch.arange(-n_sink, window + step, device=query.device)
+    mask = (column < 0) | ((column >= row) & (column <= row + window))  # sinks | own window
+
+    out = []
+    for start in range(0, q_len, step):
+        n = min(step, q_len - start)
+        keys, values = (x[:, :, start : start + window + n] for x in (key, value))
+        if turned is not None:
+            keys, values = torch.cat((sink_keys, keys), dim=2), torch.cat((sink_values, values), dim=2)
+        visible = mask[:n, : n_sink + window + n]
+        with sdpa_kernel(SDPBackend.MATH):
+            out.append(
+                F.scaled_dot_product_attention(
+                    query[:, :, start : start + n], keys, values, attn_mask=visible, scale=scale
+                )
+            )
+    return torch.cat(out, dim=2)

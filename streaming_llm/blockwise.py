@@ -1,0 +1,162 @@
+"""Exact block-parallel scoring: the perplexity of a stream at prefill speed.
+
+A token's keys and values at a layer do not depend on what is evicted later. So a long text can go through the
+model in blocks, every query masked to its own window and with the sinks at their distance for that query, and
+gives the logits of the token-by-token loop (DESIGN: consequence 2 of the semantics).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .config import StreamingConfig, require_int
+from .families import lm_head
+from .model import attached, default_block_size, new_cache
+
+LOGITS_BYTES = 1 << 28
+"""Logits, counted in float32, that are held at a time."""
+
+
+def token_nll(model: nn.Module, hidden_states: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of ``targets``, without ever holding the logits of all of them.
+
+    Args:
+        hidden_states: final hidden states ``[batch, length, hidden]``.
+        targets: token ids ``[batch, length]``.
+
+    Returns:
+        ``[batch, length]``, in nats, float32 (float64 for a float64 model).
+    """
+    batch, length = targets.shape
+    vocab = model.get_output_embeddings().weight.shape[0]
+    step = max(1, LOGITS_BYTES // (4 * vocab * batch))
+    out = []
+    for start in range(0, length, step):
+        logits = lm_head(model, hidden_states[:, start : start + step])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+        nll = torch.nn.functional.cross_entropy(logits, targets[:, start : start + step].flatten(), reduction="none")
+        out.append(nll.view(batch, -1))
+    return torch.cat(out, dim=1)
+
+
+def _blocks(input_ids: Tensor | Iterable[Tensor], block_size: int) -> Iterator[Tensor]:
+    """Chunks of any length, ``[batch, n]`` each, cut and joined into blocks of ``block_size`` (the last is shorter)."""
+    if isinstance(input_ids, Tensor):
+        yield from input_ids.split(block_size, dim=1)
+        return
+    held: list[Tensor] = []
+    n_held = 0
+    for chunk in input_ids:
+        _require_ids(chunk)
+        held.append(chunk)
+        n_held += chunk.shape[1]
+        if n_held >= block_size:
+            joined = torch.cat(held, dim=1)
+            whole = n_held - n_held % block_size
+            yield from joined[:, :whole].split(block_size, dim=1)
+            held, n_held = [joined[:, whole:]], n_held - whole
+    if n_held:
+        yield torch.cat(held, dim=1)
+
+
+def _require_ids(ids: Tensor) -> None:
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError(f"input_ids must be integer token ids [batch, length], got {ids.dtype} {list(ids.shape)}")
+
+
+@torch.no_grad()
+def score_stream(
+    model: nn.Module,
+    input_ids: Tensor | Iterable[Tensor],
+    n_sink: int = 4,
+    window_size: int = 1020,
+    block_size: int | None = None,
+    *,
+    return_hidden: bool = False,
+    on_block: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """Negative log-likelihood of every token of a stream, exactly as the token-by-token loop gives it.
+
+    Memory on the device does not grow with the stream. The kernel is chosen by the SDPA kernels in force
+    (``torch.nn.attention.sdpa_kernel``); the model is restored afterwards.
+
+    Args:
+        model: a Transformers causal language model of a supported family.
+        input_ids: ``[batch, length]`` on any device, or an iterable of consecutive chunks ``[batch, n]``. The
+            attention of the first tokens reaches back to the first id, which should be what the model was trained to
+            see there (``tokenizer(text)`` puts it in front, if any).
+        n_sink, window_size: see :class:`StreamingConfig`.
+        block_size: tokens processed at a time; chosen for the device when ``None``.
+        return_hidden: also return the final hidden states ``[batch, length, hidden]``.
+        on_block: called with ``(start, nll, hidden_states)`` for each block instead of collecting anything: ``nll``
+            ``[batch, n]`` of tokens ``start .. start + n - 1``, on the model's device.
+
+    Returns:
+        ``[batch, length - 1]`` in nats, float32, on the device of ``input_ids``; entry ``i`` is the loss of token
+        ``i + 1``. With ``return_hidden`` a pair; with ``on_block`` ``None``.
+
+    Raises:
+        ValueError: an argument is out of range, the model cannot stream, or the stream is shorter than two tokens.
+    """
+    config = StreamingConfig(n_sink, window_size)
+    device = model.get_input_embeddings().weight.device
+    if block_size is None:
+        block_size = default_block_size(window_size, device)
+    require_int("block_size", block_size, 1)
+    if isinstance(input_ids, Tensor):
+        _require_ids(input_ids)
+    if return_hidden and on_block is not None:
+        raise ValueError("return_hidden and on_block exclude each other: on_block is given the hidden states")
+
+    collected = _Collector(return_hidden)
+    sink = on_block or collected
+    n_seen, last_hidden = 0, None
+    with attached(model) as attachment:
+        cache = new_cache(model, attachment, config)
+        for block in _blocks(input_ids, block_size):
+            home = block.device
+            block = block.to(device)
+            output = model.base_model(input_ids=block, past_key_values=cache, use_cache=True)
+            hidden = output.last_hidden_state
+            # Each hidden state predicts the next token: the block's first token is predicted by the block before.
+            if last_hidden is None:
+                nll = (
+                    token_nll(model, hidden[:, :-1], block[:, 1:])
+                    if block.shape[1] > 1
+                    else hidden.new_empty(block.shape[0], 0)
+                )
+            else:
+                nll = token_nll(model, torch.cat((last_hidden, hidden[:, :-1]), dim=1), block)
+            collected.home = home
+            sink(n_seen + (last_hidden is None), nll, hidden)
+            last_hidden = hidden[:, -1:].clone()
+            n_seen += block.shape[1]
+    if n_seen < 2:
+        raise ValueError(f"a stream of at least two tokens is needed to score one, got {n_seen}")
+    return None if on_block is not None else collected.result()
+
+
+class _Collector:
+    """Gathers blocks on the device of the ids, one block late, so that the copy waits for nothing."""
+
+    def __init__(self, keep_hidden: bool) -> None:
+        self.keep_hidden = keep_hidden
+        self.home = torch.device("cpu")
+        self._pending: tuple[Tensor, ...] | None = None
+        self._done: list[tuple[Tensor, ...]] = []
+
+    def _flush(self) -> None:
+        if self._pending is not None:
+            self._done.append(tuple(x.to(self.home) for x in self._pending))
+
+    def __call__(self, start: int, nll: Tensor, hidden: Tensor) -> None:
+        self._flush()
+        self._pending = (nll.float(), hidden) if self.keep_hidden else (nll.float(),)
+
+    def result(self) -> Tensor | tuple[Tensor, Tensor]:
+        self._flush()
+        joined = tuple(torch.cat(parts, dim=1) for parts in zip(*self._done, strict=True))
+        return joined if self.keep_hidden else joined[0]

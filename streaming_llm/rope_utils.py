@@ -1,0 +1,102 @@
+"""Rotary position embedding (Su et al., 2021) as pure functions of tensor and position.
+
+Angles are computed in float64. Transformers computes them in float32 from the absolute position, which is
+7e-3 off in the logits of a small model at position 10,000,000; in float64 a stream's outputs do not depend on
+how far into it one is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotation of one model: its frequencies and how it pairs dimensions.
+
+    Args:
+        inv_freq: angle per position, ``[rotary_dim / 2]``, float64, with the values that the model itself uses.
+        interleaved: rotates neighbours ``(0, 1), (2, 3), ...`` (GPT-J) instead of halves ``(i, i + rotary_dim / 2)``.
+        scaling: factor that the model puts on cosine and sine (YaRN); part of a key, not of a re-rotation.
+    """
+
+    inv_freq: Tensor
+    interleaved: bool = False
+    scaling: float = 1.0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated; the others pass."""
+        return 2 * self.inv_freq.shape[0]
+
+    def to(self, device: torch.device) -> Rotary:
+        """The same rotation with its frequencies on ``device``."""
+        return Rotary(self.inv_freq.to(device), self.interleaved, self.scaling)
+
+    def cos_sin(self, positions: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Unscaled cosine and sine for integer ``positions`` of any shape ``[...]``.
+
+        Returns:
+            Two float64 tensors ``[..., rotary_dim]`` on the device of ``inv_freq``, laid out for :func:`rotate`.
+        """
+        if isinstance(positions, Tensor):
+            positions = positions.to(torch.float64).unsqueeze(-1)
+        return self.cos_sin_of(positions * self.inv_freq)
+
+    def cos_sin_of(self, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of ``angles`` ``[..., rotary_dim / 2]``, laid out for :func:`rotate`."""
+        angles = angles.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+    def quarter_turn(self, x: Tensor) -> Tensor:
+        """``x`` ``[..., rotary_dim]`` with every pair turned by 90 degrees: ``(a, b) -> (-b, a)``."""
+        if self.interleaved:
+            return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        half = x.shape[-1] // 2
+        return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to rotate in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate the first ``rotary_dim`` dimensions of ``x`` by the given angles.
+
+    Args:
+        x: ``[..., head_dim]``.
+        cos, sin: broadcastable to ``[..., rotary_dim]``.
+
+    Returns:
+        A new tensor of the shape and dtype of ``x``; the arithmetic is in float32 or better.
+    """
+    dtype = compute_dtype(x.dtype)
+    turned, passed = x[..., : rotary.rotary_dim].to(dtype), x[..., rotary.rotary_dim :]
+    turned = turned * cos.to(dtype) + rotary.quarter_turn(turned) * sin.to(dtype)
+    return torch.cat((turned.to(x.dtype), passed), dim=-1)
+
+
+class ExactRotaryEmbedding(nn.Module):
+    """Stands in for a model's rotary module and computes its angles in float64.
+
+    Takes and returns what the replaced module does: ``forward(x, position_ids) -> (cos, sin)``, each
+    ``[batch, q_len, rotary_dim]`` in the dtype of ``x``.
+    """
+
+    def __init__(self, replaced: nn.Module, rotary: Rotary) -> None:
+        super().__init__()
+        self.replaced = replaced
+        self.rotary = rotary
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rotary.inv_freq.device != x.device:
+            self.rotary = self.rotary.to(x.device)
+        cos, sin = self.rotary.cos_sin(position_ids)
+        if self.rotary.scaling != 1.0:
+            cos, sin = cos * self.rotary.scaling, sin * self.rotary.scaling
+        return cos.to(x.dtype), sin.to(x.dtype)

@@ -1,0 +1,52 @@
+"""Tiny random models, made anew for each test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def make_neox(dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0, **changes):
+    """A random GPT-NeoX with logits of a standard deviation near 1."""
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(
+        **{
+            "vocab_size": 101,
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "max_position_embeddings": 128,
+            "rotary_pct": 0.5,
+            "initializer_range": 0.12,
+            "use_parallel_residual": True,
+            "bos_token_id": 0,
+            "eos_token_id": None,
+            "pad_token_id": None,
+            **changes,
+        }
+    )
+    config._attn_implementation = attention
+    model = GPTNeoXForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.to(dtype)
+
+
+def make_ids(length: int, batch: int = 1, vocab: int = 101, seed: int = 1) -> torch.Tensor:
+    """Random token ids ``[batch, length]``."""
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real texts beside the checkout; skips where there is none."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("the shared data folder is not there")
+    return SHARED / "data"

@@ -1,0 +1,59 @@
+"""The slow, independent path: StreamingLLM on GPT-NeoX in float64, token by token, written from the definition.
+
+Shares no code with the project and none of Transformers' attention, rotary or cache code: it reads the weights.
+Keys are cached as they come out of the projection, without rotation, and all of them are rotated to their
+position in the cache at every step, as the original implementation does.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def rotated(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[batch, heads, n, head_dim]`` rotated to ``positions`` ``[n]`` in its first dimensions."""
+    half = inv_freq.shape[0]
+    angle = positions.double()[:, None] * inv_freq[None, :]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest), dim=-1)
+
+
+@torch.no_grad()
+def reference_logits(model, input_ids: torch.Tensor, n_sink: int, window_size: int) -> torch.Tensor:
+    """Float64 logits ``[batch, length, vocab]`` of a GPT-NeoX fed ``input_ids`` ``[batch, length]`` one by one."""
+    config = model.config
+    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    inv_freq = model.gpt_neox.rotary_emb.inv_freq.double()
+    batch, length = input_ids.shape
+    num_heads = config.num_attention_heads
+    head_dim = config.hidden_size // num_heads
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+    def layer_norm(x, name):
+        mean, var = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
+        return (x - mean) / (var + config.layer_norm_eps).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    kept = [[] for _ in range(config.num_hidden_layers)]  # per layer: (un-rotated key, value) of each kept token
+    logits = []
+    for t in range(length):
+        x = weights["gpt_neox.embed_in.weight"][input_ids[:, t]]
+        for layer, cache in enumerate(kept):
+            prefix = f"gpt_neox.layers.{layer}"
+            qkv = linear(layer_norm(x, f"{prefix}.input_layernorm"), f"{prefix}.attention.query_key_value")
+            q, k, v = qkv.view(batch, num_heads, 1, 3 * head_dim).chunk(3, dim=-1)
+            if len(cache) > n_sink + window_size:
+                del cache[n_sink]
+            cache.append((k, v))
+            keys, values = (torch.cat(x, dim=2) for x in zip(*cache, strict=True))
+            keys = rotated(keys, torch.arange(len(cache)), inv_freq)
+            q = rotated(q, torch.tensor([len(cache) - 1]), inv_freq)
+            scores = (q @ keys.transpose(2, 3)) / head_dim**0.5
+            attended = (scores.softmax(-1) @ values).reshape(batch, -1)
+            attended = linear(attended, f"{prefix}.attention.dense")
+            inner = x if config.use_parallel_residual else x + attended
+            hidden = linear(layer_norm(inner, f"{prefix}.post_attention_layernorm"), f"{prefix}.mlp.dense_h_to_4h")
+            x = x + attended + linear(torch.nn.functional.gelu(hidden), f"{prefix}.mlp.dense_4h_to_h")
+        logits.append(linear(layer_norm(x, "gpt_neox.final_layer_norm"), "embed_out"))
+    return torch.stack(logits, dim=1)
