@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
@@ -90,7 +93,7 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], total: int)
         batch.clear()
         owners.clear()
 
-    with tqdm(total=total, desc="encoding", unit="char", unit_scale=True, mininterval=1.0) as bar:
+    with tqdm(total=total, desc="encoding", unit="char", unit_scale=True, mininterval=progress_interval()) as bar:
         for document, text in enumerate(documents):
             lengths.append(0)
             for piece in split_pieces(text):
@@ -129,12 +132,17 @@ def cached_encoding(
     return ids, lengths
 
 
+def progress_interval() -> float:
+    """Seconds between two states of a progress bar: short on a terminal, long in a log file."""
+    return 0.5 if sys.stderr.isatty() else 15.0
+
+
 class atomic_path:  # noqa: N801 - reads as the context manager it is
     """Give a temporary name beside `path`; the file takes its real name only when the block ends well."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self.temporary = path.with_name(f"{path.name}.tmp")
 
     def __enter__(self) -> Path:
         return self.temporary
@@ -148,24 +156,30 @@ class atomic_path:  # noqa: N801 - reads as the context manager it is
             self.temporary.unlink(missing_ok=True)
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the files that `AutoTokenizer.from_pretrained(folder)` reads, in Transformers 4.56 to 5.x."""
-    from transformers import PreTrainedTokenizerFast
-
-    PreTrainedTokenizerFast(
+def as_transformers(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer as Transformers uses it."""
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
         # Without this, 4.x returns token_type_ids, which GPT-NeoX's generate() refuses.
         model_input_names=["input_ids", "attention_mask"],
-    ).save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    # Transformers 5 writes a class name here that 4.x does not know; this one both know.
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.pop("backend", None)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    )
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the files that `AutoTokenizer.from_pretrained(folder)` reads, in Transformers 4.56 to 5.x."""
+    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=folder) as temporary:
+        as_transformers(tokenizer).save_pretrained(temporary)
+        path = Path(temporary) / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        # Transformers 5 writes a class name here that 4.x does not know; this one both know.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.pop("backend", None)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for file in Path(temporary).iterdir():
+            os.replace(file, folder / file.name)
 
 
 def _key(*parts: object) -> str:

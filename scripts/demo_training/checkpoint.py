@@ -36,7 +36,7 @@ class Progress:
 def save_checkpoint(
     path: Path,
     identity: dict[str, object],
-    model: torch.nn.Module,
+    weights: dict[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     progress: Progress,
 ) -> None:
@@ -44,7 +44,7 @@ def save_checkpoint(
     state = {
         "format": CHECKPOINT_FORMAT,
         "identity": identity,
-        "model": model.state_dict(),
+        "model": weights,
         "optimizer": optimizer.state_dict(),
         "progress": vars(progress),
         "rng": torch.get_rng_state(),

@@ -14,8 +14,17 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .batches import Batches
-from .checkpoint import Progress, load_checkpoint, save_checkpoint
-from .recipe import PROBE_SKIP, PROBE_STEPS, Recipe, build_model, use_training_attention
+from .byte_bpe import progress_interval
+from .checkpoint import Progress, save_checkpoint
+from .recipe import (
+    PROBE_SKIP,
+    PROBE_STEPS,
+    Recipe,
+    build_model,
+    load_named_weights,
+    named_weights,
+    use_training_attention,
+)
 
 IGNORED_LABEL = -100
 ADAM_BETAS = (0.9, 0.95)
@@ -49,7 +58,7 @@ class StopRequest:
 
 
 class Trainer:
-    """One training run; `run()` starts it, or goes on where its checkpoint left it.
+    """One training run; `run()` starts it, or goes on after `restore()`.
 
     Args:
         identity: what the checkpoint must agree on; recipe and hashes of text and tokenizer.
@@ -88,24 +97,26 @@ class Trainer:
         )
         self._loss = self._eager_loss
 
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
     def run(self) -> dict[str, torch.Tensor]:
         """Train to the end; returns the weights, float32 on the CPU.
 
         Raises:
             TrainingInterruptedError: a signal came; the checkpoint holds the state.
-            ValueError: the checkpoint is another run's.
             FloatingPointError: the loss is no longer finite.
         """
-        if self.checkpoint_path.exists():
-            self._restore(load_checkpoint(self.checkpoint_path, self.identity))
         if self.progress.step != self.progress.total_steps:
             self._compile()
             with StopRequest() as stop:
                 self._train(stop)
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        return {name: weight.detach().cpu() for name, weight in named_weights(self.model).items()}
 
-    def _restore(self, state: dict[str, object]) -> None:
-        self.model.load_state_dict(state["model"])
+    def restore(self, state: dict[str, object]) -> None:
+        """Take up what `load_checkpoint` returned."""
+        load_named_weights(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
         torch.set_rng_state(state["rng"])
@@ -134,7 +145,7 @@ class Trainer:
             self.say(f"compiled in {time.monotonic() - begin:.0f} s")
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _step(self) -> torch.Tensor:
+    def _step(self) -> None:
         progress, recipe = self.progress, self.recipe
         rate = recipe.learning_rate_at(progress.step, progress.total_steps or recipe.steps)
         for group in self.optimizer.param_groups:
@@ -144,63 +155,94 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._loss_sum += loss.detach()
         progress.step += 1
         progress.loss_count += 1
-        return loss.detach().double()
 
     def _train(self, stop: StopRequest) -> None:
-        progress, recipe = self.progress, self.recipe
-        first_step, before = progress.step, progress.train_sec
-        begin = saved = time.monotonic()
-        pending = torch.tensor(progress.loss_sum, dtype=torch.float64, device=self.device)
-
-        def settle() -> None:
-            """Wait for the device, book time and loss; the only place that synchronises."""
-            progress.loss_sum = pending.item()
-            progress.train_sec = before + time.monotonic() - begin
-            if not math.isfinite(progress.loss_sum):
-                raise FloatingPointError(
-                    f"the loss is no longer finite at step {progress.step}; lower --learning-rate"
-                )
-
-        probe_from = probe_end = None
-        if progress.total_steps is None:
-            probe_end = min(first_step + PROBE_STEPS, recipe.warmup_steps)
-            probe_from = min(first_step + PROBE_SKIP, probe_end - 1)
-        probe_sec = 0.0
-        with tqdm(total=progress.total_steps, initial=first_step, desc="training", unit="step") as bar:
+        progress = self.progress
+        self._loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=self.device)
+        self._begin = saved = time.monotonic()
+        self._first_step, self._sec_before = progress.step, progress.train_sec
+        probe = SpeedProbe(progress, self.recipe)
+        with tqdm(
+            total=progress.total_steps,
+            initial=progress.step,
+            desc="training",
+            unit="step",
+            mininterval=progress_interval(),
+        ) as bar:
             while progress.step != progress.total_steps:
-                pending += self._step()
+                self._step()
                 bar.update()
-                if progress.step in (probe_from, probe_end):
-                    settle()
-                    if progress.step == probe_end:
-                        self._decide_total((progress.train_sec - probe_sec) / (probe_end - probe_from))
-                        bar.total = progress.total_steps
-                    probe_sec = progress.train_sec
+                if probe.is_due():
+                    self._settle()
+                    probe.read(self.say)
+                    bar.total = progress.total_steps
                 last = progress.step == progress.total_steps
                 if progress.step % self.log_every == 0 or last:
-                    settle()
-                    mean = progress.loss_sum / progress.loss_count
-                    progress.curve.append((progress.step, mean))
-                    progress.loss_sum, progress.loss_count = 0.0, 0
-                    pending.zero_()
-                    speed = (progress.step - first_step) * recipe.tokens_per_step / (time.monotonic() - begin)
-                    bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tokens/s")
-                if last or stop.signal_number or time.monotonic() - saved > self.checkpoint_every_sec:
-                    settle()
-                    save_checkpoint(self.checkpoint_path, self.identity, self.model, self.optimizer, progress)
+                    self._log(bar)
+                stopping = stop.signal_number is not None and not last
+                if last or stopping or time.monotonic() - saved > self.checkpoint_every_sec:
+                    self._settle()
+                    save_checkpoint(
+                        self.checkpoint_path,
+                        self.identity,
+                        named_weights(self.model),
+                        self.optimizer,
+                        progress,
+                    )
                     saved = time.monotonic()
-                if stop.signal_number and not last:
+                if stopping:
                     raise TrainingInterruptedError(stop.signal_number, progress.step)
 
-    def _decide_total(self, step_sec: float) -> None:
-        """Fix the number of steps from the speed measured, for --max-minutes."""
-        left = self.recipe.max_minutes * 60 - self.progress.train_sec
-        fits = self.progress.step + int(left / step_sec)
-        self.progress.total_steps = max(self.recipe.warmup_steps + 1, min(self.recipe.steps, fits))
-        minutes = (self.progress.total_steps - self.progress.step) * step_sec / 60
-        self.say(
-            f"{1 / step_sec:.1f} steps/s: {self.progress.total_steps} of {self.recipe.steps} steps fit into "
-            f"--max-minutes {self.recipe.max_minutes:g}; {minutes:.1f} minutes to go"
-        )
+    def _settle(self) -> None:
+        """Wait for the device, book time and loss; the only place that synchronises."""
+        self.progress.loss_sum = self._loss_sum.item()
+        self.progress.train_sec = self._sec_before + time.monotonic() - self._begin
+        if not math.isfinite(self.progress.loss_sum):
+            raise FloatingPointError(
+                f"the loss is no longer finite at step {self.progress.step}; lower --learning-rate"
+            )
+
+    def _log(self, bar: tqdm) -> None:
+        """Close an entry of the loss curve and show it."""
+        self._settle()
+        progress = self.progress
+        mean = progress.loss_sum / progress.loss_count
+        progress.curve.append((progress.step, mean))
+        progress.loss_sum, progress.loss_count = 0.0, 0
+        self._loss_sum.zero_()
+        tokens = (progress.step - self._first_step) * self.recipe.tokens_per_step
+        speed = tokens / (progress.train_sec - self._sec_before)
+        bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tokens/s", refresh=False)
+
+
+class SpeedProbe:
+    """Measures the speed over some of a session's first steps, says how long the rest takes, and fixes the number
+    of steps where --max-minutes leaves it open, which has to happen before warm-up ends."""
+
+    def __init__(self, progress: Progress, recipe: Recipe) -> None:
+        self.progress, self.recipe = progress, recipe
+        self.end = progress.step + PROBE_STEPS
+        if progress.total_steps is None:
+            self.end = min(self.end, recipe.warmup_steps)
+        self.begin = min(progress.step + PROBE_SKIP, self.end - 1)
+        self.begin_sec = progress.train_sec
+
+    def is_due(self) -> bool:
+        return self.progress.step in (self.begin, self.end)
+
+    def read(self, say: Callable[[str], None]) -> None:
+        """Take a reading; `progress.train_sec` must be up to date."""
+        progress, recipe = self.progress, self.recipe
+        if progress.step == self.begin:
+            self.begin_sec = progress.train_sec
+            return
+        step_sec = (progress.train_sec - self.begin_sec) / (self.end - self.begin)
+        if progress.total_steps is None:
+            fits = progress.step + int((recipe.max_minutes * 60 - progress.train_sec) / step_sec)
+            progress.total_steps = max(recipe.warmup_steps + 1, min(recipe.steps, fits))
+            say(f"--max-minutes {recipe.max_minutes:g}: {progress.total_steps} of {recipe.steps} steps")
+        minutes = (progress.total_steps - progress.step) * step_sec / 60
+        say(f"{1 / step_sec:.1f} steps/s, {minutes:.1f} minutes to go")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, GPTNeoXConf
 from .byte_bpe import END_OF_TEXT_ID, MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, atomic_path
 
 ROPE_THETA = 10_000.0
+SAVED_OUTPUT_LAYER = "embed_out."
+_RENAMED = re.compile(r"^lm_head\.")
 TRAINING_ATTENTION = "demo_training_causal_sdpa"
 # Steps over which --max-minutes measures the speed, the first of them not counted (they compile and warm up).
 PROBE_STEPS, PROBE_SKIP = 80, 30
@@ -36,7 +39,7 @@ class Recipe:
     intermediate_size: int = 1024
     context_length: int = 512
     rotary_pct: float = 0.25
-    steps: int = 9000
+    steps: int = 12_000
     max_minutes: float | None = None
     batch_size: int = 128
     learning_rate: float = 2e-3
@@ -123,6 +126,21 @@ def build_model(recipe: Recipe) -> GPTNeoXForCausalLM:
     """A freshly initialised float32 model on the CPU; the same seed gives the same weights."""
     torch.manual_seed(recipe.seed)
     return GPTNeoXForCausalLM(GPTNeoXConfig.from_dict(model_config(recipe))).float()
+
+
+def named_weights(model: GPTNeoXForCausalLM) -> dict[str, torch.Tensor]:
+    """The state dict under the names that every version of Transformers loads.
+
+    GPT-NeoX's output layer is `embed_out` in files and in the models of Transformers up to 5.2 at least, and
+    `lm_head` in the models of later ones, which rename it on loading.
+    """
+    return {_RENAMED.sub(SAVED_OUTPUT_LAYER, name): weight for name, weight in model.state_dict().items()}
+
+
+def load_named_weights(model: GPTNeoXForCausalLM, weights: dict[str, torch.Tensor]) -> None:
+    """The inverse of `named_weights`, whatever version of Transformers wrote the weights."""
+    own = [_RENAMED.sub(SAVED_OUTPUT_LAYER, name) for name in model.state_dict()]
+    model.load_state_dict({name: weights[saved] for name, saved in zip(model.state_dict(), own, strict=True)})
 
 
 def _causal_sdpa(
