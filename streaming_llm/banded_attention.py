@@ -123,7 +123,7 @@ def flash(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool)
 
 
 def windowed_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
-    """CUDA's flash kernel with a band: query ``i`` of ``q_len`` sees keys ``i .. i + window`` of ``window + q_len``."""
+    """CUDA's flash kernel with a band: query ``i`` sees keys ``i .. i + window`` of ``window + q_len``."""
     head_dim = query.shape[-1]
     if head_dim % 8:
         query, key, value = (F.pad(x, (0, 8 - head_dim % 8)) for x in (query, key, value))

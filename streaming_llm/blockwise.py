@@ -43,7 +43,7 @@ def token_nll(model: nn.Module, hidden_states: Tensor, targets: Tensor) -> Tenso
 
 
 def _blocks(input_ids: Tensor | Iterable[Tensor], block_size: int) -> Iterator[Tensor]:
-    """Chunks of any length, ``[batch, n]`` each, cut and joined into blocks of ``block_size`` (the last is shorter)."""
+    """Chunks ``[batch, n]`` of any length, cut and joined into blocks of ``block_size`` (the last is shorter)."""
     if isinstance(input_ids, Tensor):
         yield from input_ids.split(block_size, dim=1)
         return

@@ -1,0 +1,111 @@
+"""NeoXFlashAttentionAdapter: one attention layer, run with one SDPA kernel and no other.
+
+Named after GPT-NeoX, the first family; it wraps every family of ``recognition.ATTENTION_CLASSES``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .recognition import attention_layers
+from .sdpa import backend_context, require_backend
+
+
+class NeoXFlashAttentionAdapter(nn.Module):
+    """Takes an attention layer's place in the module tree and runs its unchanged forward with one kernel.
+
+    The adapter shares the layer's parameters, buffers and submodules, so state-dict keys, ``.to()``, optimisers and
+    ``device_map`` see what they saw before; every other attribute is the layer's own.
+
+    Args:
+        attention: the attention layer.
+        backend: name of the one SDPA kernel to allow, see ``sdpa.ATTN_BACKENDS``.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+
+    def __init__(self, attention: nn.Module, backend: str) -> None:
+        super().__init__()
+        if isinstance(attention, NeoXFlashAttentionAdapter):
+            attention = attention.wrapped
+        for shared in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            self.__dict__[shared] = attention.__dict__[shared]
+        self.__dict__["wrapped"] = attention  # no submodule: its own are in the tree already
+        self.training = attention.training
+        self.backend = backend
+
+    @property
+    def backend(self) -> str:
+        """Name of the kernel; assign another to switch without reloading."""
+        return self.__dict__["_backend"]
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        self.__dict__["_backend"] = require_backend(name)
+
+    def forward(self, *args, **kwargs):
+        """The layer's forward, in which SDPA can run this adapter's kernel only."""
+        with backend_context(self.backend):
+            return self.wrapped(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "wrapped" not in self.__dict__:  # while being unpickled
+                raise
+            return getattr(self.__dict__["wrapped"], name)
+
+    def train(self, mode: bool = True) -> NeoXFlashAttentionAdapter:
+        """Set training mode of the layer too, which the module tree does not hold."""
+        self.wrapped.train(mode)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return f"{type(self.wrapped).__name__}, backend={self.backend!r}"
+
+
+def wrap_attention(model: nn.Module, backend: str) -> int:
+    """Run every attention layer of ``model`` with the kernel ``backend``, in place.
+
+    A model that is wrapped already is pointed at ``backend``. No weight and no state-dict key changes.
+
+    Args:
+        model: a Transformers model of a family in ``recognition.ATTENTION_CLASSES``, with ``sdpa`` attention.
+        backend: see ``sdpa.ATTN_BACKENDS``; not ``auto`` (``sdpa.resolve_attn_backend`` resolves that).
+
+    Returns:
+        The number of layers wrapped.
+
+    Raises:
+        ValueError: unknown backend or model family, or attention that does not go through SDPA.
+    """
+    require_backend(backend)
+    implementation = getattr(model.config, "_attn_implementation", None) or ""
+    if not implementation.endswith("sdpa"):
+        raise ValueError(
+            f"the model's attention implementation is {implementation!r}, which takes no SDPA kernel: "
+            "load it with attn_implementation='sdpa'"
+        )
+    layers = attention_layers(model)
+    for parent, name, layer in layers:
+        if isinstance(layer, NeoXFlashAttentionAdapter):
+            layer.backend = backend
+        else:
+            setattr(parent, name, NeoXFlashAttentionAdapter(layer, backend))
+    return len(layers)
+
+
+def unwrap_attention(model: nn.Module) -> int:
+    """Undo :func:`wrap_attention`; a model that is not wrapped stays as it is.
+
+    Returns:
+        The number of layers unwrapped.
+    """
+    layers = [found for found in attention_layers(model) if isinstance(found[2], NeoXFlashAttentionAdapter)]
+    for parent, name, adapter in layers:
+        setattr(parent, name, adapter.wrapped)
+    return len(layers)
