@@ -55,8 +55,8 @@ def draw(results: ResultSet) -> list[Drawing]:
         suffix = f"_{mode}" if mode else ""
         for name, key in FIGURES.items():
             chart = bar_chart(records, METRICS[key])
-            lines = [f"{chart.metric.title}: {line}" for line in describe_missing(chart.missing, chart.datasets)]
-            drawings.append(Drawing(f"fixed_eval_{name}{suffix}", plot_metric(records, key), tuple(lines)))
+            figure = plot_metric(records, key)
+            drawings.append(Drawing(f"fixed_eval_{name}{suffix}", figure, tuple(chart.missing_lines())))
         drawings.append(Drawing(f"fixed_eval_summary{suffix}", plot_summary(records)))
     return drawings
 

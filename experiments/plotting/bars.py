@@ -14,18 +14,17 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from . import style
-from .metrics import axis_unit, short_number
-from .page import LINE, MARGIN, PT, Legend, Panel, legend_columns, make_page, pieces, text_width, wrap
+from .metrics import axis_unit, short_number, tick_number
+from .page import COLUMN_IN, LINE, PT, Legend, Panel, in_columns, make_page, pieces, text_width, wrap
 from .records import Series
-from .series import Bar, BarChart, colour, hatch, outline
+from .series import Bar, BarChart, colour, hatch, legend_order, outline
 
 MIN_BAR_PT = 4.6  # narrower, and a hatch is no longer seen
 MIN_LABELLED_BAR_PT = 6.6  # narrower, and values on bars run into each other
 METHOD_GAP = 0.35  # in widths of a bar
 DATASET_GAP = 1.3
-MAX_BODY_IN = 8.6  # what fits on a page with legend and caption
 _LEFT, _RIGHT = 0.47, 0.06
-_INNER_PT = (style.WIDTH_IN - 2 * MARGIN) / PT
+_INNER_PT = COLUMN_IN / PT
 _AXES_PT = _INNER_PT - (_LEFT + _RIGHT) / PT
 
 
@@ -34,18 +33,6 @@ def bar_handles(series: Sequence[Series]) -> Legend:
     series, columns = legend_order(series, _INNER_PT)
     handles = [Patch(facecolor=colour(s), hatch=hatch(s), edgecolor=outline(s), linewidth=0.4) for s in series]
     return Legend(handles, [s.label for s in series], columns)
-
-
-def legend_order(series: Sequence[Series], width: float) -> tuple[list[Series], int]:
-    """-> the series as a legend takes them, column by column, and how many columns it has at most.
-
-    Where every method has every backend and the columns fit, a column per backend and a row per method.
-    """
-    backends = sorted({s.backend for s in series}, key=list(style.BACKENDS).index)
-    columns = legend_columns([s.label for s in series], width, 3)
-    if 1 < len(backends) <= columns and len(series) == len(backends) * len({s.method for s in series}):
-        return [s for b in backends for s in series if s.backend == b], len(backends)
-    return list(series), columns
 
 
 @dataclass(frozen=True)
@@ -86,17 +73,13 @@ def figure_of_charts(
         below = max(map(len, row.label_lines)) * style.SIZE_TICK * LINE * PT + 0.06
         height = 1.08 if len(rows) > 1 else 1.55
         panels.append(Panel(height, below, 0.16 if row.first and several else 0.07, _LEFT, _RIGHT))
-    columns = 2 if sum(panel.total for panel in panels) > MAX_BODY_IN else 1
-    width = style.WIDTH_IN + (columns - 1) * (style.WIDTH_IN - 2 * MARGIN)
     figure, axes = make_page(
-        panels,
+        in_columns(panels, [i for i, row in enumerate(rows) if row.first]),
         title=title,
         subtitle=subtitle,
         legend=bar_handles(series),
         caption=caption,
         notes=notes,
-        columns=columns,
-        width=width,
     )
     for ax, panel, row in zip(axes, panels, rows, strict=True):
         _draw_row(ax, row, panel.height)
@@ -278,14 +261,6 @@ def _scale(ax: Axes, ylim: tuple[float, float], log: str) -> None:
         step = max(1, top // 4)
         ax.yaxis.set_major_locator(FixedLocator([0, *(10.0 ** (d - 1) for d in range(1, top + 1, step))]))
         ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_number(value)))
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_ylim(*ylim)
-
-
-def _tick(value: float) -> str:
-    """A tick's number: no trailing noughts, k and M for thousands and millions."""
-    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:g}{suffix}"
-    return f"{value:g}"

@@ -6,16 +6,18 @@ from pathlib import PurePath
 from .records import AblationRow, Conditions, Record
 
 
-def caption(records: Sequence[Record | AblationRow], vary: Iterable[str] = ()) -> str:
+def caption(records: Sequence[Record | AblationRow], vary: Iterable[str] = (), repeats: bool = True) -> str:
     """One line: model, device, dtype, cache, tokens, repeats. What the files do not say is left out.
 
     Args:
         vary: Parts that the figure itself varies, to leave out: ``cache``, ``tokens``.
+        repeats: Whether to say of how many runs the figures are medians.
     """
     vary = set(vary)
     conditions = [r.conditions for r in records]
     parts = [_join(conditions, get) for name, get in _PARTS.items() if name not in vary]
-    parts.append(_repeats(records))
+    if repeats:
+        parts.append(_repeats(records))
     # A part stays on one line where it fits on one: no-break spaces within parts.
     return " · ".join(part.replace(" ", "\xa0") for part in parts if part)
 

@@ -17,6 +17,7 @@ class Metric:
     with_baseline: bool = True  # False: the figure compares with the baseline, which is the line `reference`
     reference: float | None = None
     signed: bool = False  # may be negative
+    short: str = ""  # what narrow panels call it, where `axis` is too long
     log_ratio: float = 40.0  # a wider range of values goes on a log axis, else the small ones cannot be read
 
     @property
@@ -52,14 +53,23 @@ METRICS = {
             with_baseline=False,
             reference=1.0,
         ),
-        Metric("prefill_sec", "Prefill: until the prompt is in", "prefill time", "s", better="lower"),
-        Metric("ttft_sec", "Time to first token: prefill and one step", "time to first token", "s", better="lower"),
+        Metric("prefill_sec", "Prefill: until the prompt is in", "prefill time", "s", better="lower", short="prefill"),
+        Metric(
+            "ttft_sec",
+            "Time to first token: prefill and one step",
+            "time to first token",
+            "s",
+            better="lower",
+            short="TTFT",
+        ),
         Metric("first_token_latency_sec", "First decode step", "first step", "s", better="lower"),
         Metric("decode_sec", "Decode: after the prefill", "decode time", "s", better="lower"),
-        Metric("decode_toks_per_sec", "Decode throughput", "decode rate", "tokens/s", better="higher"),
+        Metric("decode_toks_per_sec", "Decode throughput", "decode rate", "tokens/s", better="higher", short="decode"),
         Metric("tpot_ms", "Time per decoded token", "time per token", "ms", better="lower"),
         Metric("peak_memory_mb", "Peak memory", "peak memory", "MB", better="lower"),
-        Metric("kv_cache_mb", "Keys and values held at the end", "keys and values", "MB", better="lower"),
+        Metric(
+            "kv_cache_mb", "Keys and values held at the end", "keys and values", "MB", better="lower", short="KV cache"
+        ),
     )
 }
 
@@ -88,3 +98,16 @@ def _three_digits(value: float) -> str:
     size = abs(value)
     digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.9995 else 3
     return f"{value:.{digits}f}"
+
+
+def tick_number(value: float) -> str:
+    """An axis tick: no trailing noughts, k and M for thousands and millions."""
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:g}{suffix}"
+    return f"{value:g}"
+
+
+def whole_number(value: float) -> str:
+    """A setting on an axis: 252, 1024, 131k."""
+    return f"{value:g}" if abs(value) < 1e4 else short_number(value)

@@ -20,6 +20,8 @@ from . import style
 
 PT = 1 / 72
 MARGIN = 0.07
+COLUMN_IN = style.WIDTH_IN - 2 * MARGIN
+MAX_BODY_IN = 8.6  # what fits on a page with legend and caption
 LINE = 1.28  # line height in units of the font size
 _HANDLE_PT = 19.0
 _HANDLE_GAP_PT = 4.0
@@ -97,54 +99,67 @@ def legend_columns(labels: Sequence[str], width: float, at_most: int) -> int:
     return max(1, min(at_most, len(labels), int((width + _COLUMN_GAP_PT) // entry)))
 
 
+def in_columns(panels: Sequence[Panel], starts: Sequence[int]) -> list[list[Panel]]:
+    """Panels in one column, or in two where one would be longer than a page.
+
+    ``starts``: where the second column may begin: the indices of panels that begin something.
+    """
+    total = sum(panel.total for panel in panels)
+    inner = [i for i in starts if 0 < i < len(panels)]
+    if total <= MAX_BODY_IN or not inner:
+        return [list(panels)]
+    cut = min(inner, key=lambda i: abs(sum(panel.total for panel in panels[:i]) - total / 2))
+    return [list(panels[:cut]), list(panels[cut:])]
+
+
 def make_page(
-    panels: Sequence[Panel],
+    columns: Sequence[Sequence[Panel]],
     *,
     title: str,
     subtitle: str = "",
     legend: Legend | None = None,
     caption: Sequence[str] = (),
     notes: Sequence[str] = (),
-    columns: int = 1,
-    width: float = style.WIDTH_IN,
+    widths: Sequence[float] | None = None,
 ) -> tuple[Figure, list[Axes]]:
     """Make a figure with one axes per panel.
 
     Args:
-        panels: From top to bottom; with ``columns`` > 1, column after column in equal numbers.
+        columns: Panels from top to bottom, column by column.
         caption: Paragraphs below the panels: what was measured, on what.
         notes: Paragraphs below the caption: what is missing.
-        width: Inches.
+        widths: Inches per column, margins excluded; by default each has half a page.
 
     Returns:
-        The figure and its axes in the order of ``panels``.
+        The figure and its axes, column by column.
     """
-    inner = (width - 2 * MARGIN) / PT
+    widths = widths or [COLUMN_IN] * len(columns)
+    width = sum(widths) + 2 * MARGIN
+    inner = sum(widths) / PT
     head = _lines([title], inner, style.SIZE_TITLE, style.INK, "bold")
     head += _lines([subtitle], inner, style.SIZE_NOTE, style.QUIET)
     foot = _lines(caption, inner, style.SIZE_NOTE, style.QUIET)
     foot += _lines(notes, inner, style.SIZE_NOTE, style.INK)
-    legend_height, num_columns = _legend_height(legend, inner)
+    legend_height, legend_cols = _legend_height(legend, inner)
 
-    per_column = -(-len(panels) // columns)
-    stacks = [panels[i : i + per_column] for i in range(0, len(panels), per_column)]
-    body = max(sum(panel.total for panel in stack) for stack in stacks)
+    body = max(sum(panel.total for panel in column) for column in columns)
     height = 2 * MARGIN + _lines_height(head) + legend_height + body + _lines_height(foot) + (0.05 if foot else 0)
 
     figure = Figure(figsize=(width, height))
     y = _write(figure, head, height - MARGIN)
     if legend is not None:
-        _draw_legend(figure, legend, num_columns, y)
+        _draw_legend(figure, legend, legend_cols, y)
     y -= legend_height
     axes = []
-    for i, stack in enumerate(stacks):
-        top, column_width = y, (width - 2 * MARGIN) / columns
-        for panel in stack:
-            x = MARGIN + i * column_width + panel.left
+    x = MARGIN
+    for column, column_width in zip(columns, widths, strict=True):
+        top = y
+        for panel in column:
             bottom = top - panel.above - panel.height
-            room = (x, bottom, column_width - panel.left - panel.right, panel.height)
+            room = (x + panel.left, bottom, column_width - panel.left - panel.right, panel.height)
             axes.append(figure.add_axes(_relative(room, width, height)))
             top -= panel.total
+        x += column_width
     _write(figure, foot, y - body - (0.05 if foot else 0))
     return figure, axes
 

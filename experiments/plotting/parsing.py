@@ -21,6 +21,7 @@ ALIASES = {
     "ttft_sec": ("ttft_sec",),
     "decode_sec": ("decode_sec", "decode_time"),
     "decode_tokens": ("decode_tokens",),
+    "prompt_tokens": ("prompt_tokens",),
     "decode_toks_per_sec": ("decode_toks_per_sec",),
     "tpot_ms": ("tpot_ms",),
     "peak_memory_mb": ("peak_memory_mb",),

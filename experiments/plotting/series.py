@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .metrics import Metric
+from .page import legend_columns
 from .records import Record, Series
 from .style import BACKENDS, INK, METHODS, dataset_label
 
@@ -22,11 +23,12 @@ class Bar:
 
 @dataclass(frozen=True)
 class Missing:
-    """A cell without a value."""
+    """A cell without a value. ``whole``: it has none at all, not only none for this metric."""
 
     dataset: str
     series: Series
     reason: str
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,12 @@ class BarChart:
         """All values drawn."""
         return [bar.value for bars in self.bars.values() for bar in bars if bar is not None]
 
-    @property
-    def num_repeats(self) -> int:
-        """Whether error bars are drawn: how many bars have a range."""
-        return sum(bar is not None and bar.low is not None for bars in self.bars.values() for bar in bars)
+    def missing_lines(self) -> list[str]:
+        """What is missing, for the console: a cell that has nothing at all without the metric's name."""
+        whole = [cell for cell in self.missing if cell.whole]
+        part = [cell for cell in self.missing if not cell.whole]
+        lines = describe_missing(whole, self.datasets)
+        return lines + [f"{self.metric.title}: {line}" for line in describe_missing(part, self.datasets)]
 
 
 def colour(series: Series) -> str:
@@ -118,7 +122,7 @@ def bar_chart(records: Sequence[Record], metric: Metric) -> BarChart:
             row.append(None if value is None else _bar(record, metric.key, value))
             if value is None and (series.family, dataset) in in_family:
                 reason = record.missing_reason(metric.key) if record else "no result"
-                missing.append(Missing(dataset, series, reason))
+                missing.append(Missing(dataset, series, reason, record is None or record.status != "ok"))
         if any(bar is not None for bar in row):
             bars[series] = tuple(row)
     slots = tuple(tuple(s for s in bars if (s.family, dataset) in in_family) for dataset in datasets)
@@ -153,3 +157,15 @@ def describe_missing(missing: Sequence[Missing], datasets: Sequence[str], max_re
         short = reason if max_reason is None or len(reason) <= max_reason else reason[: max_reason - 1].rstrip() + "…"
         lines.append(f"{'; '.join(named)}: {short}")
     return lines
+
+
+def legend_order(series: Sequence[Series], width: float) -> tuple[list[Series], int]:
+    """-> the series as a legend takes them, column by column, and how many columns it has at most.
+
+    Where every method has every backend and the columns fit, a column per backend and a row per method.
+    """
+    backends = sorted({s.backend for s in series}, key=list(BACKENDS).index)
+    columns = legend_columns([s.label for s in series], width, 3)
+    if 1 < len(backends) <= columns and len(series) == len(backends) * len({s.method for s in series}):
+        return [s for b in backends for s in series if s.backend == b], len(backends)
+    return list(series), columns

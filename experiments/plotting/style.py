@@ -40,6 +40,7 @@ class BackendStyle:
     hatch: str
     linestyle: str | tuple[int, tuple[float, ...]]
     filled: bool
+    marker_size: float  # points; rings of growing size, so that none hides another
 
 
 # In the order in which figures show them.
@@ -53,11 +54,14 @@ METHODS = {
 }
 
 BACKENDS = {
-    "math": BackendStyle("", "-", True),
-    "flash": BackendStyle("//////", (0, (4, 1.6)), False),
-    "cudnn": BackendStyle("......", (0, (1, 1.2)), False),
-    "efficient": BackendStyle("xxxxxx", (0, (4, 1.2, 1, 1.2)), False),
+    "math": BackendStyle("", "-", True, 3.4),
+    "flash": BackendStyle("//////", (0, (4, 1.6)), False, 5.2),
+    "cudnn": BackendStyle("......", (0, (1, 1.2)), False, 7.0),
+    "efficient": BackendStyle("xxxxxx", (0, (4, 1.2, 1, 1.2)), False, 8.8),
 }
+
+# Lines of older files that name no backend: neither math's nor flash's.
+UNSTATED_LINESTYLE = (0, (6, 1, 1, 1))
 
 DATASET_LABELS = {
     "wikitext": "WikiText-103",
