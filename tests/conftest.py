@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -1,0 +1,75 @@
+"""Imports go one way, and no module hides an installed package."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {"streaming_llm", "personal_adapters", "experiments", "scripts"}
+NO_TORCH = [*ROOT.glob("experiments/plot_*.py"), *ROOT.glob("experiments/plotting/*.py")]
+NO_TORCH += [ROOT / "experiments" / "make_report.py"]
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of every module that the file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(path.relative_to(ROOT).parts[: -node.level]) if node.level else ""
+            module = ".".join(filter(None, (package, node.module)))
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def modules_below(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", ["streaming_llm", "personal_adapters"])
+def test_the_two_libraries_import_nothing_else_of_the_project(package):
+    paths = modules_below(package)
+    assert paths
+    for path in paths:
+        foreign = {name.split(".")[0] for name in imported(path)} & (PACKAGES - {package})
+        assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
+
+
+def test_experiments_do_not_import_scripts():
+    for path in modules_below("experiments"):
+        assert "scripts" not in {name.split(".")[0] for name in imported(path)}, path
+
+
+def test_plots_import_no_torch():
+    heavy = {"torch", "transformers", "datasets", "kvpress", "streaming_llm", "personal_adapters"}
+    assert len(NO_TORCH) > 3
+    for path in NO_TORCH:
+        names = imported(path)
+        assert not {name.split(".")[0] for name in names} & heavy, path
+        ours = {name for name in names if name.startswith("experiments.")}
+        assert all(name.startswith(("experiments.plotting", "experiments.plot_")) for name in ours), (path, ours)
+
+
+@pytest.mark.parametrize(
+    "script", [path for path in NO_TORCH if path.parent.name == "experiments"], ids=lambda p: p.stem
+)
+def test_importing_a_plot_script_does_not_import_torch(script):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import experiments.{script.stem}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("folder", ["experiments", "scripts"])
+def test_no_module_hides_an_installed_package(folder):
+    installed = set(importlib.metadata.packages_distributions()) - PACKAGES | set(sys.stdlib_module_names)
+    names = {path.stem for path in (ROOT / folder).glob("*.py")} | {
+        path.parent.name for path in (ROOT / folder).glob("*/__init__.py")
+    }
+    assert not (names - {"__init__"}) & installed

@@ -1,0 +1,172 @@
+"""StreamingKVCache on an unmodified GPT-NeoX, against the float64 token-by-token reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_ids, make_neox
+from reference import reference_logits
+from transformers import GPT2Config, OPTConfig
+
+from streaming_llm import StreamingKVCache, StreamingLLMWrapper
+
+CONFIGS = [(4, 60), (0, 60), (1, 60), (4, 1), (0, 1), (4, 600)]  # the last never fills
+
+
+@torch.no_grad()
+def decode(model, cache, ids: torch.Tensor) -> torch.Tensor:
+    """Logits ``[batch, length, vocab]`` of the ids fed one by one."""
+    steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(ids.shape[1])]
+    return torch.cat(steps, dim=1)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("n_sink", "window_size"), CONFIGS)
+def test_token_by_token_in_float32(n_sink, window_size, attention):
+    model, ids = make_neox(attention=attention), make_ids(500)
+    logits = decode(model, StreamingKVCache(model.config, n_sink, window_size), ids)
+    reference = reference_logits(model, ids, n_sink, window_size)
+    assert (logits - reference).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("n_sink", "window_size"), CONFIGS)
+def test_token_by_token_in_float64(n_sink, window_size, attention):
+    # Transformers' float32 angles remain, which weigh more the larger the scores are.
+    model, ids = make_neox(torch.float64, attention, initializer_range=0.08), make_ids(500)
+    logits = decode(model, StreamingKVCache(model.config, n_sink, window_size), ids)
+    reference = reference_logits(model, ids, n_sink, window_size)
+    assert (logits - reference).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_batch_partial_rotary_and_sequential_residual(parallel):
+    model, ids = make_neox(rotary_pct=0.25, use_parallel_residual=parallel), make_ids(150, batch=3)
+    logits = decode(model, StreamingKVCache(model.config, 4, 30), ids)
+    assert (logits - reference_logits(model, ids, 4, 30)).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("length", [2, 40, 65])
+def test_a_first_block_that_fits_is_exact(length, attention):
+    model, ids = make_neox(attention=attention), make_ids(200)
+    cache = StreamingKVCache(model.config, 4, 60)
+    with torch.no_grad():
+        first = model(ids[:, :length], past_key_values=cache, use_cache=True).logits
+    logits = torch.cat((first, decode(model, cache, ids[:, length:])), dim=1)
+    assert (logits - reference_logits(model, ids, 4, 60)).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_second_block_that_fits_is_exact(attention):
+    model, ids = make_neox(attention=attention), make_ids(65)
+    cache = StreamingKVCache(model.config, 4, 60)
+    with torch.no_grad():
+        parts = [model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 20), (20, 65))]
+    assert (torch.cat(parts, dim=1) - reference_logits(model, ids, 4, 60)).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize(("seen", "block"), [(0, 66), (64, 2), (65, 2), (100, 2)])
+def test_a_block_that_evicts_is_refused_with_the_remedy(seen, block):
+    model, ids = make_neox(), make_ids(200)
+    cache = StreamingKVCache(model.config, 4, 60)
+    decode(model, cache, ids[:, :seen])
+    with pytest.raises(ValueError, match="StreamingLLMWrapper"):
+        model(ids[:, seen : seen + block], past_key_values=cache, use_cache=True)
+
+
+def test_memory_is_bounded_and_buffers_stay_in_place():
+    model, ids = make_neox(), make_ids(300)
+    cache = StreamingKVCache(model.config, 4, 60)
+    decode(model, cache, ids[:, :70])
+    where, size = cache.layers[0].keys.data_ptr(), cache.nbytes
+    decode(model, cache, ids[:, 70:])
+    assert cache.layers[0].keys.data_ptr() == where
+    assert cache.nbytes == size == 4 * 2 * (4 + 60 + 1) * 64 * 4  # layers, k and v, slots, hidden, bytes
+
+
+def test_a_large_window_allocates_what_it_needs():
+    model = make_neox()
+    cache = StreamingKVCache(model.config, 4, 10**9)
+    decode(model, cache, make_ids(300))
+    assert cache.layers[0].keys.shape[2] <= 600
+
+
+def test_reset_forgets_everything():
+    model, ids = make_neox(), make_ids(150)
+    cache = StreamingKVCache(model.config, 4, 60)
+    decode(model, cache, make_ids(150, seed=9))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(decode(model, cache, ids), decode(model, StreamingKVCache(model.config, 4, 60), ids))
+
+
+@pytest.mark.parametrize("seen", [30, 120])
+def test_batch_operations_keep_rows_apart(seen):
+    model, ids = make_neox(), make_ids(200, batch=3)
+    expected = decode(model, StreamingKVCache(model.config, 4, 60), ids)[:, seen:]
+
+    cache = StreamingKVCache(model.config, 4, 60)
+    decode(model, cache, ids[:, :seen])
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    torch.testing.assert_close(decode(model, cache, ids[[2, 0, 1], seen:]), expected[[2, 0, 1]])
+
+    cache = StreamingKVCache(model.config, 4, 60)
+    decode(model, cache, ids[:, :seen])
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(2)
+    torch.testing.assert_close(decode(model, cache, ids[[1, 1], seen:]), expected[[1, 1]])
+
+
+def test_another_batch_size_is_refused():
+    model = make_neox()
+    cache = StreamingKVCache(model.config, 4, 60)
+    decode(model, cache, make_ids(3))
+    with pytest.raises(ValueError, match="1 streams"):
+        decode(model, cache, make_ids(1, batch=2))
+
+
+def test_crop_before_and_after_eviction():
+    model, ids = make_neox(), make_ids(200)
+    cache = StreamingKVCache(model.config, 4, 60)
+    decode(model, cache, ids[:, :50])
+    cache.crop(40)
+    logits = decode(model, cache, ids[:, 40:])
+    assert (logits - reference_logits(model, ids, 4, 60)[:, 40:]).abs().max() < 5e-6
+    with pytest.raises(ValueError, match="evicted"):
+        cache.crop(150)
+
+
+def test_generate_on_a_bare_cache():
+    model, ids = make_neox(), make_ids(20)
+    cache = StreamingKVCache(model.config, 4, 60)
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=100, do_sample=False)
+    reference = reference_logits(model, out, 4, 60).argmax(-1)
+    assert torch.equal(out[0, 20:], reference[0, 19:-1])
+
+
+def test_frequencies_cast_with_the_weights_are_noticed():
+    model, ids = make_neox().bfloat16(), make_ids(200)  # casts inv_freq as well
+    with pytest.raises(ValueError, match="half precision"):
+        decode(model, StreamingKVCache(model.config, 4, 60), ids)
+    with StreamingLLMWrapper(model, 4, 60) as stream:  # takes the frequencies from the model
+        assert decode(model, stream.new_cache(), ids).isfinite().all()
+
+
+@pytest.mark.parametrize("config", [GPT2Config(), OPTConfig()])
+def test_models_without_rotary_positions_are_refused(config):
+    with pytest.raises(ValueError, match="learned absolute positions"):
+        StreamingKVCache(config, 4, 60)
+
+
+def test_scaling_that_depends_on_the_length_is_refused():
+    model = make_neox()
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
+    with pytest.raises(ValueError, match="dynamic"):
+        StreamingKVCache(model.config, 4, 60)
+
+
+@pytest.mark.parametrize(("n_sink", "window_size"), [(-1, 60), (4, 0)])
+def test_bad_numbers_are_refused(n_sink, window_size):
+    with pytest.raises(ValueError, match=r"n_sink|window_size"):
+        StreamingKVCache(make_neox().config, n_sink, window_size)
