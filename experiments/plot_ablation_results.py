@@ -23,6 +23,7 @@ from experiments.plotting.names import ABLATION_TYPES
 from experiments.plotting.page import Panel, make_page
 from experiments.plotting.records import AblationRow, ResultSet
 from experiments.plotting.script import Drawing, main
+from experiments.plotting.series import safe_name
 from experiments.plotting.style import QUIET, SIZE_LABEL, dataset_label
 
 # Perplexity, and the first of these that the files have; then memory.
@@ -99,7 +100,7 @@ def draw(results: ResultSet) -> list[Drawing]:
         datasets = sorted({row.dataset or "" for row in rows})
         for dataset in datasets:
             mine = [row for row in rows if (row.dataset or "") == dataset]
-            name = f"ablation_{kind}" + (f"_{_file_name(dataset)}" if len(datasets) > 1 and dataset else "")
+            name = f"ablation_{kind}" + (f"_{safe_name(dataset)}" if len(datasets) > 1 and dataset else "")
             lines = tuple(f"ablation of {line}" for line in missing_lines(mine))
             drawings.append(Drawing(name, plot_ablation(mine), lines))
     return drawings
@@ -111,7 +112,7 @@ def _draw_panel(ax: Axes, rows: Sequence[AblationRow], key: str) -> None:
     factor, unit = axis_unit(metric.unit, max(y for line in lines for y in line.y))
     scaled = [_scaled(line, factor) for line in lines]
     values = [y for line in scaled for y in line.y]
-    draw_lines(ax, scaled)
+    draw_lines(ax, scaled, dataset=rows[0].dataset or "")
     settings = sorted({row.setting for row in rows})
     _setting_axis(ax, rows[0].ablation, settings)
     if wide(values, 10.0):
@@ -164,10 +165,6 @@ def _caption(rows: Sequence[AblationRow]) -> str:
     if len(values) == 1:
         parts.append(f"{fixed}\xa0{values[0]:,}")
     return " · ".join(part for part in parts if part)
-
-
-def _file_name(dataset: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in dataset)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def draw_perplexity(ax: Axes, curves: Sequence[LossCurve], length: int) -> None:
     """Perplexity by position on one data set."""
     lines = [perplexity_line(curve) for curve in curves]
     values = [y for line in lines for y in line.y]
-    draw_lines(ax, lines, markers_every=4 if length > 1000 else 2)
+    draw_lines(ax, lines, markers_every=4 if length > 1000 else 2, dataset=curves[0].dataset)
     if wide(values):
         ax.set_yscale("log")
         ax.set_ylim(*log_limits(values))

@@ -17,7 +17,7 @@ from . import style
 from .metrics import axis_unit, short_number, tick_number
 from .page import COLUMN_IN, LINE, PT, Legend, Panel, in_columns, make_page, pieces, text_width, wrap
 from .records import Series
-from .series import Bar, BarChart, colour, hatch, legend_order, outline
+from .series import Bar, BarChart, colour, hatch, legend_order, outline, tag
 
 MIN_BAR_PT = 4.6  # narrower, and a hatch is no longer seen
 MIN_LABELLED_BAR_PT = 6.6  # narrower, and values on bars run into each other
@@ -71,7 +71,7 @@ def figure_of_charts(
     panels = []
     for row in rows:
         below = max(map(len, row.label_lines)) * style.SIZE_TICK * LINE * PT + 0.06
-        height = 1.08 if len(rows) > 1 else 1.55
+        height = 1.55 if len(rows) == 1 else 1.08 if len(rows) <= 6 else 0.92
         panels.append(Panel(height, below, 0.16 if row.first and several else 0.07, _LEFT, _RIGHT))
     figure, axes = make_page(
         in_columns(panels, [i for i, row in enumerate(rows) if row.first]),
@@ -108,7 +108,7 @@ def _draw_row(ax: Axes, row: _Row, height: float) -> None:
                 base = ax.get_xaxis_transform()  # y in shares of the axes
                 ax.plot([x + 0.5], [0.04], "x", color=colour(series), ms=3.2, mew=0.9, transform=base)
             else:
-                _bar(ax, x, bar, series, factor, floor, labelled)
+                _bar(ax, x, bar, series, chart.datasets[index], factor, floor, labelled)
             x += 1
         _label_below(ax, (start + x) / 2, lines)
         x += DATASET_GAP
@@ -146,9 +146,11 @@ def uses_log(chart: BarChart) -> str:
     return "symlog" if max(sizes) > 100 else "linear"
 
 
-def _bar(ax: Axes, x: float, bar: Bar, series: Series, factor: float, floor: float, labelled: bool) -> None:
+def _bar(
+    ax: Axes, x: float, bar: Bar, series: Series, dataset: str, factor: float, floor: float, labelled: bool
+) -> None:
     value = bar.value * factor
-    ax.bar(
+    (patch,) = ax.bar(
         x,
         value - floor,
         width=1.0,
@@ -160,13 +162,15 @@ def _bar(ax: Axes, x: float, bar: Bar, series: Series, factor: float, floor: flo
         linewidth=0.4,
         label=series.label,
     )
+    tag(patch, series, dataset)
     top = value
     if bar.low is not None:
         low, high = bar.low * factor, bar.high * factor
-        ax.plot([x + 0.5, x + 0.5], [low, high], "-", color=style.INK, lw=0.8, solid_capstyle="butt")
+        (whisker,) = ax.plot([x + 0.5, x + 0.5], [low, high], "-", color=style.INK, lw=0.8, solid_capstyle="butt")
+        tag(whisker, series, dataset)
         top = max(value, high)
     if labelled:
-        ax.annotate(
+        text = ax.annotate(
             short_number(value),
             (x + 0.5, max(top, 0.0)),
             xytext=(0, 1.8),
@@ -177,6 +181,7 @@ def _bar(ax: Axes, x: float, bar: Bar, series: Series, factor: float, floor: flo
             size=style.SIZE_VALUE,
             color=style.INK,
         )
+        tag(text, series, dataset)
 
 
 def _rows(chart: BarChart) -> list[_Row]:

@@ -16,7 +16,7 @@ from . import style
 from .metrics import tick_number, whole_number
 from .page import COLUMN_IN, PT, Legend
 from .records import Series
-from .series import colour, legend_order
+from .series import colour, legend_order, tag
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,13 @@ def line_handles(series: Sequence[Series]) -> Legend:
     return Legend(handles, [s.label for s in ordered], columns)
 
 
-def draw_lines(ax: Axes, lines: Sequence[Line], markers_every: int = 1) -> None:
+def draw_lines(ax: Axes, lines: Sequence[Line], markers_every: int = 1, dataset: str = "") -> None:
     """Draw curves, the method that matters on top: later methods of ``style.METHODS`` lie below earlier ones.
 
     Args:
         markers_every: A marker on each n-th point; series start at different points, so markers do not cover
             each other.
+        dataset: What the curves were measured on, where that is one data set.
     """
     for i, line in enumerate(lines):
         z = 3 - 0.1 * list(style.METHODS).index(line.series.method)
@@ -65,10 +66,14 @@ def draw_lines(ax: Axes, lines: Sequence[Line], markers_every: int = 1) -> None:
             z = 1.9  # a broad line below the others, which show on it
         width = {"linewidth": 2.6} if line.series.method == "baseline" and len(lines) > 1 else {}
         step = markers_every if markers_every == 1 else (i % markers_every, markers_every)
-        ax.plot(line.x, line.y, **line_style(line.series), **width, markevery=step, zorder=z, label=line.series.label)
+        (curve,) = ax.plot(
+            line.x, line.y, **line_style(line.series), **width, markevery=step, zorder=z, label=line.series.label
+        )
+        tag(curve, line.series, dataset)
         for x, low, high in zip(line.x, line.low, line.high, strict=False):
             if low is not None and high is not None:
-                ax.plot([x, x], [low, high], "-", color=colour(line.series), lw=0.8, zorder=z)
+                (whisker,) = ax.plot([x, x], [low, high], "-", color=colour(line.series), lw=0.8, zorder=z)
+                tag(whisker, line.series, dataset)
 
 
 def number_axis(ax: Axes, which: str, log: bool = False, ticks: Sequence[float] | None = None) -> None:

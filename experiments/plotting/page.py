@@ -21,7 +21,7 @@ from . import style
 PT = 1 / 72
 MARGIN = 0.07
 COLUMN_IN = style.WIDTH_IN - 2 * MARGIN
-MAX_BODY_IN = 8.6  # what fits on a page with legend and caption
+MAX_BODY_IN = 9.6  # what fits on a page with legend and caption
 LINE = 1.28  # line height in units of the font size
 _HANDLE_PT = 19.0
 _HANDLE_GAP_PT = 4.0

@@ -102,6 +102,7 @@ def parse_ablation(data: dict, name: FileName, path: Path) -> list[AblationRow]:
                 reason=reason,
                 conditions=conditions,
                 environment=_mapping(data.get("environment")),
+                details=_details(data),
                 source=path,
             )
         )
@@ -125,6 +126,7 @@ def _record(data: dict, block: dict, method: str, name: FileName, path: Path) ->
         reason=reason,
         conditions=_conditions(data, block),
         environment=_mapping(data.get("environment")),
+        details=_details(data),
         source=path,
     )
 
@@ -209,6 +211,12 @@ def _conditions(data: dict, block: dict) -> Conditions:
         engine=_text(block.get("engine", data.get("engine"))),
         scoring=_text(block.get("scoring", data.get("scoring"))),
     )
+
+
+def _details(data: dict) -> dict:
+    """A file's own plain entries, less the figures of a method."""
+    figures = {alias for aliases in ALIASES.values() for alias in aliases}
+    return {k: v for k, v in data.items() if isinstance(v, str | int | float) and k not in figures}
 
 
 def _mapping(value: object) -> dict:

@@ -77,6 +77,7 @@ class Record:
     reason: str | None = None
     conditions: Conditions = Conditions()
     environment: Mapping = field(default_factory=dict)
+    details: Mapping = field(default_factory=dict)  # what else the file says of itself: hashes, time, ...
     source: Path = Path()
 
     def missing_reason(self, key: str) -> str:
@@ -103,6 +104,7 @@ class AblationRow:
     reason: str | None = None
     conditions: Conditions = Conditions()
     environment: Mapping = field(default_factory=dict)
+    details: Mapping = field(default_factory=dict)
     source: Path = Path()
 
     @property

@@ -18,7 +18,7 @@ from .lines import number_axis
 from .metrics import METRICS, axis_unit, short_number
 from .page import COLUMN_IN, PT, Panel, make_page, text_width
 from .records import Record, Series
-from .series import BarChart, bar_chart, colour, expected_series, hatch, outline
+from .series import BarChart, bar_chart, colour, expected_series, hatch, outline, tag
 
 BAR_PT = 6.6  # a bar's width, which its value has to fit into
 METHOD_GAP = 0.55  # in widths of a bar
@@ -114,7 +114,7 @@ def _draw_bar(ax: Axes, y: float, chart: BarChart, series: Series, factor: float
         ax.annotate(short, (0.03, y + 0.5), xytext=(4, 0), xycoords=base, color=style.QUIET, **text)
         return
     value = bar.value * factor
-    ax.barh(
+    (patch,) = ax.barh(
         y,
         value - floor,
         height=1.0,
@@ -126,12 +126,15 @@ def _draw_bar(ax: Axes, y: float, chart: BarChart, series: Series, factor: float
         linewidth=0.4,
         label=series.label,
     )
+    tag(patch, series, chart.datasets[0])
     end = value
     if bar.low is not None:
         span = [bar.low * factor, bar.high * factor]
-        ax.plot(span, [y + 0.5, y + 0.5], "-", color=style.INK, lw=0.8, solid_capstyle="butt")
+        (whisker,) = ax.plot(span, [y + 0.5, y + 0.5], "-", color=style.INK, lw=0.8, solid_capstyle="butt")
+        tag(whisker, series, chart.datasets[0])
         end = max(value, span[1])
-    ax.annotate(short_number(value), (end, y + 0.5), xytext=(2, 0), color=style.INK, **text)
+    number = ax.annotate(short_number(value), (end, y + 0.5), xytext=(2, 0), color=style.INK, **text)
+    tag(number, series, chart.datasets[0])
 
 
 def _limits(chart: BarChart, factor: float, width_pt: float) -> tuple[float, float]:

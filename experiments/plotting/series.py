@@ -6,6 +6,8 @@ Pure data: ``bar_chart`` turns records into a ``BarChart``, which is what a figu
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from matplotlib.artist import Artist
+
 from .metrics import Metric
 from .page import legend_columns
 from .records import Record, Series
@@ -72,6 +74,18 @@ def hatch(series: Series) -> str:
 def outline(series: Series) -> str:
     """The edge of bars: dark where no backend is stated, so that ``StreamingLLM`` is not ``StreamingLLM (math)``."""
     return INK if not series.backend_stated else "white"
+
+
+def tag(artist: Artist, series: Series, dataset: str = "") -> None:
+    """Name what an artist shows: becomes the id of its group in an SVG, by which the report filters figures."""
+    count = len(artist.axes.get_children())
+    number = f"{artist.figure.axes.index(artist.axes)}-{count}"
+    artist.set_gid("--".join(("cell", series.method, series.backend, safe_name(dataset), number)))
+
+
+def safe_name(text: str) -> str:
+    """A data set's key as part of an id or of a file's name."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)
 
 
 def modes(records: Iterable[Record]) -> list[str | None]:
