@@ -1,0 +1,262 @@
+"""The methods that the evaluation compares, one small class each, behind one interface.
+
+A method object is a context manager: entering attaches it to the model, leaving restores the model, also after an
+error. `prefill` starts a stream with its first tokens, `step` feeds one more; both return the logits of the token
+after the last one fed. To add a method: write its class, and add it to `METHODS`.
+"""
+
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from experiments.kvpress_support import (
+    PRESSES,
+    import_adapter,
+    kvpress_attention_functions,
+    kvpress_unavailable,
+)
+from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
+from streaming_llm.attention import maskless_attention
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """What a method may need to know. Sizes in tokens; `engine`: how a decode step runs where there is a choice."""
+
+    n_sink: int
+    window_size: int
+    engine: str = "eager"
+    kvpress_press: str = "streaming_llm"
+    seed: int = 0
+
+    @property
+    def cache_size(self) -> int:
+        return self.n_sink + self.window_size
+
+
+class Method(ABC):
+    """One way of decoding a stream with a model. Batch is 1; token ids are int64 on the model's device."""
+
+    name: str
+    label: str
+    bounded = True  # a token sees at most cache_size tokens before it
+    parallel = False  # `score` gives its losses without the token loop
+    optional = False  # taken by default, it is skipped where it cannot run
+
+    def __init__(self, model, settings: MethodSettings):
+        self.model = model
+        self.settings = settings
+        self._stack = ExitStack()
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why an optional dependency keeps the method from running here; None if it can run."""
+        return None
+
+    @property
+    def engine(self) -> str:
+        """How a decode step is run: "eager" is the plain model call."""
+        return "eager"
+
+    def __enter__(self):
+        with ExitStack() as stack:  # what was attached before an error is undone
+            self._attach(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info):
+        return self._stack.__exit__(*exc_info)
+
+    def _attach(self, stack: ExitStack) -> None:
+        """Attach to the model; what has to be undone goes on the stack."""
+        stack.enter_context(maskless_attention(self.model))
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget the stream."""
+
+    @abstractmethod
+    def prefill(self, ids: Tensor) -> Tensor:
+        """The first tokens of a stream, [1, P] with P <= cache_size -> logits of the last one [1, vocab]."""
+
+    @abstractmethod
+    def step(self, ids: Tensor) -> Tensor:
+        """One more token, [1] -> logits [1, vocab]. Does not wait for the device."""
+
+    @property
+    def kv_cache_nbytes(self) -> int:
+        """Bytes of keys and values held between steps."""
+        return 0
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes by which one more kept token lets the held keys and values grow."""
+        return 0
+
+    @property
+    def details(self) -> dict:
+        """What else the record of a run should say."""
+        return {}
+
+    def score(self, ids: Tensor) -> Tensor:
+        """Losses of all tokens but the first without the token loop: ids [1, N] -> nats [1, N - 1], float32."""
+        raise NotImplementedError(f"{self.name} has no parallel scoring")
+
+
+class Baseline(Method):
+    """Sliding window with re-computation: each step is a forward over the last S + W tokens, the new one included."""
+
+    name, label = "baseline", "Baseline"
+
+    def reset(self) -> None:
+        self._context = None
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        self._context = ids[:, -self.settings.cache_size :]
+        return self._forward()
+
+    def step(self, ids: Tensor) -> Tensor:
+        self._context = torch.cat([self._context, ids[:, None]], dim=1)[:, -self.settings.cache_size :]
+        return self._forward()
+
+    def _forward(self) -> Tensor:
+        return self.model(self._context, use_cache=False, logits_to_keep=1).logits[:, -1]
+
+
+class Dense(Method):
+    """The full KV cache: nothing is ever evicted."""
+
+    name, label = "dense", "Dense"
+    bounded, parallel = False, True
+
+    def reset(self) -> None:
+        self._cache = DynamicCache(config=self.model.config)
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        return self._forward(ids)
+
+    def step(self, ids: Tensor) -> Tensor:
+        return self._forward(ids[:, None])
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    @property
+    def kv_cache_nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._tensors())
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return sum(t.numel() * t.element_size() // t.shape[-2] for t in self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        """Keys and values [1, num_kv_heads, kept, head_dim] of every layer."""
+        return [t for layer in self._cache.layers for t in (layer.keys, layer.values)]
+
+    def score(self, ids: Tensor) -> Tensor:
+        return score_stream(self.model, ids, n_sink=0, window_size=ids.shape[1])
+
+
+class KVPress(Dense):
+    """NVIDIA kvpress in the decode loop: a press with key re-rotation, compressing to S + W tokens at every step."""
+
+    name, label = "kvpress", "KVPress"
+    bounded, parallel, optional = True, False, True
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        return kvpress_unavailable()
+
+    def _attach(self, stack: ExitStack) -> None:
+        adapter = import_adapter()
+        press_name = self.settings.kvpress_press
+        self._press = adapter.build_press(press_name, self.settings.cache_size, self.settings.n_sink)
+        stack.enter_context(kvpress_attention_functions())
+        stack.enter_context(maskless_attention(self.model))
+        stack.enter_context(adapter.attach(self._press, self.model, press_name))
+        device = self.model.device
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+
+    def reset(self) -> None:
+        super().reset()
+        self._press.reset()
+        torch.manual_seed(self.settings.seed)  # some presses draw random numbers
+
+    @property
+    def details(self) -> dict:
+        entry = PRESSES[self.settings.kvpress_press]
+        return {"kvpress_press": self.settings.kvpress_press, "press_class": entry.class_name, "key_rerotation": True}
+
+    def score(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError("kvpress has no parallel scoring")
+
+
+class Streaming(Method):
+    """StreamingLLM: S sinks and the last W tokens, exact, in a ring buffer."""
+
+    name, label = "streaming", "StreamingLLM"
+    parallel = True
+
+    def __init__(self, model, settings: MethodSettings):
+        super().__init__(model, settings)
+        self.stream = self._stream_config(settings)
+
+    @staticmethod
+    def _stream_config(settings: MethodSettings) -> StreamingConfig:
+        return StreamingConfig(settings.n_sink, settings.window_size)
+
+    def _attach(self, stack: ExitStack) -> None:
+        sizes = {"n_sink": self.stream.n_sink, "window_size": self.stream.window_size}
+        self._decoder = stack.enter_context(StreamingDecoder(self.model, **sizes, engine=self.settings.engine))
+        self._token_nbytes = _kv_token_nbytes(self.model)
+
+    @property
+    def engine(self) -> str:
+        return self._decoder.engine
+
+    def reset(self) -> None:
+        self._decoder.reset()
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        return self._decoder.prefill(ids)
+
+    def step(self, ids: Tensor) -> Tensor:
+        return self._decoder.step(ids)
+
+    @property
+    def kv_cache_nbytes(self) -> int:
+        return self._decoder.cache_nbytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self._token_nbytes
+
+    def score(self, ids: Tensor) -> Tensor:
+        return score_stream(self.model, ids, n_sink=self.stream.n_sink, window_size=self.stream.window_size)
+
+
+class Window(Streaming):
+    """Window attention without sinks, with as many tokens as the others keep: S = 0, W = cache_size."""
+
+    name, label = "window", "Window"
+
+    @staticmethod
+    def _stream_config(settings: MethodSettings) -> StreamingConfig:
+        return StreamingConfig(0, settings.cache_size)
+
+
+def _kv_token_nbytes(model) -> int:
+    """Bytes of the keys and values of one token, in all layers, in the model's dtype."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
+
+
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Baseline, Streaming, KVPress, Window, Dense)}
+DEFAULT_METHODS = ("baseline", "streaming", "kvpress")
+REFERENCE_METHOD = Baseline.name  # what speedups and perplexity increases are relative to

@@ -1,0 +1,231 @@
+"""The one measured loop: perplexity and speed of a method on a text, token by token, teacher-forced.
+
+The first P = min(S + W, N) tokens are the prompt. Nothing is evicted in it, so the losses of its tokens are the same
+for every method: they come from one dense forward that is not timed. The timed part is the prefill, which returns
+the last token's logits only, and then one step per token: the prefill's logits give the loss of token P, feeding
+token P gives that of token P + 1, and so on. Token P - 1 is never fed twice.
+
+Nothing waits for the device inside a step; clocks are read after a synchronisation, around the prefill, after the
+first step, and at the end. Losses stay on the device, in float32 or better, and come to the host once.
+"""
+
+import gc
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experiments.memory import PeakMemory
+from experiments.methods import Method
+from experiments.progress import LossDisplay
+from streaming_llm.attention import maskless_attention
+
+_LOGITS_NBYTES = 512 * 2**20  # float32 logits of the prompt that are held at a time
+NO_DECODE = "the text is not longer than the prompt: there is no decode step"
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Perplexity and speed of one run. Times in seconds unless the name says otherwise; None with a reason.
+
+    `runtime_sec` = `prefill_sec` + `decode_sec`; `first_token_latency_sec` is the first decode step and `ttft_sec`
+    the prefill and that step. `nll` holds the losses in nats of the tokens at `position` in the stream.
+    """
+
+    perplexity: float | None
+    runtime_sec: float
+    prefill_sec: float
+    first_token_latency_sec: float | None
+    ttft_sec: float | None
+    decode_sec: float
+    decode_tokens: int
+    decode_toks_per_sec: float | None
+    tpot_ms: float | None
+    peak_memory_mb: float | None
+    peak_memory_kind: str
+    kv_cache_mb: float
+    kv_bytes_per_token: int
+    engine: str
+    prompt_tokens: int
+    scoring: str
+    scoring_sec: float | None = None
+    scored_tokens: int | None = None
+    reasons: dict[str, str] = field(default_factory=dict)  # figure that is None -> why
+    details: dict = field(default_factory=dict)
+    nll: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32), repr=False, compare=False)
+    position: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), repr=False, compare=False)
+
+
+@torch.inference_mode()
+def compute_perplexity(
+    model,
+    input_ids: Tensor,
+    method: Method,
+    *,
+    scoring: str = "decode",
+    decode_sample: int | None = None,
+    warmup_steps: int = 4,
+    progress: LossDisplay | None = None,
+) -> PerplexityResult:
+    """Measure `method` on the stream `input_ids`, int64 [1, N] with N >= 2.
+
+    `scoring` "decode": the losses come from the measured loop over the whole text. "parallel": they come from
+    `method.score` over the whole text, and the loop, for the speed, stops after `decode_sample` steps; the
+    perplexity of a method without parallel scoring is then None. `warmup_steps` steps and their prefill run before
+    the clock starts. The model is as it was afterwards.
+
+    Raises ValueError for a stream of fewer than two tokens, RuntimeError for losses that are not finite.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
+        raise ValueError(f"input_ids must be [1, N] with N >= 2, got {list(input_ids.shape)}")
+    if scoring not in ("decode", "parallel"):
+        raise ValueError(f"scoring must be 'decode' or 'parallel', got {scoring!r}")
+    ids = input_ids.to(model.device)
+    n_tokens = ids.shape[1]
+    prompt = min(method.settings.cache_size, n_tokens)
+    last_step = n_tokens - 1 if scoring == "decode" else min(n_tokens - 1, prompt + (decode_sample or n_tokens))
+    progress = progress or LossDisplay.silent()
+
+    prompt_nll = prompt_losses(model, ids[:, :prompt]) if scoring == "decode" else None
+    scored, scoring_sec = _score_parallel(method, ids) if scoring == "parallel" and method.parallel else (None, None)
+    with method:
+        _decode(method, ids[:, : min(n_tokens, prompt + warmup_steps + 1)], prompt, LossDisplay.silent())
+        memory = PeakMemory(ids.device)
+        memory.start()
+        timing, nll = _decode(method, ids[:, : last_step + 1], prompt, progress)
+        peak = memory.stop()
+        held = {
+            "kv_cache_mb": method.kv_cache_nbytes / 1e6,
+            "kv_bytes_per_token": method.kv_bytes_per_token,
+            "engine": method.engine,
+            "details": method.details,
+        }
+    if scoring == "decode":
+        nll[: prompt - 1] = prompt_nll
+        scored = nll
+    reasons = dict(timing.reasons)
+    if scored is None:
+        reasons["perplexity"] = f"{method.name} has no parallel scoring: use scoring 'decode'"
+    if peak.peak_mb is None:
+        reasons["peak_memory_mb"] = peak.kind
+    losses = np.zeros(0, np.float32) if scored is None else scored.cpu().numpy()
+    return PerplexityResult(
+        perplexity=None if scored is None else _perplexity(losses),
+        **timing.figures(),
+        peak_memory_mb=peak.peak_mb,
+        peak_memory_kind=peak.kind,
+        prompt_tokens=prompt,
+        scoring=scoring,
+        scoring_sec=scoring_sec,
+        scored_tokens=None if scored is None else len(losses),
+        reasons=reasons,
+        nll=losses,
+        position=np.arange(1, len(losses) + 1),
+        **held,
+    )
+
+
+def _perplexity(nll: np.ndarray) -> float:
+    mean = float(np.mean(nll, dtype=np.float64))
+    if not np.isfinite(nll).all() or mean > 700:  # exp overflows
+        bad = int(np.count_nonzero(~np.isfinite(nll)))
+        raise RuntimeError(f"the losses are not usable: {bad} of {len(nll)} are not finite, their mean is {mean}")
+    return math.exp(mean)
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """Clock readings of one run, in seconds from its start; `first` is None where there was no decode step."""
+
+    prefill: float
+    first: float | None
+    end: float
+    steps: int
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        names = ("first_token_latency_sec", "ttft_sec", "decode_toks_per_sec", "tpot_ms")
+        return {} if self.steps else dict.fromkeys(names, NO_DECODE)
+
+    def figures(self) -> dict:
+        decode = self.end - self.prefill
+        return {
+            "runtime_sec": self.end,
+            "prefill_sec": self.prefill,
+            "first_token_latency_sec": None if self.first is None else self.first - self.prefill,
+            "ttft_sec": self.first,
+            "decode_sec": decode,
+            "decode_tokens": self.steps,
+            "decode_toks_per_sec": self.steps / decode if self.steps else None,
+            "tpot_ms": 1e3 * decode / self.steps if self.steps else None,
+        }
+
+
+def _decode(method: Method, ids: Tensor, prompt: int, progress: LossDisplay) -> tuple[_Timing, Tensor]:
+    """Prefill `prompt` tokens, then feed the others but the last: losses [N - 1] of which those before P - 1 are 0.
+
+    ids [1, N]. Every loss is that of the next token, in float32 (float64 for a float64 model).
+    """
+    n_tokens = ids.shape[1]
+    dtype = torch.float64 if method.model.dtype == torch.float64 else torch.float32
+    nll = torch.zeros(n_tokens - 1, dtype=dtype, device=ids.device)
+    targets = ids[0]
+    method.reset()
+    gc.collect()  # not in the timed part
+    synchronise(ids.device)
+
+    start = time.perf_counter()
+    logits = method.prefill(ids[:, :prompt])
+    synchronise(ids.device)
+    prefill = time.perf_counter() - start
+    first = None
+    if prompt < n_tokens:
+        nll[prompt - 1] = F.cross_entropy(logits[0].to(dtype), targets[prompt])
+    for t in range(prompt, n_tokens - 1):
+        logits = method.step(ids[:, t])
+        nll[t] = F.cross_entropy(logits[0].to(dtype), targets[t + 1])
+        if first is None:
+            synchronise(ids.device)
+            first = time.perf_counter() - start
+        progress.step(nll[prompt - 1 : t + 1])
+    synchronise(ids.device)
+    end = time.perf_counter() - start
+    steps = max(0, n_tokens - 1 - prompt)
+    return _Timing(prefill, first, end if steps else prefill, steps), nll
+
+
+def _score_parallel(method: Method, ids: Tensor) -> tuple[Tensor, float]:
+    synchronise(ids.device)
+    start = time.perf_counter()
+    nll = method.score(ids)[0]
+    synchronise(ids.device)
+    return nll, time.perf_counter() - start
+
+
+def prompt_losses(model, ids: Tensor) -> Tensor:
+    """Losses of the tokens of a prompt but the first, from a dense causal forward: ids [1, P] -> [P - 1].
+
+    Float32, or float64 for a float64 model. Logits are made for as many positions at a time as fit in a fixed
+    amount of memory, with a forward for each part: a large vocabulary and a long prompt need several.
+    """
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    n_losses = ids.shape[1] - 1
+    part = max(1, _LOGITS_NBYTES // (model.config.vocab_size * dtype.itemsize))
+    losses = torch.empty(n_losses, dtype=dtype, device=ids.device)
+    with maskless_attention(model):
+        for positions in torch.arange(n_losses, device=ids.device).split(part):
+            logits = model(ids, use_cache=False, logits_to_keep=positions).logits[0]
+            losses[positions] = F.cross_entropy(logits.to(dtype), ids[0, positions + 1], reduction="none")
+    return losses
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

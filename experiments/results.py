@@ -1,0 +1,249 @@
+"""The result files: their contents, how they are assembled from finished cells, and how they are saved and read.
+
+A figure that could not be measured is None, with the reason beside it under `<figure>_reason`.
+"""
+
+import datetime
+import hashlib
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from experiments.methods import METHODS, REFERENCE_METHOD
+from experiments.storage import read_json, set_aside, write_json
+
+SCHEMA_VERSION = 1
+FIGURES = (
+    "perplexity",
+    "runtime_sec",
+    "prefill_sec",
+    "first_token_latency_sec",
+    "ttft_sec",
+    "decode_sec",
+    "decode_tokens",
+    "decode_toks_per_sec",
+    "tpot_ms",
+    "peak_memory_mb",
+    "kv_cache_mb",
+    "kv_bytes_per_token",
+    "scoring_sec",
+)
+COMPARISONS = ("speedup", "compression_ratio", "ppl_increase_percent")
+_ABOUT_THE_RUN = ("timestamp", "environment")  # differ between two writings of one result
+_RANDOM_WEIGHTS = "the weights are random"
+
+
+def hash_of(value: dict) -> str:
+    """SHA-256 of a JSON object, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What every result file says about the conditions of its figures. `weights`: "trained" or "random"."""
+
+    experiment: str
+    model: str
+    dataset: str
+    dataset_key: str
+    backend: str
+    dtype: str
+    device: str
+    num_tokens: int
+    max_eval_tokens: int
+    tokens: str
+    scoring: str
+    weights: str
+    data_sha256: str
+    config_hash: str
+
+
+@dataclass(frozen=True)
+class MethodRuns:
+    """The finished runs of a method, or why there are none: `status` is "ok", "skipped" or "failed"."""
+
+    method: str
+    n_sink: int
+    window_size: int
+    runs: tuple[dict, ...]  # figures and facts of each run, as `run_record` makes them
+    status: str = "ok"
+    reason: str = ""
+
+    @property
+    def cache_size(self) -> int:
+        return self.n_sink + self.window_size
+
+
+def run_record(result, attn_backend: str) -> dict:
+    """One run's `PerplexityResult` as a JSON object: figures, reasons, and what really ran."""
+    record = {name: getattr(result, name) for name in FIGURES}
+    record |= {f"{name}_reason": reason for name, reason in result.reasons.items()}
+    return record | {
+        "peak_memory_kind": result.peak_memory_kind,
+        "engine": result.engine,
+        "attn_backend": attn_backend,
+        "prompt_tokens": result.prompt_tokens,
+        "scoring": result.scoring,
+        "scored_tokens": result.scored_tokens,
+        **result.details,
+    }
+
+
+def method_block(runs: MethodRuns, header: Header, reference: MethodRuns | None) -> dict:
+    """A method's block: medians over its runs, its comparison with the reference method, the raw runs."""
+    block: dict = {"status": runs.status, "label": METHODS[runs.method].label}
+    if runs.reason:
+        block["reason"] = runs.reason
+    if runs.status != "ok":
+        block |= dict.fromkeys((*FIGURES, *COMPARISONS))
+        return block | {"runs": list(runs.runs)}
+    records = [_without_perplexity(run) if header.weights == "random" else run for run in runs.runs]
+    block |= {key: value for key, value in records[0].items() if key not in FIGURES}
+    medians = {name: median([record[name] for record in records]) for name in FIGURES}
+    block |= medians
+    if len(records) > 1:
+        block["spread"] = {name: _spread([record[name] for record in records]) for name in FIGURES}
+    block |= _comparisons(runs, block, header, reference)
+    return block | {"runs": records}
+
+
+def _without_perplexity(run: dict) -> dict:
+    return run | {"perplexity": None, "perplexity_reason": _RANDOM_WEIGHTS}
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """The median; None where a value is missing."""
+    return None if None in values else statistics.median(values)
+
+
+def _spread(values: Sequence[float | None]) -> list[float] | None:
+    return None if None in values else [min(values), max(values)]
+
+
+def evicts(num_tokens: int, cache_size: int, method: str = "streaming") -> bool:
+    """Whether a token of the stream sees fewer than all tokens before it.
+
+    The last token is predicted, not fed; a fed token t sees itself and cache_size tokens before it.
+    """
+    return METHODS[method].bounded and num_tokens - 2 > cache_size
+
+
+def _comparisons(runs: MethodRuns, block: dict, header: Header, reference: MethodRuns | None) -> dict:
+    evicted = evicts(header.num_tokens, runs.cache_size, runs.method)
+    compared = {
+        "speedup": None,
+        "compression_ratio": 1 - runs.cache_size / header.num_tokens if evicted else 0.0,
+        "ppl_increase_percent": None,
+    }
+    if reference is None or reference.status != "ok":
+        why = f"there is no {REFERENCE_METHOD} to compare with"
+        return compared | {"speedup_reason": why, "ppl_increase_percent_reason": why}
+    reference_runtime = median([run["runtime_sec"] for run in reference.runs])
+    if reference.runs[0]["engine"] == block["engine"]:
+        compared["speedup"] = reference_runtime / block["runtime_sec"]
+    else:
+        compared["speedup_reason"] = f"the {REFERENCE_METHOD} ran with engine {reference.runs[0]['engine']!r}"
+    reference_perplexity = median([run["perplexity"] for run in reference.runs])
+    if block["perplexity"] is None or reference_perplexity is None:
+        why = block.get("perplexity_reason") or f"the {REFERENCE_METHOD} has no perplexity"
+        compared["ppl_increase_percent_reason"] = why
+    else:
+        compared["ppl_increase_percent"] = 100 * (block["perplexity"] / reference_perplexity - 1)
+    return compared
+
+
+def main_result(header: Header, methods: Sequence[MethodRuns], sizes: tuple[int, int], environment: dict) -> dict:
+    """The contents of `<dataset>_main_backend-<backend>.json`; `sizes`: (n_sink, window_size)."""
+    reference = next((m for m in methods if m.method == REFERENCE_METHOD), None)
+    blocks = {runs.method: method_block(runs, header, reference) for runs in methods}
+    failed = {name: block["reason"] for name, block in blocks.items() if block["status"] == "failed"}
+    streaming = blocks.get("streaming", {})
+    value = {"schema_version": SCHEMA_VERSION, **asdict(header)}
+    value["streaming_llm"] = {"n_sink": sizes[0], "window_size": sizes[1], "max_cache_size": sum(sizes)}
+    value |= blocks
+    value["metrics"] = {name: streaming.get(name) for name in COMPARISONS}
+    value["methods"] = list(blocks)
+    return value | _ending(failed, environment)
+
+
+def fixed_eval_result(main: dict, method: str) -> dict:
+    """The contents of `<dataset>_<method>_backend-<backend>.json`, from the main file's contents."""
+    block = main[method]
+    shared = [*Header.__dataclass_fields__, "streaming_llm"]
+    value = {"schema_version": SCHEMA_VERSION, "method": method} | {name: main[name] for name in shared}
+    value["total_time"] = block["runtime_sec"]
+    value["prefill_time"] = block["prefill_sec"]
+    return value | block | {"environment": main["environment"], "timestamp": main["timestamp"]}
+
+
+def ablation_result(
+    header: Header, kind: str, cells: Sequence[MethodRuns], held_constant: str, environment: dict
+) -> dict:
+    """The contents of `ablation_<kind>_backend-<backend>.json`: one entry for each pair of sizes."""
+    entries, failed = [], {}
+    for runs in cells:
+        block = method_block(runs, header, None)
+        for name in ("speedup", "ppl_increase_percent"):  # an ablation has no baseline
+            block.pop(name, None)
+            block.pop(f"{name}_reason", None)
+        sizes = {"n_sink": runs.n_sink, "window_size": runs.window_size, "max_cache_size": runs.cache_size}
+        entries.append(sizes | {"evicts": evicts(header.num_tokens, runs.cache_size)} | block)
+        if runs.status == "failed":
+            failed[f"n_sink {runs.n_sink}, window_size {runs.window_size}"] = runs.reason
+    value = {"schema_version": SCHEMA_VERSION, "ablation_type": kind, "held_constant": held_constant}
+    value |= asdict(header) | {"method": "streaming", "results": entries}
+    return value | _ending(failed, environment)
+
+
+def _ending(failed: dict[str, str], environment: dict) -> dict:
+    value = {"environment": environment, "status": "failed" if failed else "ok"}
+    if failed:
+        value["reason"] = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+    return value | {"timestamp": now()}
+
+
+def read_result(path: Path) -> dict:
+    """A result file of this project; raises ValueError that says why it is none, OSError where there is none."""
+    value = read_json(path)
+    if value.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"not a result of this program (schema_version is {value.get('schema_version')!r})")
+    if not isinstance(value.get("config_hash"), str):
+        raise ValueError("not a result of this program (it has no config_hash)")
+    return value
+
+
+def save_result(path: Path, value: dict, keep_previous: bool = False) -> str:
+    """Save a result file and say what became of it; whatever was there and is something else is set aside.
+
+    A file of another configuration, of another program, or one that cannot be read moves into `superseded/`; with
+    `keep_previous` a file of the same configuration does too. An equal file stays untouched.
+    """
+    if not path.exists():
+        write_json(path, value)
+        return f"wrote {path}"
+    try:
+        previous = read_result(path)
+    except ValueError as error:
+        aside = set_aside(path, "unreadable")
+        write_json(path, value)
+        return f"wrote {path}; what was there is {error}, and is kept as {aside}"
+    if previous["config_hash"] != value["config_hash"] or keep_previous:
+        aside = set_aside(path, previous["config_hash"][:8])
+        write_json(path, value)
+        return f"wrote {path}; the earlier result is kept as {aside}"
+    if _substance(previous) == _substance(value):
+        return f"unchanged: {path}"
+    write_json(path, value)
+    return f"updated {path}"
+
+
+def _substance(value: dict) -> dict:
+    kept = {key: item for key, item in value.items() if key not in _ABOUT_THE_RUN}
+    return json.loads(json.dumps(kept))

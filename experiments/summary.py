@@ -1,0 +1,76 @@
+"""What a person reads on the console: one line for each cell, and the tables at the end."""
+
+from collections.abc import Sequence
+
+from experiments.cells import CellRecord
+from experiments.methods import METHODS
+
+_COLUMNS = (  # heading, key, format
+    ("perplexity", "perplexity", "{:.3f}"),
+    ("+%", "ppl_increase_percent", "{:+.2f}"),
+    ("runtime s", "runtime_sec", "{:.3f}"),
+    ("prefill s", "prefill_sec", "{:.4f}"),
+    ("ms/token", "tpot_ms", "{:.3f}"),
+    ("tokens/s", "decode_toks_per_sec", "{:.1f}"),
+    ("speedup", "speedup", "{:.2f}x"),
+    ("memory MB", "peak_memory_mb", "{:.0f}"),
+)
+_MISSING = "-"
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in aligned columns: the first ones to the left, numbers (those after the names) to the right."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(headings, *rows, strict=True)]
+    numeric = [heading in {column[0] for column in _COLUMNS} for heading in headings]
+
+    def line(cells):
+        parts = (
+            str(cell).rjust(width) if right else str(cell).ljust(width)
+            for cell, width, right in zip(cells, widths, numeric, strict=True)
+        )
+        return "  ".join(parts).rstrip()
+
+    return "\n".join([line(headings), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def _figures(block: dict) -> list[str]:
+    return [_MISSING if block.get(key) is None else fmt.format(block[key]) for _, key, fmt in _COLUMNS]
+
+
+def main_table(results: Sequence[dict]) -> str:
+    """The methods of main result files, one row each; what failed or was skipped says so in the last column."""
+    rows = []
+    for result in results:
+        for name in result["methods"]:
+            block = result[name]
+            note = "" if block["status"] == "ok" else f"{block['status']}: {_short(block['reason'])}"
+            label = f"{METHODS[name].label} ({result['backend']})"
+            rows.append([result["dataset_key"], label, *_figures(block), note])
+    return table(["data set", "method", *(heading for heading, _, _ in _COLUMNS), ""], rows)
+
+
+def ablation_table(result: dict) -> str:
+    """The entries of an ablation file."""
+    rows = []
+    for entry in result["results"]:
+        note = "" if entry["status"] == "ok" else f"{entry['status']}: {_short(entry['reason'])}"
+        note = note or ("" if entry["evicts"] else "evicts nothing")
+        figures = _figures(entry)
+        rows.append([str(entry["n_sink"]), str(entry["window_size"]), figures[0], figures[4], note])
+    return table(["sinks", "window", "perplexity", "ms/token", ""], rows)
+
+
+def _short(reason: str, length: int = 80) -> str:
+    return reason if len(reason) <= length else reason[: length - 3] + "..."
+
+
+def cell_line(record: CellRecord) -> str:
+    """The outcome of one cell in a few words."""
+    run = record.run
+    parts = []
+    if run["perplexity"] is not None:
+        parts.append(f"perplexity {run['perplexity']:.3f}")
+    parts.append(f"prefill {run['prefill_sec']:.3f} s")
+    if run["tpot_ms"] is not None:
+        parts.append(f"{run['tpot_ms']:.2f} ms/token")
+    return ", ".join(parts)
