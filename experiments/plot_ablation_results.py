@@ -24,7 +24,7 @@ from experiments.plotting.page import Panel, make_page
 from experiments.plotting.records import AblationRow, ResultSet
 from experiments.plotting.script import Drawing, main
 from experiments.plotting.series import safe_name
-from experiments.plotting.style import QUIET, SIZE_LABEL, dataset_label
+from experiments.plotting.style import BAND, QUIET, SIZE_LABEL, dataset_label
 
 # Perplexity, and the first of these that the files have; then memory.
 SPEED_KEYS = ("decode_toks_per_sec", "runtime_sec")
@@ -123,7 +123,7 @@ def _draw_panel(ax: Axes, rows: Sequence[AblationRow], key: str) -> None:
         ax.set_ylim(0, 1.1 * max(values))
     idle = [row.setting for row in rows if not row.evicts]
     if idle:
-        ax.axvspan(min(idle), ax.get_xlim()[1], color="#EEEEEE", zorder=0.5, lw=0)
+        ax.axvspan(min(idle), ax.get_xlim()[1], color=BAND, zorder=0.5, lw=0)
     for row in rows:
         if key not in row.values:
             base = ax.get_xaxis_transform()
@@ -159,12 +159,16 @@ def _span(row: AblationRow, key: str) -> tuple[float | None, float | None]:
 
 
 def _caption(rows: Sequence[AblationRow]) -> str:
-    fixed = {"window_size": "n_sink", "n_sink": "window_size"}[rows[0].ablation]
-    values = sorted({getattr(row, fixed) for row in rows if getattr(row, fixed) is not None})
-    parts = [caption(rows, vary=("cache",))]
-    if len(values) == 1:
-        parts.append(f"{fixed}\xa0{values[0]:,}")
-    return " · ".join(part for part in parts if part)
+    return " · ".join(part for part in (caption(rows, vary=("cache",)), held_constant(rows)) if part)
+
+
+def held_constant(rows: Sequence[AblationRow]) -> str:
+    """Which size is the same in all settings; nothing where the files do not say or none is."""
+    for name in ("n_sink", "window_size", "cache_size"):
+        values = {getattr(row, name) for row in rows}
+        if name != rows[0].ablation and len(values) == 1 and None not in values:
+            return f"{name}\xa0{values.pop():,}"
+    return ""
 
 
 if __name__ == "__main__":

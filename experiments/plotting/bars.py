@@ -71,7 +71,7 @@ def figure_of_charts(
     panels = []
     for row in rows:
         below = max(map(len, row.label_lines)) * style.SIZE_TICK * LINE * PT + 0.06
-        height = 1.55 if len(rows) == 1 else 1.08 if len(rows) <= 6 else 0.92
+        height = 1.55 if len(rows) == 1 else 1.08 if len(rows) <= 6 else 0.78
         panels.append(Panel(height, below, 0.16 if row.first and several else 0.07, _LEFT, _RIGHT))
     figure, axes = make_page(
         in_columns(panels, [i for i, row in enumerate(rows) if row.first]),

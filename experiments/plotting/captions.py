@@ -54,6 +54,7 @@ _PARTS: dict[str, Callable[[Conditions], str | None]] = {
     "cache": _cache,
     "tokens": _tokens,
     "engine": _engine,
+    "press": lambda c: None if c.press in (None, "streaming_llm") else f"kvpress with the press {c.press}",
 }
 
 

@@ -210,6 +210,7 @@ def _conditions(data: dict, block: dict) -> Conditions:
         num_tokens=_whole(data.get("num_tokens")),
         engine=_text(block.get("engine", data.get("engine"))),
         scoring=_text(block.get("scoring", data.get("scoring"))),
+        press=_text(block.get("kvpress_press", data.get("kvpress_press"))),
     )
 
 

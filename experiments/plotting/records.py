@@ -24,6 +24,7 @@ class Conditions:
     num_tokens: int | None = None
     engine: str | None = None
     scoring: str | None = None
+    press: str | None = None  # which press kvpress ran
 
     @property
     def cache_size(self) -> int | None:
@@ -106,6 +107,13 @@ class AblationRow:
     environment: Mapping = field(default_factory=dict)
     details: Mapping = field(default_factory=dict)
     source: Path = Path()
+
+    @property
+    def cache_size(self) -> int | None:
+        """Tokens a full cache holds in this setting."""
+        if self.n_sink is None or self.window_size is None:
+            return None
+        return self.n_sink + self.window_size
 
     @property
     def setting(self) -> int:

@@ -22,6 +22,7 @@ SIZE_NOTE = 6.0
 INK = "#222222"
 QUIET = "#666666"
 GRID = "#DDDDDD"
+BAND = "#EEEEEE"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ METHODS = {
 BACKENDS = {
     "math": BackendStyle("", "-", True, 3.4),
     "flash": BackendStyle("//////", (0, (4, 1.6)), False, 5.2),
-    "cudnn": BackendStyle("......", (0, (1, 1.2)), False, 7.0),
+    "cudnn": BackendStyle("-----", (0, (1, 1.2)), False, 7.0),
     "efficient": BackendStyle("xxxxxx", (0, (4, 1.2, 1, 1.2)), False, 8.8),
 }
 
