@@ -13,6 +13,14 @@ from experiments.storage import SaveError
 EXIT_FAILED, EXIT_SETUP, EXIT_INTERRUPTED = 1, 2, 130
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that answers a wrong command line with one line, as everything else is answered here."""
+
+    def error(self, message: str):
+        print(f"error: {message} (--help lists the options)", file=sys.stderr)
+        raise SystemExit(EXIT_SETUP)
+
+
 def add_subject_options(parser: argparse.ArgumentParser, several: bool) -> None:
     """--model, data sets and methods: what is measured. `several`: lists of them, else one of each."""
     group = parser.add_argument_group("what is measured")
@@ -26,7 +34,8 @@ def add_subject_options(parser: argparse.ArgumentParser, several: bool) -> None:
         "or random:<size> such as random:pythia-2.8b (random weights: speed only)",
     )
     group.add_argument(
-        "--datasets" if several else "--dataset",
+        *(["--datasets"] if several else ["--dataset", "--datasets"]),
+        dest="datasets",
         default=None,
         metavar="NAME",
         **many,
@@ -51,7 +60,8 @@ def add_kernel_options(parser: argparse.ArgumentParser, several: bool) -> None:
     group = parser.add_argument_group("how it is computed")
     many = {"nargs": "+"} if several else {}
     group.add_argument(
-        "--attn-backend-list" if several else "--attn-backend",
+        *(["--attn-backend-list"] if several else ["--attn-backend", "--attn-backend-list"]),
+        dest="attn_backend_list",
         default=None,
         metavar="NAME",
         **many,

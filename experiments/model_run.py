@@ -1,20 +1,18 @@
 """The evaluation of one model: runs the cells that are missing, keeps each, and assembles the result files."""
 
 import gc
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from experiments.bars import progress_bar
 from experiments.cells import Cell, CellRecord, CellStore
 from experiments.environment import environment
 from experiments.methods import METHODS
 from experiments.plan import HELD_CONSTANT, MAIN, FilePlan, Group, TimeEstimator, plan_cells, plan_files
-from experiments.progress import LossDisplay
 from experiments.results import (
     MethodRuns,
     ablation_result,
@@ -124,15 +122,13 @@ class ModelRun:
         """Run and keep one cell. This is the boundary at which a failure becomes a reason, and the others go on."""
         start = time.perf_counter()
         reason = ""
-        with _bar(title, cell, self.config.progress) as display:
+        with progress_bar(title, cell.tokens, self.config.progress) as display:
             try:
                 result = self.session.measure(cell, display)
             except Exception as error:  # whatever it is, it concerns this cell
                 reason = describe(error)
-        gc.collect()
-        if self.session.machine.device.type == "cuda":
-            torch.cuda.empty_cache()
         if reason:
+            gc.collect()  # what the failed run held must not be missing to the next one
             return None, reason
         record = CellRecord(cell, self._hash(cell), run_record(result, cell.backend), time.perf_counter() - start)
         self.store.save(record, result.nll, result.position, self.configs[cell])
@@ -181,7 +177,7 @@ class ModelRun:
         self._save(path, value)
         for name in value["methods"]:
             own = self.root / "fixed_eval" / f"{file.dataset}_{name}_backend-{file.backend}.json"
-            self._save(own, fixed_eval_result(value, name))
+            self._save(own, fixed_eval_result(value, name), quiet=True)
         if self.config.save_token_nll:
             self._write_losses(file, path)
         self.outcome.main.append(value)
@@ -214,8 +210,10 @@ class ModelRun:
         self._save(self.root / "final" / f"{file.stem}.json", value)
         self.outcome.ablations.append(value)
 
-    def _save(self, path: Path, value: dict) -> None:
-        self.say(save_result(path, value, keep_previous=self.config.force))
+    def _save(self, path: Path, value: dict, quiet: bool = False) -> None:
+        saved = save_result(path, value, keep_previous=self.config.force)
+        if saved.aside is not None or not quiet:
+            self.say(str(saved))
 
     def _environment(self) -> dict:
         return environment(self.session.machine.device, self.config.command, self.config.seed, self._kvpress_imported)
@@ -231,24 +229,3 @@ def describe(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"out of memory: {lines[0] if lines else type(error).__name__}"
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-
-
-class _bar:  # noqa: N801 - reads as a statement
-    """A progress bar of a cell's decode steps with the running perplexity; none where no person watches."""
-
-    def __init__(self, title: str, cell: Cell, wanted: bool):
-        self._options = {"desc": title, "unit": " tokens", "leave": False, "file": sys.stderr, "total": cell.tokens}
-        self._visible = wanted and sys.stderr.isatty()
-
-    def __enter__(self) -> LossDisplay:
-        self._bar = tqdm(**self._options, disable=not self._visible)
-        self._display = LossDisplay(self._show) if self._visible else LossDisplay.silent()
-        return self._display
-
-    def _show(self, steps: int, perplexity: float | None) -> None:
-        if perplexity is not None:
-            self._bar.set_postfix_str(f"perplexity {perplexity:.2f}", refresh=False)
-        self._bar.update(steps)
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()

@@ -1,14 +1,16 @@
 """The models that are evaluated: the bundled demo, a hub name, a local folder, random weights of a known size."""
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from experiments.config import DEMO_MODEL, SetupError, unknown_name
 from experiments.hub import ask_hub
+from streaming_llm.families import family_of
 
 DEMO_FOLDER = Path(__file__).resolve().parent / "assets" / "demo_model"
 RANDOM_PREFIX = "random:"
@@ -133,14 +135,36 @@ def _cached_commit(name: str) -> str | None:
 
 
 def _from_pretrained(name, where, dtype, device, **options) -> LoadedModel:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
+        model_config = AutoConfig.from_pretrained(where, **options)
+        family_of(model_config)  # refuses a model that cannot stream, before its weights are read
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation="sdpa", **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:  # a file is missing, or is not what it should be
+        with _no_loading_bar():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **options
+            )
+    except Exception as error:  # a file is missing, or is not what it should be: each reader has its own errors
         raise SetupError(f"model {name!r} could not be loaded: {_first_line(error)}") from None
+    if report["missing_keys"]:  # Transformers fills them with random numbers
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise SetupError(f"model {name!r} could not be loaded: weights are missing ({missing}, ...)")
     return LoadedModel(model.to(device).eval().requires_grad_(False), tokenizer)
+
+
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Transformers draws a bar while it reads weights, also where nobody watches."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:
@@ -161,8 +185,6 @@ def _random(name: str, seed: int) -> ModelSource:
 
 def random_model(size: PythiaSize, seed: int, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     """A GPT-NeoX of the given sizes with seeded random weights, made in place on the device, in the dtype."""
-    from dataclasses import asdict
-
     from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
     config = GPTNeoXConfig(

@@ -9,7 +9,6 @@ Nothing waits for the device inside a step; clocks are read after a synchronisat
 first step, and at the end. Losses stay on the device, in float32 or better, and come to the host once.
 """
 
-import gc
 import math
 import time
 from dataclasses import dataclass, field
@@ -121,7 +120,7 @@ def compute_perplexity(
         prompt_tokens=prompt,
         scoring=scoring,
         scoring_sec=scoring_sec,
-        scored_tokens=None if scored is None else len(losses),
+        scored_tokens=len(losses) if scoring == "parallel" and scored is not None else None,
         reasons=reasons,
         nll=losses,
         position=np.arange(1, len(losses) + 1),
@@ -175,7 +174,6 @@ def _decode(method: Method, ids: Tensor, prompt: int, progress: LossDisplay) -> 
     nll = torch.zeros(n_tokens - 1, dtype=dtype, device=ids.device)
     targets = ids[0]
     method.reset()
-    gc.collect()  # not in the timed part
     synchronise(ids.device)
 
     start = time.perf_counter()

@@ -28,8 +28,8 @@ FIGURES = (
     "peak_memory_mb",
     "kv_cache_mb",
     "kv_bytes_per_token",
-    "scoring_sec",
 )
+_PARALLEL_FIGURES = ("scoring_sec", "scored_tokens")  # only of a run that was scored in parallel
 COMPARISONS = ("speedup", "compression_ratio", "ppl_increase_percent")
 _ABOUT_THE_RUN = ("timestamp", "environment")  # differ between two writings of one result
 _RANDOM_WEIGHTS = "the weights are random"
@@ -85,15 +85,15 @@ def run_record(result, attn_backend: str) -> dict:
     """One run's `PerplexityResult` as a JSON object: figures, reasons, and what really ran."""
     record = {name: getattr(result, name) for name in FIGURES}
     record |= {f"{name}_reason": reason for name, reason in result.reasons.items()}
-    return record | {
+    record |= {
         "peak_memory_kind": result.peak_memory_kind,
         "engine": result.engine,
         "attn_backend": attn_backend,
         "prompt_tokens": result.prompt_tokens,
         "scoring": result.scoring,
-        "scored_tokens": result.scored_tokens,
         **result.details,
     }
+    return record | {name: getattr(result, name) for name in _PARALLEL_FIGURES if getattr(result, name) is not None}
 
 
 def method_block(runs: MethodRuns, header: Header, reference: MethodRuns | None) -> dict:
@@ -105,12 +105,12 @@ def method_block(runs: MethodRuns, header: Header, reference: MethodRuns | None)
         block |= dict.fromkeys((*FIGURES, *COMPARISONS))
         return block | {"runs": list(runs.runs)}
     records = [_without_perplexity(run) if header.weights == "random" else run for run in runs.runs]
-    block |= {key: value for key, value in records[0].items() if key not in FIGURES}
-    medians = {name: median([record[name] for record in records]) for name in FIGURES}
-    block |= medians
+    names = FIGURES + tuple(name for name in _PARALLEL_FIGURES if name in records[0])
+    block |= {name: median([record[name] for record in records]) for name in names}
+    facts = {key: value for key, value in records[0].items() if key not in names}
+    block |= _comparisons(runs, block | facts, header, reference) | facts
     if len(records) > 1:
-        block["spread"] = {name: _spread([record[name] for record in records]) for name in FIGURES}
-    block |= _comparisons(runs, block, header, reference)
+        block["spread"] = {name: _spread([record[name] for record in records]) for name in names}
     return block | {"runs": records}
 
 
@@ -119,8 +119,10 @@ def _without_perplexity(run: dict) -> dict:
 
 
 def median(values: Sequence[float | None]) -> float | None:
-    """The median; None where a value is missing."""
-    return None if None in values else statistics.median(values)
+    """The median, a count staying a count; None where a value is missing."""
+    if None in values:
+        return None
+    return values[0] if len(set(values)) == 1 else statistics.median(values)
 
 
 def _spread(values: Sequence[float | None]) -> list[float] | None:
@@ -152,7 +154,8 @@ def _comparisons(runs: MethodRuns, block: dict, header: Header, reference: Metho
         compared["speedup_reason"] = f"the {REFERENCE_METHOD} ran with engine {reference.runs[0]['engine']!r}"
     reference_perplexity = median([run["perplexity"] for run in reference.runs])
     if block["perplexity"] is None or reference_perplexity is None:
-        why = block.get("perplexity_reason") or f"the {REFERENCE_METHOD} has no perplexity"
+        own, other = block.get("perplexity_reason"), reference.runs[0].get("perplexity_reason")
+        why = own or f"the {REFERENCE_METHOD} has no perplexity ({other})"
         compared["ppl_increase_percent_reason"] = why
     else:
         compared["ppl_increase_percent"] = 100 * (block["perplexity"] / reference_perplexity - 1)
@@ -219,29 +222,42 @@ def read_result(path: Path) -> dict:
     return value
 
 
-def save_result(path: Path, value: dict, keep_previous: bool = False) -> str:
-    """Save a result file and say what became of it; whatever was there and is something else is set aside.
+@dataclass(frozen=True)
+class Saved:
+    """What became of a result file: `did` is "wrote", "updated" or "unchanged"; what was there may be at `aside`."""
+
+    path: Path
+    did: str
+    aside: Path | None = None
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.did}: {self.path}" + (f"; {self.why} is kept as {self.aside}" if self.aside else "")
+
+
+def save_result(path: Path, value: dict, keep_previous: bool = False) -> Saved:
+    """Save a result file; whatever was there and is something else is set aside, never overwritten.
 
     A file of another configuration, of another program, or one that cannot be read moves into `superseded/`; with
     `keep_previous` a file of the same configuration does too. An equal file stays untouched.
     """
     if not path.exists():
         write_json(path, value)
-        return f"wrote {path}"
+        return Saved(path, "wrote")
     try:
         previous = read_result(path)
     except ValueError as error:
         aside = set_aside(path, "unreadable")
         write_json(path, value)
-        return f"wrote {path}; what was there is {error}, and is kept as {aside}"
+        return Saved(path, "wrote", aside, f"what was there ({error})")
     if previous["config_hash"] != value["config_hash"] or keep_previous:
         aside = set_aside(path, previous["config_hash"][:8])
         write_json(path, value)
-        return f"wrote {path}; the earlier result is kept as {aside}"
+        return Saved(path, "wrote", aside, "the earlier result")
     if _substance(previous) == _substance(value):
-        return f"unchanged: {path}"
+        return Saved(path, "unchanged")
     write_json(path, value)
-    return f"updated {path}"
+    return Saved(path, "updated")
 
 
 def _substance(value: dict) -> dict:

@@ -8,6 +8,7 @@ import functools
 import sys
 
 from experiments.cli import (
+    OneLineParser,
     add_evaluation_options,
     add_kernel_options,
     add_output_options,
@@ -39,7 +40,7 @@ before computing; 130 interrupted. Interrupted or killed, the same command goes 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the full evaluation."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="run_final_experiments.py",
         description=__doc__.splitlines()[0],
         epilog=_EXAMPLES,

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ import numpy as np
 
 from experiments.config import SetupError
 
+# A list of numbers alone, which is easier to read on one line. No string matches: its line breaks are escaped.
+_NUMBER_LIST = re.compile(r"\[\n[\s\d.,eE+-]+\]")
 TEMPORARY_SUFFIX = ".partial"
 SUPERSEDED = "superseded"
 
@@ -56,6 +59,7 @@ def _sync_folder(folder: Path) -> None:
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON object atomically; NaN and infinities are refused with ValueError: JSON has none."""
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    text = _NUMBER_LIST.sub(lambda match: " ".join(match.group().split()), text)
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 

@@ -1,0 +1,358 @@
+"""The runner: which cells run and in which order, what the files hold, what is reused, and what a failure does."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from evaluation_support import TEXT, World, make_model_folder, make_text
+
+from experiments.config import SetupError
+from experiments.methods import METHODS
+from experiments.plan import duration
+from experiments.results import FIGURES
+from experiments.session import ModelSession
+from experiments.storage import SaveError, folder_lock
+
+ALL = [name for name, cls in METHODS.items() if cls.unavailable() is None]
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+def ran(world) -> list[str]:
+    return [
+        line.split("] ", 1)[1].split(":")[0] for line in world.lines("[") if "perplexity" in line or "prefill" in line
+    ]
+
+
+def load(world, name: str) -> dict:
+    return json.loads((world.root / name).read_text())
+
+
+# --- what is written ---------------------------------------------------------------------------------------------
+
+
+def test_main_files_hold_every_method_with_its_comparisons(world):
+    datasets = [str(path) for path in world.texts]
+    summary = world.run(methods=ALL, datasets=datasets, attn_backend_list=["math", "flash"])
+    assert summary.exit_code == 0
+    names = [f"{stem}_main_backend-{b}.json" for stem in ("one", "two") for b in ("math", "flash")]
+    assert sorted(path.name for path in (world.root / "final").glob("*.json")) == sorted(names)
+    assert len(list((world.root / "fixed_eval").glob("*.json"))) == 4 * len(ALL)
+    for name in names:
+        value = load(world, f"final/{name}")
+        assert (value["status"], value["num_tokens"], value["weights"]) == ("ok", 40, "trained")
+        assert value["streaming_llm"] == {"n_sink": 2, "window_size": 14, "max_cache_size": 16}
+        assert value["backend"] in name
+        assert {"torch", "transformers", "gpu", "commit", "dirty", "command", "seed", "threads"} <= set(
+            value["environment"]
+        )
+        base = value["baseline"]
+        for method in ALL:
+            block = value[method]
+            assert set(FIGURES) <= set(block)
+            assert block["status"] == "ok"
+            assert (block["attn_backend"], block["engine"]) == (value["backend"], "eager")
+            assert block["speedup"] == pytest.approx(base["runtime_sec"] / block["runtime_sec"])
+            assert block["ppl_increase_percent"] == pytest.approx(100 * (block["perplexity"] / base["perplexity"] - 1))
+            assert block["compression_ratio"] == (0 if method == "dense" else pytest.approx(1 - 16 / 40))
+            assert len(block["runs"]) == 1
+            own = load(world, f"fixed_eval/{name.replace('main', method)}")
+            assert own["method"] == method
+            assert own["perplexity"] == block["perplexity"]
+            assert (own["total_time"], own["prefill_time"]) == (block["runtime_sec"], block["prefill_sec"])
+        assert value["metrics"]["speedup"] == value["streaming"]["speedup"]
+        if "kvpress" in ALL:
+            assert value["kvpress"]["perplexity"] == pytest.approx(value["streaming"]["perplexity"], rel=1e-5)
+    math, flash = (load(world, f"final/one_main_backend-{b}.json") for b in ("math", "flash"))
+    for method in ALL:
+        assert math[method]["perplexity"] == pytest.approx(flash[method]["perplexity"], rel=1e-5)
+
+
+def test_ablations_vary_one_size_each(world):
+    world.run(only=["ablation_window_size", "ablation_n_sink"], attn_backend_list=["math", "flash"])
+    assert world.files("final/*.json") == [
+        f"final/ablation_{kind}_backend-{b}.json" for kind in ("n_sink", "window_size") for b in ("flash", "math")
+    ]
+    windows = load(world, "final/ablation_window_size_backend-math.json")
+    assert windows["ablation_type"] == "window_size"
+    assert [(e["n_sink"], e["window_size"], e["evicts"]) for e in windows["results"]] == [(2, 8, True), (2, 80, False)]
+    assert windows["num_tokens"] == 60
+    sinks = load(world, "final/ablation_n_sink_backend-math.json")
+    assert [(e["n_sink"], e["window_size"]) for e in sinks["results"]] == [(0, 16), (2, 14)]
+    for entry in windows["results"] + sinks["results"]:
+        assert entry["perplexity"] > 1
+        assert entry["scoring"] == "parallel"
+        assert entry["decode_tokens"] == (4 if entry["evicts"] else 0)
+        assert entry["compression_ratio"] == (1 - entry["max_cache_size"] / 60 if entry["evicts"] else 0)
+
+
+def test_figures_are_medians_of_interleaved_runs(world):
+    world.run(repeats=3, datasets=[str(path) for path in world.texts])
+    order = ran(world)
+    assert [line[-1] for line in order] == ["1"] * 4 + ["2"] * 4 + ["3"] * 4
+    value = load(world, "final/one_main_backend-math.json")
+    for method in ("baseline", "streaming"):
+        block = value[method]
+        assert len(block["runs"]) == 3
+        times = sorted(run["runtime_sec"] for run in block["runs"])
+        assert block["runtime_sec"] == times[1]
+        assert block["spread"]["runtime_sec"] == [times[0], times[2]]
+        assert len({run["perplexity"] for run in block["runs"]}) == 1
+
+
+def test_token_losses_are_kept_on_request(world):
+    world.run(save_token_nll=True)
+    with np.load(world.root / "final" / "one_main_backend-math.streaming.nll.npz") as arrays:
+        assert arrays["nll"].dtype == np.float32
+        assert arrays["position"].tolist() == list(range(1, 40))
+        mean = arrays["nll"].astype(np.float64).mean()
+    value = load(world, "final/one_main_backend-math.json")
+    assert value["streaming"]["perplexity"] == pytest.approx(np.exp(mean))
+
+
+def test_parallel_scoring_keeps_the_perplexity_and_samples_the_speed(world):
+    world.run()
+    looped = load(world, "final/one_main_backend-math.json")
+    world.run(scoring="parallel")
+    value = load(world, "final/one_main_backend-math.json")
+    assert value["scoring"] == "parallel"
+    assert value["streaming"]["perplexity"] == pytest.approx(looped["streaming"]["perplexity"], rel=1e-5)
+    assert value["streaming"]["decode_tokens"] == value["baseline"]["decode_tokens"] == 4
+    assert value["streaming"]["speedup"] is not None
+    assert value["baseline"]["perplexity"] is None
+    assert "parallel" in value["baseline"]["perplexity_reason"]
+    assert "parallel" in value["streaming"]["ppl_increase_percent_reason"]
+
+
+def test_random_weights_are_measured_for_speed_only(world, monkeypatch):
+    from experiments import models
+
+    monkeypatch.setitem(models.RANDOM_SIZES, "pythia-70m", models.PythiaSize(32, 2, 2, 64, 128))
+    summary = world.run(model="random:pythia-70m", datasets=None, save_token_nll=True)
+    assert summary.exit_code == 0
+    folder = world.output / "random-pythia-70m" / "final"
+    assert [path.name for path in folder.iterdir()] == ["random_tokens_main_backend-math.json"]
+    value = json.loads((folder / "random_tokens_main_backend-math.json").read_text())
+    assert (value["weights"], value["num_tokens"]) == ("random", 40)
+    assert "random ids" in value["tokens"]
+    for method in ("baseline", "streaming"):
+        assert value[method]["perplexity"] is value[method]["ppl_increase_percent"] is None
+        assert "random" in value[method]["perplexity_reason"]
+        assert value[method]["runs"][0]["perplexity"] is None
+        assert value[method]["speedup"] > 0
+
+
+def test_random_tokens_are_not_for_trained_weights(world):
+    with pytest.raises(SetupError, match="random weights"):
+        world.run(datasets=["random_tokens"])
+
+
+def test_several_models_have_folders_of_their_own(world, tmp_path):
+    other = make_model_folder(tmp_path / "other", seed=5)
+    world.run(model=[str(world.model), str(other)])
+    values = [
+        json.loads((world.output / n / "final/one_main_backend-math.json").read_text()) for n in ("tiny", "other")
+    ]
+    assert values[0]["streaming"]["perplexity"] != values[1]["streaming"]["perplexity"]
+
+
+# --- what is reused ----------------------------------------------------------------------------------------------
+
+
+def test_finished_cells_are_reused_and_named(world):
+    world.run()
+    before = {name: (world.root / name).read_bytes() for name in world.files()}
+    world.run()
+    assert ran(world) == []
+    assert len(world.lines("reused: ")) == 2
+    assert all(".cells" in line for line in world.lines("reused: "))
+    assert {name: (world.root / name).read_bytes() for name in world.files()} == before
+
+
+def test_a_new_method_joins_the_file_and_a_smaller_run_takes_none_away(world):
+    world.run()
+    world.run(methods=["baseline", "window"])
+    assert [line.split(" | ")[2] for line in ran(world)] == ["window 2+14"]
+    assert load(world, "final/one_main_backend-math.json")["methods"] == ["baseline", "window", "streaming"]
+    assert not (world.root / "final" / "superseded").exists()
+
+
+def test_more_repeats_keep_those_there_are(world):
+    world.run(repeats=1)
+    world.run(repeats=3)
+    assert len(ran(world)) == 4
+    world.run(repeats=1)
+    assert ran(world) == []
+    assert len(load(world, "final/one_main_backend-math.json")["streaming"]["runs"]) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "n_sink",
+        "window_size",
+        "max_eval_tokens",
+        "dtype",
+        "seed",
+        "warmup_steps",
+        "text",
+        "weights",
+        "sources",
+        "threads",
+    ],
+)
+def test_a_change_of_anything_that_matters_runs_everything_again(world, monkeypatch, change):
+    world.run()
+    first = load(world, "final/one_main_backend-math.json")
+    sizes = {"n_sink": 3, "window_size": 15, "max_eval_tokens": 41, "dtype": "float64", "seed": 1, "warmup_steps": 2}
+    options = {change: sizes[change]} if change in sizes else {}
+    if change == "text":
+        make_text(world.texts[0], TEXT + "!")
+    elif change == "weights":
+        make_model_folder(world.model, seed=7)
+    elif change == "sources":
+        monkeypatch.setattr("experiments.environment.sources_hash", lambda: "other")
+    elif change == "threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    world.run(**options)
+    assert len(ran(world)) == 2
+    second = load(world, "final/one_main_backend-math.json")
+    assert second["config_hash"] != first["config_hash"]
+    aside = world.root / "final" / "superseded" / f"one_main_backend-math.{first['config_hash'][:8]}.json"
+    assert json.loads(aside.read_text()) == first
+    assert any(str(aside) in line for line in world.said)
+
+
+def test_force_runs_again_and_keeps_the_earlier_file(world):
+    world.run()
+    world.run(force=True)
+    assert len(ran(world)) == 2
+    assert len(list((world.root / "final" / "superseded").iterdir())) == 1
+
+
+def test_a_dry_run_says_what_there_is_and_touches_nothing(world):
+    world.run(dry_run=True)
+    assert not world.output.exists()
+    assert len([line for line in world.said if line.endswith(": to do")]) == 2
+    assert "2 cells to do; time: about" in world.said[-1]
+    world.run(methods=["baseline"])
+    before = sorted(path for path in world.output.rglob("*"))
+    world.run(dry_run=True, only=["main", "ablation_n_sink"])
+    assert len([line for line in world.said if line.endswith(": already there")]) == 1
+    assert sorted(path for path in world.output.rglob("*")) == before
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------------
+
+
+def break_measure(monkeypatch, breaks, error):
+    original = ModelSession.measure
+
+    def measure(self, cell, display):
+        if breaks(cell):
+            raise error
+        return original(self, cell, display)
+
+    monkeypatch.setattr(ModelSession, "measure", measure)
+
+
+def test_a_failing_cell_is_named_and_the_others_go_on(world, monkeypatch):
+    with monkeypatch.context() as patched:
+        break_measure(
+            patched, lambda cell: cell.method == "streaming", torch.OutOfMemoryError("CUDA out of memory. Tried")
+        )
+        summary = world.run(repeats=2)
+    assert summary.exit_code == 1
+    value = load(world, "final/one_main_backend-math.json")
+    assert value["status"] == "failed"
+    assert "streaming" in value["reason"]
+    assert value["streaming"]["status"] == "failed"
+    assert "out of memory" in value["streaming"]["reason"]
+    assert value["streaming"]["perplexity"] is value["metrics"]["speedup"] is None
+    assert value["baseline"]["status"] == "ok"
+    assert len(value["baseline"]["runs"]) == 2
+    assert load(world, "fixed_eval/one_streaming_backend-math.json")["status"] == "failed"
+    assert any("FAILED" in line and "streaming" in line for line in world.said)
+    assert world.run(repeats=2).exit_code == 0  # what failed is tried again, what is finished is kept
+    assert len(ran(world)) == 2
+    assert load(world, "final/one_main_backend-math.json")["streaming"]["status"] == "ok"
+
+
+def test_without_a_baseline_there_is_no_speedup_but_a_reason(world):
+    world.run(methods=["streaming"])
+    block = load(world, "final/one_main_backend-math.json")["streaming"]
+    assert block["speedup"] is None
+    assert "baseline" in block["speedup_reason"]
+
+
+def test_an_interruption_says_what_is_left_and_the_rest_goes_on_later(world, monkeypatch):
+    with monkeypatch.context() as patched:
+        break_measure(patched, lambda cell: cell.method == "streaming", KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            world.run()
+    assert any("1 of 2 cells are finished" in line for line in world.said)
+    assert [line for line in world.said if line.startswith("left: one | math | streaming")]
+    world.run()
+    assert len(ran(world)) == 1
+
+
+def test_a_broken_cell_is_named_kept_and_run_again(world):
+    world.run()
+    (path,) = (world.output / ".cells" / "tiny").glob("*streaming*.json")
+    path.write_text(path.read_text()[:100])
+    world.run()
+    assert len(ran(world)) == 1
+    assert any(str(path) in line and "superseded" in line for line in world.lines("broken: "))
+
+
+def test_foreign_and_broken_files_are_named_never_used_never_overwritten(world):
+    folder = world.root / "final"
+    folder.mkdir(parents=True)
+    (folder / "one_main_backend-math.json").write_text('{"schema_version": 1, "config')
+    (folder / "notes.json").write_text('{"mine": true}')
+    world.run()
+    assert len([line for line in world.said if line.startswith("not used: ")]) == 2
+    assert (folder / "notes.json").read_text() == '{"mine": true}'
+    kept = folder / "superseded" / "one_main_backend-math.unreadable.json"
+    assert kept.read_text() == '{"schema_version": 1, "config'
+    assert load(world, "final/one_main_backend-math.json")["status"] == "ok"
+
+
+def test_a_second_run_into_the_same_folder_is_refused(world):
+    with folder_lock(world.output / ".cells" / "lock"), pytest.raises(SetupError, match="writing its results there"):
+        world.run()
+
+
+def test_a_result_that_cannot_be_saved_is_fatal(world, monkeypatch):
+    def full(path, value):
+        raise SaveError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("experiments.cells.write_json", full)
+    with pytest.raises(SaveError, match="No space"):
+        world.run()
+    assert not list((world.root / "final").iterdir())
+
+
+def test_kvpress_is_skipped_by_default_where_it_cannot_run_and_refused_where_named(world, monkeypatch):
+    monkeypatch.setattr(METHODS["kvpress"], "unavailable", classmethod(lambda cls: "it is not installed"))
+    assert world.run(methods=None).exit_code == 0
+    block = load(world, "final/one_main_backend-math.json")["kvpress"]
+    assert (block["status"], block["reason"], block["perplexity"]) == ("skipped", "it is not installed", None)
+    with pytest.raises(SetupError, match=r"kvpress.*not installed"):
+        world.run(methods=["kvpress"])
+
+
+def test_a_press_that_cannot_run_here_is_refused(world):
+    with pytest.raises(SetupError, match="snapkv"):
+        world.run(methods=["baseline", "kvpress"], kvpress_press="snapkv")
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.2, "1 s"), (59, "59 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")])
+def test_durations_in_words(seconds, words):
+    assert duration(seconds) == words
