@@ -352,6 +352,7 @@ class StreamingKVCache(Cache):
         super().__init__(layers=[StreamingLayer(layout, rotation) for _ in range(num_layers)])
         self._attends_blocks = None
         self._open_plan: BlockPlan | None = None
+        self._next_angle_check = layout.capacity
 
     def allow_blocks(self, attends_blocks) -> None:
         """Let forwards of several tokens evict while ``attends_blocks()`` is true: the model's attention then
@@ -375,7 +376,7 @@ class StreamingKVCache(Cache):
                 "the cache was made by a StreamingLLMWrapper of another model"
             )
         layer = self.layers[layer_idx]
-        if self._bare and layer_idx == 0 and layer.n_seen == layer.layout.capacity:
+        if self._bare and layer_idx == 0 and layer.n_seen >= self._next_angle_check:
             self._check_angles(layer, cache_kwargs)
         if key_states.shape[2] > 1:
             layer.attends_blocks = self._attends_blocks is not None and self._attends_blocks()
@@ -384,17 +385,19 @@ class StreamingKVCache(Cache):
         return keys, values
 
     def _check_angles(self, layer: StreamingLayer, cache_kwargs: dict[str, Any] | None) -> None:
-        """Once, at the first eviction: does the model rotate as its configuration says?
+        """From the first eviction on, whenever the stream has doubled: does the model rotate as configured?
 
         ``model.half()`` rounds the model's frequencies too, which a cache made from the configuration cannot know.
         """
-        cos = (cache_kwargs or {}).get("cos")
-        if cos is None:
+        self._next_angle_check = 2 * layer.n_seen
+        found = [x.flatten(0, -2)[-1] for name in ("cos", "sin") if (x := (cache_kwargs or {}).get(name)) is not None]
+        if len(found) < 2:
             return
+        cos = found[0]
         rotary = layer.rotation.on(cos.device)
-        expected = rotary.cos_sin(layer.get_seq_length())[0] * rotary.scaling
-        error = (cos.flatten(0, -2)[-1] - expected).abs().max().item()
-        if error > 16 * torch.finfo(cos.dtype).eps + 1e-5 * max(1, layer.get_seq_length() / 100):
+        expected = torch.stack(rotary.cos_sin(layer.get_seq_length())) * rotary.scaling
+        error = (torch.stack(found) - expected).abs().max().item()
+        if error > torch.finfo(cos.dtype).eps + 1e-6 * layer.get_seq_length():  # rounding of cosine and of angle
             raise ValueError(
                 f"the model's rotary angles are {error:.1e} off those of its configuration: its frequencies were "
                 "probably cast to half precision with the weights. Load it with dtype=..., or use "
@@ -409,6 +412,7 @@ class StreamingKVCache(Cache):
         """Forget the stream; the tensors stay allocated."""
         super().reset()
         self._open_plan = None
+        self._next_angle_check = self.layers[0].layout.capacity
 
     def move_to(self, position: int) -> None:
         """Go on as if ``position`` tokens had been seen: the next token gets that position.
