@@ -1,0 +1,201 @@
+"""The command lines: what they print, one line and exit code 2 for what is wrong, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from evaluation_support import World, make_model_folder, make_text
+
+import eval_streaming_llm
+from experiments import run_final_experiments
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = ["--n-sink", "2", "--window-size", "14", "--max-eval-tokens", "40", "--device", "cpu"]
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+def subject(world) -> list[str]:
+    return ["--model", str(world.model), "--datasets", str(world.texts[0]), *SIZES]
+
+
+def final(world, *options) -> int:
+    base = [*subject(world), "--output-dir", str(world.output), "--methods", "baseline", "streaming", "--only", "main"]
+    return run_final_experiments.main([*base, *options])
+
+
+def test_a_run_prints_a_table_and_writes_its_files(world, capsys):
+    assert final(world, "--attn-backend-list", "math", "flash") == 0
+    printed = capsys.readouterr().out
+    for words in ("Baseline (math)", "StreamingLLM (math)", "Baseline (flash)", "StreamingLLM (flash)", "speedup"):
+        assert words in printed
+    value = json.loads((world.root / "final" / "one_main_backend-flash.json").read_text())
+    command = value["environment"]["command"]
+    assert command.startswith("python experiments/run_final_experiments.py --model")
+    assert "--attn-backend-list math flash" in command
+
+
+def test_the_comparison_honours_the_environment_and_writes_where_it_is_told(world, capsys, monkeypatch):
+    monkeypatch.setenv("FLASH_SDPA", "1")
+    target = world.base / "sub" / "x.json"
+    options = [*subject(world), "--output", str(target), "--repeats", "2"]
+    assert eval_streaming_llm.main(options) == 0
+    printed = capsys.readouterr().out
+    assert "Baseline (flash)" in printed
+    assert "StreamingLLM (flash)" in printed
+    value = json.loads(target.read_text())
+    assert (value["backend"], len(value["streaming"]["runs"])) == ("flash", 2)
+    assert eval_streaming_llm.main(options) == 2  # nothing is overwritten
+    assert "already" in capsys.readouterr().err
+    assert eval_streaming_llm.main([*subject(world), "--attn-backend", "math"]) == 0  # what is said goes first
+    assert "Baseline (math)" in capsys.readouterr().out
+
+
+def test_a_failure_while_comparing_is_told_with_exit_code_1(world, capsys, monkeypatch):
+    def fail(*_):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr("experiments.comparison._measure", fail)
+    assert eval_streaming_llm.main(subject(world)) == 1
+    assert "out of memory: no more" in capsys.readouterr().out
+
+
+BAD = {
+    "model": (["--model", "nothing/here"], "nothing/here"),
+    "random size": (["--model", "random:pythia-9b"], "pythia-6.9b"),
+    "backend": (["--attn-backend-list", "flsh"], "flash"),
+    "data set": (["--datasets", "wikitxt"], "wikitext"),
+    "missing file": (["--datasets", "missing.txt"], "missing.txt"),
+    "dtype": (["--dtype", "float8"], "bfloat16"),
+    "device": (["--device", "tpu"], "cpu"),
+    "device that is none": (["--device", "gpu0"], "cpu"),
+    "sinks": (["--n-sink", "-1"], "n_sink"),
+    "window": (["--window-size", "0"], "window_size"),
+    "tokens": (["--max-eval-tokens", "1"], "max_eval_tokens"),
+    "no number": (["--window-size", "many"], "--window-size"),
+    "option": (["--window", "3"], "--window"),
+    "engine": (["--decode-engine", "warp"], "eager"),
+}
+BAD_FINAL = {
+    "method": (["--methods", "streeming"], "streaming"),
+    "experiment": (["--only", "mian"], "main"),
+    "press": (["--methods", "baseline", "--kvpress-press", "snapkv"], "snapkv"),
+    "repeats": (["--repeats", "0"], "repeats"),
+}
+
+
+def assert_one_line(capsys, words: str) -> None:
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert len(error.strip().splitlines()) == 1, error
+    assert words in error
+
+
+@pytest.mark.parametrize("case", [*BAD, *BAD_FINAL])
+def test_bad_input_gets_one_line_and_exit_code_2(world, capsys, monkeypatch, case):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options, words = {**BAD, **BAD_FINAL}[case]
+    capsys.readouterr()
+    try:
+        code = final(world, *options)
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert_one_line(capsys, words)
+    assert not list(world.output.rglob("*.json"))
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_the_comparison_answers_bad_input_in_the_same_way(world, capsys, monkeypatch, case):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options, words = BAD[case]
+    capsys.readouterr()
+    try:
+        code = eval_streaming_llm.main([*subject(world), *options])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert_one_line(capsys, words)
+
+
+@pytest.mark.parametrize("content", ["", "a", "<|endoftext|>"])
+def test_a_text_of_fewer_than_two_tokens_is_bad_input(world, capsys, content):
+    short = make_text(world.base / "short.txt", content)
+    assert final(world, "--datasets", str(short)) == 2
+    assert_one_line(capsys, "short.txt")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "mpt"])
+def test_a_model_without_rotary_positions_is_bad_input(world, capsys, family):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(family).save_pretrained(world.base / family)
+    assert final(world, "--model", str(world.base / family)) == 2
+    assert_one_line(capsys, family)
+
+
+def test_flash_where_it_cannot_run_is_bad_input(world, capsys, monkeypatch):
+    from personal_adapters import sdpa
+
+    monkeypatch.setattr(sdpa, "check_backend_available", lambda *_: sdpa.Availability(False, "no such kernel"))
+    assert final(world, "--attn-backend-list", "math", "flash") == 2
+    assert_one_line(capsys, "no such kernel")
+
+
+def test_an_output_folder_that_is_a_file_is_bad_input(world, capsys):
+    world.output.write_text("")
+    assert final(world) == 2
+    assert_one_line(capsys, "cannot be written")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_folder_without_permission_is_bad_input(world, capsys):
+    world.output.mkdir()
+    world.output.chmod(0o500)
+    assert final(world) == 2
+    assert_one_line(capsys, "cannot be written")
+
+
+def test_an_interruption_ends_with_130(world, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.session.ModelSession.measure", interrupt)
+    assert final(world) == 130
+    assert "0 of 2 cells are finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["experiments/run_final_experiments.py", "eval_streaming_llm.py"])
+def test_the_scripts_start_from_a_checkout(script):
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "examples:" in done.stdout
+    assert "--n-sink" in done.stdout
+
+
+def test_the_runner_is_importable_from_its_script():
+    assert run_final_experiments.ExperimentRunner.__name__ == "ExperimentRunner"
+    config = run_final_experiments.ExperimentConfig(attn_backend_list=["math", "flash"])
+    assert config.attn_backend_list == ("math", "flash")
+
+
+def test_help_lists_every_option_of_the_configuration(capsys):
+    with pytest.raises(SystemExit):
+        run_final_experiments.main(["--help"])
+    printed = capsys.readouterr().out
+    for option in ("--repeats", "--only", "--force", "--dry-run", "--save-token-nll", "--scoring", "--kvpress-press"):
+        assert option in printed
+
+
+def test_folders_with_equal_names_are_refused(world, capsys):
+    other = make_model_folder(world.base / "elsewhere" / "tiny")
+    capsys.readouterr()
+    assert final(world, "--model", str(world.model), str(other)) == 2
+    assert_one_line(capsys, "same folder")
