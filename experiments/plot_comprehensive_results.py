@@ -18,7 +18,7 @@ if not __package__:  # as a script, on a machine where the project is not instal
 from matplotlib.figure import Figure
 
 from experiments.plotting.bars import figure_of_charts
-from experiments.plotting.captions import caption
+from experiments.plotting.captions import caption, peak_memory_note
 from experiments.plotting.metrics import TIMES, Metric
 from experiments.plotting.records import Record, ResultSet
 from experiments.plotting.rows import figure_of_rows, matrix_charts
@@ -56,7 +56,7 @@ def plot_matrix(records: Sequence[Record]) -> Figure | None:
         charts,
         records,
         title=dataset_label(records[0].dataset) + (f", {MODE_LABELS[mode]}" if mode else ""),
-        caption=[caption(records)],
+        caption=[caption(records), peak_memory_note(records)],
         notes=[f"{TIMES} {line}" for line in describe_missing(missing, charts[0].datasets, 90)],
     )
 

@@ -22,6 +22,12 @@ def caption(records: Sequence[Record | AblationRow], vary: Iterable[str] = (), r
     return " · ".join(part.replace(" ", "\xa0") for part in parts if part)
 
 
+def peak_memory_note(records: Iterable[Record]) -> str:
+    """What the files mean by peak memory: it is not the same thing on a GPU and on a CPU."""
+    kinds = sorted({r.conditions.peak_memory_kind for r in records if r.conditions.peak_memory_kind})
+    return f"peak memory: {' / '.join(kinds)}" if kinds else ""
+
+
 def _join(conditions: Sequence[Conditions], get: Callable[[Conditions], str | None]) -> str:
     return " / ".join(sorted({text for text in map(get, conditions) if text}))
 
@@ -62,4 +68,4 @@ def _repeats(records: Sequence[Record | AblationRow]) -> str:
     counts = sorted({len(r.runs) for r in records if len(r.runs) > 1})
     if not counts:
         return ""
-    return f"median of {' / '.join(map(str, counts))} runs, whiskers from the smallest to the largest"
+    return f"median of {' / '.join(map(str, counts))} runs; whiskers: all of them"

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+MINUS = "\N{MINUS SIGN}"
+_SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 
@@ -84,11 +86,15 @@ def axis_unit(unit: str, largest: float) -> tuple[float, str]:
 
 
 def short_number(value: float) -> str:
-    """Three significant digits, at most five characters and a sign: 0.512, 23.4, 768, 1.23k, 4.1M."""
+    """Three significant digits, at most five characters and a sign: 0.512, 23.4, 768, 1.23k, 4.10M."""
+    return _short(value).replace("-", MINUS)
+
+
+def _short(value: float) -> str:
     size = abs(value)
     if size >= 1e15:
         return f"{value:.0e}"
-    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, suffix in _SUFFIXES:
         if size >= 0.9995 * limit:
             return f"{_three_digits(value / limit)}{suffix}"
     return "0" if size < 5e-4 else _three_digits(value)
@@ -102,10 +108,10 @@ def _three_digits(value: float) -> str:
 
 def tick_number(value: float) -> str:
     """An axis tick: no trailing noughts, k and M for thousands and millions."""
-    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, suffix in _SUFFIXES:
         if abs(value) >= limit:
-            return f"{value / limit:g}{suffix}"
-    return f"{value:g}"
+            return f"{value / limit:g}{suffix}".replace("-", MINUS)
+    return f"{value:g}".replace("-", MINUS)
 
 
 def whole_number(value: float) -> str:

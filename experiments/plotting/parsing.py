@@ -211,6 +211,7 @@ def _conditions(data: dict, block: dict) -> Conditions:
         engine=_text(block.get("engine", data.get("engine"))),
         scoring=_text(block.get("scoring", data.get("scoring"))),
         press=_text(block.get("kvpress_press", data.get("kvpress_press"))),
+        peak_memory_kind=_text(block.get("peak_memory_kind")),
     )
 
 

@@ -25,6 +25,7 @@ class Conditions:
     engine: str | None = None
     scoring: str | None = None
     press: str | None = None  # which press kvpress ran
+    peak_memory_kind: str | None = None
 
     @property
     def cache_size(self) -> int | None:

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .captions import caption
-from .metrics import TIMES, short_number
+from .captions import caption, peak_memory_note
+from .metrics import MINUS, TIMES, short_number
 from .names import ABLATION_TYPES
 from .records import AblationRow, Record, ResultSet, Series
 from .series import safe_name, sorted_series
@@ -27,7 +27,8 @@ class Column:
     key: str
     title: str
     unit: str = ""
-    digits: int = 3
+    whole: bool = False
+    scale: float = 1.0  # from the unit of the files to that of the column
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,20 @@ RESULT_COLUMNS = (
     Column("ppl_increase_percent", "Increase", "%"),
     Column("speedup", "Speedup", TIMES),
     Column("runtime_sec", "Runtime", "s"),
-    Column("prefill_sec", "Prefill", "s"),
-    Column("ttft_sec", "TTFT", "s"),
+    Column("prefill_sec", "Prefill", "ms", scale=1e3),
+    Column("ttft_sec", "TTFT", "ms", scale=1e3),
     Column("decode_toks_per_sec", "Decode", "tokens/s"),
     Column("tpot_ms", "TPOT", "ms"),
     Column("kv_cache_mb", "KV cache", "MB"),
     Column("peak_memory_mb", "Peak memory", "MB"),
 )
 ABLATION_COLUMNS = (
-    Column("n_sink", "n_sink", digits=0),
-    Column("window_size", "window_size", digits=0),
+    Column("n_sink", "n_sink", whole=True),
+    Column("window_size", "window_size", whole=True),
     Column("perplexity", "Perplexity"),
     Column("decode_toks_per_sec", "Decode", "tokens/s"),
     Column("runtime_sec", "Runtime", "s"),
-    Column("prefill_sec", "Prefill", "s"),
+    Column("prefill_sec", "Prefill", "ms", scale=1e3),
     Column("kv_cache_mb", "KV cache", "MB"),
 )
 _FILE_KEYS = ("config_hash", "data_sha256", "timestamp")
@@ -183,18 +184,20 @@ def glance(results: ResultSet) -> list[Glance]:
 
 def conditions_line(results: ResultSet) -> str:
     """Under what the results were measured, in one line."""
-    return caption(results.records or results.ablations, repeats=False).replace("\xa0", " ")
+    parts = [caption(results.records or results.ablations, repeats=False), peak_memory_note(results.records)]
+    return " · ".join(part for part in parts if part).replace("\xa0", " ")
 
 
 def format_value(value: float, column: Column) -> str:
-    """A figure as the tables show it: whole numbers as they are, else four significant digits."""
-    if column.digits == 0:
-        return f"{value:,.0f}"
+    """A figure of the files as a table shows it: whole numbers as they are, else some four significant digits."""
+    value *= column.scale
     size = abs(value)
+    if column.whole:
+        return f"{value:,.0f}"
     if size >= 1e6:
         return short_number(value)
     decimals = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 1 else 3
-    return f"{value:,.{decimals}f}"
+    return f"{value:,.{decimals}f}".replace("-", MINUS)
 
 
 def _row(run: str, record: Record | AblationRow, texts: tuple[str, ...], environments: Environments) -> Row:

@@ -1,0 +1,142 @@
+"""The plot scripts as a person runs them: exit codes, what they say, no torch, no installed project."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from plot_fixtures.synthetic import write_json, write_older, write_set
+
+from experiments import (
+    make_report,
+    plot_ablation_results,
+    plot_all,
+    plot_comprehensive_results,
+    plot_decode_loop_comparison,
+    plot_fixed_eval_results,
+    plot_stream_curves,
+)
+
+EXPERIMENTS = Path(plot_all.__file__).parent
+SCRIPTS = {
+    "plot_fixed_eval_results": plot_fixed_eval_results.draw,
+    "plot_comprehensive_results": plot_comprehensive_results.draw,
+    "plot_decode_loop_comparison": plot_decode_loop_comparison.draw,
+    "plot_ablation_results": plot_ablation_results.draw,
+    "plot_stream_curves": plot_stream_curves.draw,
+}
+
+
+def run_script(draw, *arguments):
+    from experiments.plotting.script import main
+
+    return main(draw, "a test", [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("results"), ["pg19"], ["baseline", "streaming"], ["math", "flash"])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_script_writes_its_figures(name, results, tmp_path, capsys):
+    assert run_script(SCRIPTS[name], "--results-dir", results, "--output-dir", tmp_path, "--format", "png", "svg") == 0
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written
+    assert len(written) % 2 == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in written)
+
+
+def test_no_results_is_one_line_and_exit_code_2(tmp_path, capsys):
+    assert run_script(plot_fixed_eval_results.draw, "--results-dir", tmp_path / "absent") == 2
+    assert run_script(plot_fixed_eval_results.draw, "--results-dir", tmp_path) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert all(line.startswith("error: --results-dir") for line in errors)
+
+
+def test_results_elsewhere_below_are_pointed_out(tmp_path, capsys):
+    write_set(tmp_path / "h200", ["pg19"], ["baseline"], ["math"])
+    assert run_script(plot_fixed_eval_results.draw, "--results-dir", tmp_path) == 2
+    assert str(tmp_path / "h200") in capsys.readouterr().err
+
+
+def test_recognised_files_that_a_script_does_not_draw_are_no_error(tmp_path, capsys):
+    write_json(tmp_path / "pg19_ours.json", {"perplexity": 9.0, "total_time": 2.0})
+    assert run_script(plot_ablation_results.draw, "--results-dir", tmp_path, "--output-dir", tmp_path / "f") == 0
+    assert "none of which this script draws" in capsys.readouterr().out
+    assert not (tmp_path / "f").exists()
+
+
+def test_broken_and_foreign_files_are_named_skipped_and_exit_code_1(tmp_path, capsys):
+    write_older(tmp_path)
+    (tmp_path / "pg19_streaming.json").write_text("{")
+    write_json(tmp_path / "shopping.json", {"milk": 2})
+    out = tmp_path / "figures"
+    assert run_script(plot_fixed_eval_results.draw, "--results-dir", tmp_path, "--output-dir", out) == 1
+    errors = capsys.readouterr().err
+    assert "pg19_streaming.json: broken" in errors
+    assert "shopping.json: foreign" in errors
+    assert (out / "fixed_eval_perplexity.png").exists()
+
+
+def test_missing_cells_are_named_on_the_console_once(tmp_path, capsys):
+    write_set(tmp_path, ["pg19"], ["baseline", "kvpress"], ["math"], skip=[("pg19", "kvpress", "math")])
+    run_script(plot_fixed_eval_results.draw, "--results-dir", tmp_path, "--output-dir", tmp_path / "f")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing:")]
+    assert lines == ["missing: KVPress (math) on PG19: skipped: kvpress is not installed"]
+
+
+def test_an_unknown_format_is_refused(results, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_script(plot_fixed_eval_results.draw, "--results-dir", results, "--format", "gif")
+    assert caught.value.code == 2
+    assert "'png', 'pdf', 'svg'" in capsys.readouterr().err
+
+
+def test_drawing_everything_fills_a_folder_per_root_and_is_reproducible(tmp_path, capsys):
+    top = tmp_path / "results"
+    write_set(top, ["demo_narrative"], ["baseline", "streaming"], ["math"], repeats=1)
+    write_set(top / "h200" / "pythia-70m", ["pg19"], ["baseline", "streaming"], ["flash"], repeats=1, weights="random")
+    contents = []
+    for name in ("once", "again"):
+        assert plot_all.main(["--results-dir", str(top), "--output-dir", str(tmp_path / name)]) == 0
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        contents.append({path.relative_to(tmp_path / name).as_posix(): path.read_bytes() for path in files})
+    assert contents[0] == contents[1]
+    names = set(contents[0])
+    assert {"report.html", "h200/report.html", "fixed_eval_speedup.png", "stream_curves.png"} <= names
+    assert "h200/pythia-70m/fixed_eval_speedup.png" in names
+    assert "h200/pythia-70m/fixed_eval_perplexity.png" not in names
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {tmp_path / 'again' / 'report.html'}"
+
+
+def test_drawing_everything_without_results(tmp_path, capsys):
+    assert plot_all.main(["--results-dir", str(tmp_path)]) == 2
+    assert make_report.main(["--results-dir", str(tmp_path / "absent")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_no_torch_is_imported():
+    names = ", ".join(f"experiments.{name}" for name in [*SCRIPTS, "make_report", "plot_all"])
+    code = f"import sys, {names}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=EXPERIMENTS.parent, check=False).returncode == 0
+
+
+def test_a_script_runs_where_the_project_is_not_installed(results, tmp_path):
+    # -S leaves out site, and with it the installed project; numpy and matplotlib come by PYTHONPATH.
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib"), "MPLBACKEND": "agg"}
+    command = [sys.executable, "-S", EXPERIMENTS / "plot_ablation_results.py", "--results-dir", results]
+    done = subprocess.run(
+        [*command, "--output-dir", tmp_path],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ablation_n_sink.png").exists()
