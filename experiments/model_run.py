@@ -115,8 +115,7 @@ class ModelRun:
         self.done[cell] = record
         self.outcome.finished += 1
         self.estimator.add(cell, time.perf_counter() - start)
-        left = self.estimator.text(self.missing) if self.missing else "nothing"
-        self.say(f"{where}: {cell_line(record)}; left: {left}")
+        self.say(f"{where}: {cell_line(record)}; left: {self.estimator.text(self.missing)}")
 
     def _measure(self, cell: Cell, title: str) -> tuple[CellRecord | None, str]:
         """Run and keep one cell. This is the boundary at which a failure becomes a reason, and the others go on."""

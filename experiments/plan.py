@@ -111,7 +111,10 @@ class TimeEstimator:
         return total, complete
 
     def text(self, cells: Iterable[Cell]) -> str:
-        """The estimate in words: "about 3 min 20 s", "at least 15 s", "unknown"."""
+        """The estimate in words: "about 3 min 20 s", "at least 15 s", "unknown", "none" for no cells."""
+        cells = list(cells)
+        if not cells:
+            return "none"
         seconds, complete = self.seconds(cells)
         if not complete and not seconds:
             return "unknown"

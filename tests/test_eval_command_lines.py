@@ -9,13 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from evaluation_support import World, make_model_folder, make_text
+from evaluation_support import (  # noqa: F401 - no_collection is a fixture
+    World,
+    make_model_folder,
+    make_text,
+    no_collection,
+)
 
 import eval_streaming_llm
 from experiments import run_final_experiments
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ["--n-sink", "2", "--window-size", "14", "--max-eval-tokens", "40", "--device", "cpu"]
+
+pytestmark = pytest.mark.usefixtures("no_collection")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_ids, make_neox
+from evaluation_support import no_collection  # noqa: F401 - a fixture
 from reference import reference_logits
 
 from experiments import perplexity as perplexity_module
@@ -18,6 +19,7 @@ from experiments.perplexity import compute_perplexity, prompt_losses
 from experiments.progress import LossDisplay
 from personal_adapters.neox_flash import unwrap_attention, wrap_attention
 
+pytestmark = pytest.mark.usefixtures("no_collection")
 S, W, N = 2, 14, 60
 C = S + W
 CPU_METHODS = [name for name, cls in METHODS.items() if cls.unavailable() is None]

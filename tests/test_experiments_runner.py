@@ -7,7 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from evaluation_support import TEXT, World, make_model_folder, make_text
+from evaluation_support import (  # noqa: F401 - no_collection is a fixture
+    TEXT,
+    World,
+    make_model_folder,
+    make_text,
+    no_collection,
+)
 
 from experiments.config import SetupError
 from experiments.methods import METHODS
@@ -17,6 +23,8 @@ from experiments.session import ModelSession
 from experiments.storage import SaveError, folder_lock
 
 ALL = [name for name, cls in METHODS.items() if cls.unavailable() is None]
+
+pytestmark = pytest.mark.usefixtures("no_collection")
 
 
 @pytest.fixture
