@@ -42,10 +42,23 @@ FILE_NAME = "report.html"
 
 
 def read_runs(top: Path) -> list[Run]:
-    """All results at and below ``top``, named by their folder; a root without a single result file is left out."""
+    """All results at and below ``top``, named by their folder; files that could not be read are in there too."""
     roots = find_roots(top) or [top]
-    runs = [Run(root.relative_to(top).as_posix() if root != top else top.name, read_results(root)) for root in roots]
-    return [run for run in runs if run.results.num_files]
+    return [Run(root.relative_to(top).as_posix() if root != top else top.name, read_results(root)) for root in roots]
+
+
+def read_or_explain(top: Path) -> tuple[list[Run], int]:
+    """-> the runs that hold results, and the exit code so far; no runs, and one clear line, where there are none."""
+    if not top.is_dir():
+        print(f"error: --results-dir {top}: no such folder", file=sys.stderr)
+        return [], 2
+    runs = read_runs(top)
+    code = max(report_problems(run.results) for run in runs)
+    runs = [run for run in runs if run.results.num_files]
+    if not runs:
+        print(f"error: --results-dir {top}: no result files there or below", file=sys.stderr)
+        return [], 2
+    return runs, code
 
 
 @dataclass(frozen=True)
@@ -92,17 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output-dir", type=Path, default=Path("figures"), help="default: %(default)s")
     args = parser.parse_args(argv)
-    if not args.results_dir.is_dir():
-        print(f"error: --results-dir {args.results_dir}: no such folder", file=sys.stderr)
-        return 2
-    runs = read_runs(args.results_dir)
+    runs, code = read_or_explain(args.results_dir)
     if not runs:
-        print(f"error: --results-dir {args.results_dir}: no result files there or below", file=sys.stderr)
-        return 2
+        return code
     path = write_page(make_page([illustrate(run) for run in runs]), args.output_dir)
-    codes = [report_problems(run.results) for run in runs]
     print(f"report: {path}")
-    return max(codes)
+    return code
 
 
 def write_page(page: str, folder: Path) -> Path:

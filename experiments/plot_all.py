@@ -16,10 +16,10 @@ from pathlib import Path
 if not __package__:  # as a script, on a machine where the project is not installed: drawing needs no torch
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.make_report import Illustrated, illustrate, make_page, read_runs, write_page
+from experiments.make_report import Illustrated, illustrate, make_page, read_or_explain, write_page
 from experiments.plotting.output import save
 from experiments.plotting.report_data import Run
-from experiments.plotting.script import add_output_arguments, report_problems
+from experiments.plotting.script import add_output_arguments
 
 
 def save_all(item: Illustrated, top: Path, output: Path, formats: tuple[str, ...]) -> None:
@@ -56,20 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_output_arguments(parser)
     args = parser.parse_args(argv)
-    if not args.results_dir.is_dir():
-        print(f"error: --results-dir {args.results_dir}: no such folder", file=sys.stderr)
-        return 2
-    runs = read_runs(args.results_dir)
+    runs, code = read_or_explain(args.results_dir)
     if not runs:
-        print(f"error: --results-dir {args.results_dir}: no result files there or below", file=sys.stderr)
-        return 2
+        return code
     items = [illustrate(run) for run in runs]
     for item in items:
         save_all(item, args.results_dir, args.output_dir, tuple(args.format))
     path = write_reports(items, args.results_dir, args.output_dir)
-    codes = [report_problems(run.results) for run in runs]
     print(f"report: {path}")
-    return max(codes)
+    return code
 
 
 if __name__ == "__main__":

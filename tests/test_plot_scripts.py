@@ -120,6 +120,16 @@ def test_drawing_everything_without_results(tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
+def test_a_root_with_nothing_but_a_broken_file_is_not_passed_over(tmp_path, capsys):
+    top = tmp_path / "results"
+    write_json(top / "cpu" / "final" / "pg19_ours.json", {"perplexity": 9.0, "total_time": 2.0})
+    (top / "h200" / "final").mkdir(parents=True)
+    (top / "h200" / "final" / "pg19_main_backend-math.json").write_text("{")
+    assert plot_all.main(["--results-dir", str(top), "--output-dir", str(tmp_path / "f")]) == 1
+    assert "pg19_main_backend-math.json: broken" in capsys.readouterr().err
+    assert plot_all.main(["--results-dir", str(top / "h200"), "--output-dir", str(tmp_path / "f")]) == 2
+
+
 def test_no_torch_is_imported():
     names = ", ".join(f"experiments.{name}" for name in [*SCRIPTS, "make_report", "plot_all"])
     code = f"import sys, {names}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"

@@ -116,7 +116,14 @@ def _draw_row(ax: Axes, row: _Row, height: float) -> None:
     ax.xaxis.set_major_locator(NullLocator())
     if chart.metric.reference is not None:
         ax.axhline(chart.metric.reference, color=style.METHODS["baseline"].colour, lw=0.9, zorder=1.5)
-    ax.set_ylabel(f"{chart.metric.axis} ({unit})" if unit else chart.metric.axis)
+    ax.set_ylabel(_y_label(chart, unit, height))
+
+
+def _y_label(chart: BarChart, unit: str, height: float) -> str:
+    """Quantity and unit; in its short form where the long one would be longer than the axes."""
+    metric = chart.metric
+    names = [f"{name} ({unit})" if unit else name for name in (metric.axis, metric.short or metric.axis)]
+    return names[0] if text_width(names[0], style.SIZE_LABEL) * PT <= height + 0.05 else names[1]
 
 
 def _label_below(ax: Axes, x: float, lines: Sequence[str]) -> None:

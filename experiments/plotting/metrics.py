@@ -19,7 +19,7 @@ class Metric:
     with_baseline: bool = True  # False: the figure compares with the baseline, which is the line `reference`
     reference: float | None = None
     signed: bool = False  # may be negative
-    short: str = ""  # what narrow panels call it, where `axis` is too long
+    short: str = ""  # what small panels call it, where `axis` is too long
     log_ratio: float = 40.0  # a wider range of values goes on a log axis, else the small ones cannot be read
 
     @property
@@ -41,6 +41,7 @@ METRICS = {
             "perplexity increase",
             "%",
             better="lower",
+            short="increase",
             with_baseline=False,
             reference=0.0,
             signed=True,
@@ -67,7 +68,7 @@ METRICS = {
         Metric("first_token_latency_sec", "First decode step", "first step", "s", better="lower"),
         Metric("decode_sec", "Decode: after the prefill", "decode time", "s", better="lower"),
         Metric("decode_toks_per_sec", "Decode throughput", "decode rate", "tokens/s", better="higher", short="decode"),
-        Metric("tpot_ms", "Time per decoded token", "time per token", "ms", better="lower"),
+        Metric("tpot_ms", "Time per decoded token", "time per token", "ms", better="lower", short="TPOT"),
         Metric("peak_memory_mb", "Peak memory", "peak memory", "MB", better="lower"),
         Metric(
             "kv_cache_mb", "Keys and values held at the end", "keys and values", "MB", better="lower", short="KV cache"
