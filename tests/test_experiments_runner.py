@@ -356,6 +356,7 @@ def test_kvpress_is_skipped_by_default_where_it_cannot_run_and_refused_where_nam
         world.run(methods=["kvpress"])
 
 
+@pytest.mark.skipif(METHODS["kvpress"].unavailable() is not None, reason="kvpress cannot run here")
 def test_a_press_that_cannot_run_here_is_refused(world):
     with pytest.raises(SetupError, match="snapkv"):
         world.run(methods=["baseline", "kvpress"], kvpress_press="snapkv")
