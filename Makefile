@@ -1,0 +1,57 @@
+# make results   install, run the evaluation of the demo with both attention kernels, draw the figures
+# make test      install, run the tests (test-slow: those that take long)
+#
+# Uses the virtual environment that is active, else makes one in .venv.
+
+PYTHON ?= python3
+ENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+BIN := $(ENV)/bin
+# Says which checkout was installed into the environment last, and when.
+INSTALLED := $(ENV)/.streaming-llm-installed
+ifneq ($(shell cat $(INSTALLED) 2>/dev/null),$(CURDIR))
+.PHONY: $(INSTALLED)
+endif
+
+.PHONY: help install results figures test test-slow test-all lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \(make\)/\1/p' Makefile
+	@echo "also: install figures test-slow lint format clean"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(ENV)
+
+$(INSTALLED): requirements.txt pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@printf '%s' '$(CURDIR)' > $@
+
+install: $(INSTALLED)
+
+results: $(INSTALLED)
+	$(BIN)/python experiments/run_final_experiments.py --attn-backend-list math flash
+	$(BIN)/python experiments/plot_all.py
+
+figures: $(INSTALLED)
+	$(BIN)/python experiments/plot_all.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache results/final results/fixed_eval results/.cells
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
