@@ -23,6 +23,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .kv_cache import BlockPlan
 from .rope_utils import rotate
 
+try:
+    from . import triton_kernels
+except ImportError:  # no Triton: PyTorch's own operators do the same
+    triton_kernels = None
+
 MATH_SCORES_BYTES = 1 << 28
 """Attention scores that the math path holds at a time."""
 
@@ -154,20 +159,23 @@ def _streaming_band(
     query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, first_query: int, scale: float, kernel: str
 ) -> Tensor:
     """Attention of queries that are all past the cache size; keys begin ``W`` tokens before the first of them."""
-    turned = _turn_to_sinks(query, plan, first_query) if plan.layout.config.n_sink else None
+    config = plan.layout.config
+    if not config.n_sink:
+        if kernel == "math":
+            return _band_math(query, None, key, value, plan, scale)
+        return _band_flash(query, key, value, config.window_size, scale)[0]
+    # Queries are turned from token t to position S + W, where the sinks in their first rotation see them.
+    cos, sin = plan.rotation.turns(config.cache_size - first_query, query.shape[2], query.device)
+    rotary = plan.rotation.rotary
     if kernel == "math":
-        return _band_math(query, turned, key, value, plan, scale)
-    out, lse = _band_flash(query, key, value, plan.layout.config.window_size, scale)
-    if turned is None:
-        return out
-    return _merge_sinks(out, lse, turned, plan, scale)
-
-
-def _turn_to_sinks(query: Tensor, plan: BlockPlan, first_query: int) -> Tensor:
-    """Queries turned from token ``t`` to position ``S + W``, where the sinks in their first rotation see them."""
-    tokens = torch.arange(first_query, first_query + query.shape[2], device=query.device)
-    cos, sin = plan.rotary.cos_sin(plan.layout.config.cache_size - tokens)
-    return rotate(query, cos, sin, plan.rotary)
+        return _band_math(query, rotate(query, cos, sin, rotary), key, value, plan, scale)
+    out, lse = _band_flash(query, key, value, config.window_size, scale)
+    if triton_kernels is not None and triton_kernels.available(query):
+        pairs = slice(None, None, 2) if rotary.interleaved else slice(rotary.rotary_dim // 2)
+        cos, sin = (x[:, pairs].float().contiguous() for x in (cos, sin))
+        sinks = (plan.sink_keys, plan.sink_values)
+        return triton_kernels.merge_sinks(query, out, lse, cos, sin, *sinks, scale, rotary.interleaved)
+    return _merge_sinks(out, lse, rotate(query, cos, sin, rotary), plan, scale)
 
 
 def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scale: float) -> Tensor:

@@ -33,7 +33,7 @@ class BlockPlan:
 
     Args:
         layout: the stream's layout.
-        rotary: the model's rotation.
+        rotation: the turns of the stream's sinks.
         first_key: token number of the first key; keys and values are consecutive tokens from there on.
         first_query: token number of the first query.
         sink_keys, sink_values: ``[batch, num_kv_heads, n_sink, head_dim]``, the keys as first rotated; ``None``
@@ -42,7 +42,7 @@ class BlockPlan:
     """
 
     layout: StreamLayout
-    rotary: Rotary
+    rotation: SinkRotation
     first_key: int
     first_query: int
     sink_keys: Tensor | None
@@ -64,6 +64,7 @@ class SinkRotation:
         self.exact_angles = exact_angles
         self._on_device: dict[torch.device, Rotary] = {}
         self._last: dict[tuple[torch.device, torch.dtype], tuple[int, Tensor, Tensor]] = {}
+        self._last_turns: tuple[tuple[int, int, torch.device], Tensor, Tensor] | None = None
 
     def on(self, device: torch.device) -> Rotary:
         """The rotation with its frequencies on ``device``."""
@@ -83,6 +84,17 @@ class SinkRotation:
             cos, sin = rotary.cos_sin_of(angles)
             last = self._last[device, dtype] = (query, cos.to(dtype), sin.to(dtype))
         return last[1], last[2]
+
+    def turns(self, first: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, each ``[count, rotary_dim]`` in float64, of turns by ``first``, ``first - 1``, ... positions.
+
+        They bring the queries of a block to where the sinks in their first rotation see them.
+        """
+        key = (first, count, device)
+        if self._last_turns is None or self._last_turns[0] != key:
+            positions = torch.arange(first, first - count, -1, device=device)
+            self._last_turns = (key, *self.on(device).cos_sin(positions))
+        return self._last_turns[1:]
 
 
 class StreamingLayer(CacheLayerMixin):
@@ -237,7 +249,7 @@ class StreamingLayer(CacheLayerMixin):
         moves = self.n_seen > self.layout.capacity and self.layout.config.n_sink > 0
         return BlockPlan(
             self.layout,
-            self.rotation.on(self.device),
+            self.rotation,
             first_key,
             first_query,
             self._keep_sinks() if moves else None,

@@ -1,0 +1,106 @@
+"""Triton kernels for CUDA. Only imported where Triton is installed; each has a plain PyTorch path beside it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _merge_sinks(
+    q_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, result_ptr,
+    q_len, num_heads, groups, scale,
+    q_b, q_h, q_m, out_b, out_h, out_m, k_b, k_h, k_s, v_b, v_h, v_s,
+    N_SINK: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HALF_P: tl.constexpr, PASS_P: tl.constexpr, DIM_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    in_rows = (rows < q_len)[:, None]
+    half, rest, dims = tl.arange(0, HALF_P), tl.arange(0, PASS_P), tl.arange(0, DIM_P)
+    in_half, in_rest, in_dims = half < HALF, rest < HEAD_DIM - 2 * HALF, dims < HEAD_DIM
+    first = 2 * half if INTERLEAVED else half
+    second = first + 1 if INTERLEAVED else half + HALF
+    rest += 2 * HALF
+
+    # The query, turned to where the sinks in their first rotation see it.
+    q = q_ptr + batch * q_b + head * q_h + rows[:, None] * q_m
+    mask = in_rows & in_half[None, :]
+    a = tl.load(q + first[None, :], mask, 0.0).to(tl.float32)
+    b = tl.load(q + second[None, :], mask, 0.0).to(tl.float32)
+    passed = tl.load(q + rest[None, :], in_rows & in_rest[None, :], 0.0).to(tl.float32)
+    angle = rows[:, None] * HALF + half[None, :]
+    cos, sin = tl.load(cos_ptr + angle, mask, 0.0), tl.load(sin_ptr + angle, mask, 0.0)
+    turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
+
+    # One running softmax that begins with the window's result.
+    largest = tl.load(lse_ptr + tl.program_id(1) * q_len + rows, rows < q_len, 0.0)
+    total = tl.full((BLOCK,), 1.0, tl.float32)
+    out = out_ptr + batch * out_b + head * out_h + rows[:, None] * out_m
+    acc = tl.load(out + dims[None, :], in_rows & in_dims[None, :], 0.0).to(tl.float32)
+    k = k_ptr + batch * k_b + (head // groups) * k_h
+    v = v_ptr + batch * v_b + (head // groups) * v_h
+    for sink in range(N_SINK):
+        key = k + sink * k_s
+        score = tl.sum(turned_a * tl.load(key + first, in_half, 0.0).to(tl.float32)[None, :], 1)
+        score += tl.sum(turned_b * tl.load(key + second, in_half, 0.0).to(tl.float32)[None, :], 1)
+        score += tl.sum(passed * tl.load(key + rest, in_rest, 0.0).to(tl.float32)[None, :], 1)
+        score *= scale
+        new_largest = tl.maximum(largest, score)
+        keep, weight = tl.exp(largest - new_largest), tl.exp(score - new_largest)
+        value = tl.load(v + sink * v_s + dims, in_dims, 0.0).to(tl.float32)
+        acc = acc * keep[:, None] + weight[:, None] * value[None, :]
+        total = total * keep + weight
+        largest = new_largest
+
+    # [batch, q_len, num_heads, head_dim]
+    result = result_ptr + ((batch * q_len + rows[:, None]) * num_heads + head) * HEAD_DIM
+    tl.store(
+        result + dims[None, :], (acc / total[:, None]).to(result_ptr.dtype.element_ty), in_rows & in_dims[None, :]
+    )
+
+
+def merge_sinks(
+    query: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    sink_keys: Tensor,
+    sink_values: Tensor,
+    scale: float,
+    interleaved: bool,
+) -> Tensor:
+    """Turn the query, score the sinks and add them to the attention over the window, reading everything once.
+
+    Args:
+        query, out: ``[batch, num_heads, q_len, head_dim]``, the last dimension contiguous.
+        lse: log-sum-exp of the window's scores ``[batch, num_heads, q_len]``, float32, contiguous.
+        cos, sin: of the turn of each query, ``[q_len, rotary_dim / 2]``, float32, contiguous.
+        sink_keys, sink_values: ``[batch, num_kv_heads, n_sink, head_dim]``.
+        scale: factor on the scores.
+        interleaved: rotation pairs neighbours instead of halves.
+
+    Returns:
+        ``[batch, num_heads, q_len, head_dim]`` in the dtype of ``out``, laid out as ``[batch, q_len, num_heads, ...]``.
+    """
+    batch, num_heads, q_len, head_dim = query.shape
+    half = cos.shape[1]
+    result = out.new_empty((batch, q_len, num_heads, head_dim))
+    block = 32
+    _merge_sinks[(triton.cdiv(q_len, block), batch * num_heads)](
+        query, out, lse, cos, sin, sink_keys, sink_values, result,
+        q_len, num_heads, num_heads // sink_keys.shape[1], scale,
+        *query.stride()[:3], *out.stride()[:3], *sink_keys.stride()[:3], *sink_values.stride()[:3],
+        N_SINK=sink_keys.shape[2], HALF=half, HEAD_DIM=head_dim, INTERLEAVED=interleaved,
+        HALF_P=triton.next_power_of_2(half), PASS_P=triton.next_power_of_2(max(1, head_dim - 2 * half)),
+        DIM_P=triton.next_power_of_2(head_dim), BLOCK=block,
+    )  # fmt: skip
+    return result.transpose(1, 2)
+
+
+def available(query: Tensor) -> bool:
+    """Whether the kernels run on this tensor's device."""
+    return query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) >= (8, 0)
