@@ -86,7 +86,7 @@ class SinkRotation:
         return last[1], last[2]
 
     def turns(self, first: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, each ``[count, rotary_dim]`` in float64, of turns by ``first``, ``first - 1``, ... positions.
+        """Cosine and sine, each ``[count, rotary_dim]`` in float64, of turns by ``first``, ``first - 1``, ...
 
         They bring the queries of a block to where the sinks in their first rotation see them.
         """
