@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -81,10 +82,13 @@ def environment(device: torch.device, command: str, seed: int, kvpress_imported:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The checkout's commit and whether tracked files differ from it; (None, None) outside a git checkout."""
+    """The checkout's commit and whether tracked files differ from it.
+
+    Outside a git checkout the commit is what the variable GIT_COMMIT says, and whether files differ is not known.
+    """
     commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if not commit:
-        return None, None
+        return os.environ.get("GIT_COMMIT"), None
     return commit, bool(_output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"))
 
 

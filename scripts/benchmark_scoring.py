@@ -4,7 +4,7 @@
 Both go over the same tokens with the same model, kernel, block length and loss, interleaved in one run. The dense
 forward sees each chunk by itself, so it is no alternative, but the speed that the model allows.
 
-    python scripts/benchmark_scoring.py --model random:pythia-70m random:pythia-2.8b random:pythia-6.9b --output results/h200/scoring.json
+    python scripts/benchmark_scoring.py --model random:pythia-70m random:pythia-2.8b --attn-backend flash
 """
 
 from __future__ import annotations
@@ -132,10 +132,10 @@ def main(argv: list[str] | None = None) -> int:
         wrap_attention(model, backend)
         figures = measure(model, arguments, stream)
         result["models"][source.name] = {"weights": source.weights, **figures}
-        speed = figures["toks_per_sec"]
+        speed, peak = figures["toks_per_sec"], figures["peak_memory_mb"]
         print(
             f"{source.name} ({source.weights} weights): streaming {speed['streaming']:,.0f} tokens/s, dense chunks "
-            f"{speed['dense_chunks']:,.0f}, ratio {figures['streaming_to_dense']:.2f}, peak MB {figures['peak_memory_mb']}",
+            f"{speed['dense_chunks']:,.0f}, ratio {figures['streaming_to_dense']:.2f}, peak MB by tokens {peak}",
             flush=True,
         )
         del model

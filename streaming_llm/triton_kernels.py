@@ -84,7 +84,7 @@ def merge_sinks(
         interleaved: rotation pairs neighbours instead of halves.
 
     Returns:
-        ``[batch, num_heads, q_len, head_dim]`` in the dtype of ``out``, a view of ``[batch, q_len, num_heads, head_dim]``.
+        ``[batch, num_heads, q_len, head_dim]`` like ``out``, a view of ``[batch, q_len, num_heads, head_dim]``.
     """
     batch, num_heads, q_len, head_dim = query.shape
     half = cos.shape[1]
