@@ -10,10 +10,10 @@ from experiments.progress import LossDisplay
 
 
 @contextmanager
-def progress_bar(title: str, total_tokens: int, wanted: bool) -> Iterator[LossDisplay]:
+def progress_bar(title: str, decode_steps: int, wanted: bool) -> Iterator[LossDisplay]:
     """A bar on standard error for one cell; the display that it gives shows nothing where nobody watches."""
     visible = wanted and sys.stderr.isatty()
-    with tqdm(desc=title, total=total_tokens, unit=" tokens", leave=False, disable=not visible) as bar:
+    with tqdm(desc=title, total=decode_steps, unit=" tokens", leave=False, disable=not visible) as bar:
 
         def show(steps: int, perplexity: float | None) -> None:
             if perplexity is not None:

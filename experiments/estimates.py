@@ -17,14 +17,12 @@ def probe_seconds(session: ModelSession, cell: Cell) -> float:
     prompt = min(cell.n_sink + cell.window_size, ids.shape[1])
     method = session.method(cell)
     probe = compute_perplexity(session.model, ids[:, : prompt + _PROBE_STEPS + 1], method, warmup_steps=1)
-    steps = max(0, ids.shape[1] - 1 - prompt)
     scoring = 0.0
-    if cell.scoring == "parallel":
-        steps = min(steps, session.config.decode_sample)
-        scoring = _scoring_seconds(method, ids.to(session.model.device)) if method.parallel else 0.0
+    if cell.scoring == "parallel" and method.parallel:
+        scoring = _scoring_seconds(method, ids.to(session.model.device))
     tpot = (probe.tpot_ms or 0.0) / 1e3
     warm_up = probe.prefill_sec + session.config.warmup_steps * tpot
-    return warm_up + probe.prefill_sec + steps * tpot + scoring
+    return warm_up + probe.prefill_sec + session.decode_steps(cell) * tpot + scoring
 
 
 def _scoring_seconds(method, ids: torch.Tensor) -> float:

@@ -249,12 +249,16 @@ class Window(Streaming):
         return StreamingConfig(0, settings.cache_size)
 
 
+def head_dim(config) -> int:
+    """Size of an attention head, which not every configuration states."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _kv_token_nbytes(model) -> int:
     """Bytes of the keys and values of one token, in all layers, in the model's dtype."""
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
+    return 2 * config.num_hidden_layers * kv_heads * head_dim(config) * model.dtype.itemsize
 
 
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Baseline, Streaming, KVPress, Window, Dense)}

@@ -121,7 +121,7 @@ class ModelRun:
         """Run and keep one cell. This is the boundary at which a failure becomes a reason, and the others go on."""
         start = time.perf_counter()
         reason = ""
-        with progress_bar(title, cell.tokens, self.config.progress) as display:
+        with progress_bar(title, self.session.decode_steps(cell), self.config.progress) as display:
             try:
                 result = self.session.measure(cell, display)
             except Exception as error:  # whatever it is, it concerns this cell

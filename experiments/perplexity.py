@@ -86,7 +86,7 @@ def compute_perplexity(
     ids = input_ids.to(model.device)
     n_tokens = ids.shape[1]
     prompt = min(method.settings.cache_size, n_tokens)
-    last_step = n_tokens - 1 if scoring == "decode" else min(n_tokens - 1, prompt + (decode_sample or n_tokens))
+    steps = decode_steps(n_tokens, prompt, scoring, decode_sample)
     progress = progress or LossDisplay.silent()
 
     prompt_nll = prompt_losses(model, ids[:, :prompt]) if scoring == "decode" else None
@@ -95,7 +95,7 @@ def compute_perplexity(
         _decode(method, ids[:, : min(n_tokens, prompt + warmup_steps + 1)], prompt, LossDisplay.silent())
         memory = PeakMemory(ids.device)
         memory.start()
-        timing, nll = _decode(method, ids[:, : last_step + 1], prompt, progress)
+        timing, nll = _decode(method, ids[:, : prompt + steps + 1], prompt, progress)
         peak = memory.stop()
         held = {
             "kv_cache_mb": method.kv_cache_nbytes / 1e6,
@@ -126,6 +126,12 @@ def compute_perplexity(
         position=np.arange(1, len(losses) + 1),
         **held,
     )
+
+
+def decode_steps(num_tokens: int, prompt: int, scoring: str, decode_sample: int | None) -> int:
+    """Decode steps of a run: one for each token after the prompt but the last; under "parallel", a sample of them."""
+    steps = max(0, num_tokens - 1 - prompt)
+    return steps if scoring == "decode" or decode_sample is None else min(steps, decode_sample)
 
 
 def _perplexity(nll: np.ndarray) -> float:

@@ -53,11 +53,6 @@ class LossDisplay:
         self._pinned.copy_(nll.mean(), non_blocking=True)
         self._arrived.record()
 
-    def close(self) -> None:
-        """Show the steps since the last update."""
-        if self._show is not None and self._steps % _EVERY_STEPS:
-            self._show(self._steps % _EVERY_STEPS, self._perplexity)
-
 
 def _exp(mean: float) -> float:
     return math.exp(min(mean, 700.0))

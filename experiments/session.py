@@ -11,14 +11,14 @@ from experiments.cells import Cell
 from experiments.config import DTYPES, ExperimentConfig, ModelSettings, SetupError, settings_for
 from experiments.environment import what_matters
 from experiments.kvpress_support import PRESSES, import_adapter, kvpress_version
-from experiments.methods import DEFAULT_METHODS, METHODS, Method, MethodSettings
+from experiments.methods import DEFAULT_METHODS, METHODS, Method, MethodSettings, head_dim
 from experiments.models import LoadedModel, ModelSource
-from experiments.perplexity import PerplexityResult, compute_perplexity
+from experiments.perplexity import PerplexityResult, compute_perplexity, decode_steps
 from experiments.progress import LossDisplay
 from experiments.results import Header, hash_of
 from experiments.texts import Text, random_tokens, tokenise
 from personal_adapters.neox_flash import wrap_attention
-from personal_adapters.sdpa import resolve_attn_backend, select_dtype
+from personal_adapters.sdpa import check_backend_available, resolve_attn_backend, select_dtype
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class ModelSession:
         self.settings: ModelSettings = settings_for(config, self.loaded.context_length, source.is_demo)
         self.texts = {text.key: text for text in texts}
         self._streams: dict[tuple[str, int], Stream] = {}
+        self._check_head_dim()
         self._wrap(machine.backends[0])
         self.methods, self.skipped = self._check_methods()
         for text in texts:
@@ -82,6 +83,14 @@ class ModelSession:
     @property
     def model(self):
         return self.loaded.model
+
+    def _check_head_dim(self) -> None:
+        """Kernels are limited in the size of a head; the machine was checked before the model was known."""
+        machine = self.machine
+        for backend in machine.backends:
+            available = check_backend_available(backend, machine.dtype, machine.device, head_dim(self.model.config))
+            if not available:
+                raise SetupError(f"attention backend {backend!r} cannot run {self.source.name!r}: {available.reason}")
 
     def _wrap(self, backend: str) -> None:
         try:
@@ -184,6 +193,12 @@ class ModelSession:
         """The cell's method object on the model, which from now on runs the cell's backend."""
         wrap_attention(self.model, cell.backend)
         return METHODS[cell.method](self.model, self.method_settings(cell.n_sink, cell.window_size))
+
+    def decode_steps(self, cell: Cell) -> int:
+        """How many decode steps the cell times."""
+        num_tokens = self.stream(cell.dataset, cell.tokens).num_tokens
+        prompt = min(cell.n_sink + cell.window_size, num_tokens)
+        return decode_steps(num_tokens, prompt, cell.scoring, self.config.decode_sample)
 
     def measure(self, cell: Cell, display: LossDisplay) -> PerplexityResult:
         """Run a cell."""
