@@ -1,0 +1,104 @@
+"""A stream scored block by block, which can stop between two blocks and go on from there, to the bit.
+
+The computation is that of `streaming_llm.score_stream`; with the same blocks it gives the same losses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from streaming_llm import StreamingConfig
+from streaming_llm.blockwise import token_nll
+from streaming_llm.model import Attachment, new_cache
+
+from .cache_state import cache_state, load_cache_state
+
+
+class ScoringError(RuntimeError):
+    """A stream could not be scored to its end."""
+
+
+class StreamScorer:
+    """One stream on an attached model: losses of one block after the other, and a state in between.
+
+    Args:
+        model: a causal language model that `attachment` belongs to; it has to stay attached.
+    """
+
+    def __init__(self, model: nn.Module, attachment: Attachment, config: StreamingConfig) -> None:
+        self.model = model
+        self.device = model.get_input_embeddings().weight.device
+        self.cache = new_cache(model, attachment, config)
+        self.n_seen = 0
+        self._last_hidden: Tensor | None = None
+
+    @torch.no_grad()
+    def score(self, block: Tensor) -> Tensor:
+        """Feed the next tokens ``[1, n]``.
+
+        Returns:
+            Losses in nats ``[n]``, or ``[n - 1]`` of a stream's first block, whose first token nothing predicts; on
+            the model's device, float32 (float64 for a float64 model).
+        """
+        largest = int(block.max())
+        if largest >= self.model.config.vocab_size:
+            raise ScoringError(f"token id {largest} is outside the model's vocabulary")
+        block = block.to(self.device)
+        output = self.model.base_model(input_ids=block, past_key_values=self.cache, use_cache=True)
+        hidden = output.last_hidden_state  # each predicts the next token: a block's first is predicted by the last one
+        if self._last_hidden is None:
+            predicting, targets = hidden[:, :-1], block[:, 1:]
+        else:
+            predicting, targets = torch.cat((self._last_hidden, hidden[:, :-1]), dim=1), block
+        self._last_hidden = hidden[:, -1:].clone()
+        self.n_seen += block.shape[1]
+        if not targets.shape[1]:
+            return hidden.new_empty(0)
+        return token_nll(self.model, predicting, targets)[0]
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next block depends on, on the CPU."""
+        last = None if self._last_hidden is None else self._last_hidden.cpu()
+        return {"n_seen": self.n_seen, "last_hidden": last, "cache": cache_state(self.cache)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        last = state["last_hidden"]
+        self.n_seen = state["n_seen"]
+        self._last_hidden = None if last is None else last.to(self.device)
+        load_cache_state(self.cache, state["cache"], self.device)
+
+
+class LossFetcher:
+    """Brings losses to the CPU one block late, so that a GPU has its next block before anyone waits for the last."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._pending: tuple[Tensor, Any] | None = None
+
+    def put(self, losses: Tensor) -> np.ndarray:
+        """Start fetching `losses` ``[n]``; returns those of the call before (none at first), float32."""
+        previous = self.flush()
+        if self._on_cuda:
+            home = torch.empty(losses.shape, dtype=torch.float32, pin_memory=True)
+            home.copy_(losses.float(), non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._pending = (home, arrived)
+        else:
+            self._pending = (losses.float(), None)
+        return previous
+
+    def flush(self) -> np.ndarray:
+        """Wait for what is under way and return it."""
+        if self._pending is None:
+            return np.empty(0, dtype=np.float32)
+        home, arrived = self._pending
+        self._pending = None
+        if arrived is not None:
+            arrived.synchronize()
+        return home.numpy()
