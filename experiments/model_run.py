@@ -15,6 +15,7 @@ from experiments.methods import METHODS
 from experiments.plan import HELD_CONSTANT, MAIN, FilePlan, Group, TimeEstimator, plan_cells, plan_files
 from experiments.results import (
     MethodRuns,
+    Saved,
     ablation_result,
     fixed_eval_result,
     hash_of,
@@ -23,7 +24,7 @@ from experiments.results import (
     save_result,
 )
 from experiments.session import ModelSession
-from experiments.storage import write_npz
+from experiments.storage import set_aside, write_npz
 from experiments.summary import cell_line
 
 Say = Callable[[str], None]
@@ -173,7 +174,9 @@ class ModelRun:
         methods += [MethodRuns(name, *sizes, (), "skipped", why) for name, why in self.session.skipped.items()]
         value = main_result(header, methods, sizes, self._environment())
         path = self.root / "final" / f"{file.stem}.json"
-        self._save(path, value)
+        if self._save(path, value).aside is not None:  # losses beside it belong to what was there
+            for losses in path.parent.glob(f"{file.stem}.*.nll.npz"):
+                set_aside(losses, "earlier")
         for name in value["methods"]:
             own = self.root / "fixed_eval" / f"{file.dataset}_{name}_backend-{file.backend}.json"
             self._save(own, fixed_eval_result(value, name), quiet=True)
@@ -209,10 +212,11 @@ class ModelRun:
         self._save(self.root / "final" / f"{file.stem}.json", value)
         self.outcome.ablations.append(value)
 
-    def _save(self, path: Path, value: dict, quiet: bool = False) -> None:
+    def _save(self, path: Path, value: dict, quiet: bool = False) -> Saved:
         saved = save_result(path, value, keep_previous=self.config.force)
         if saved.aside is not None or not quiet:
             self.say(str(saved))
+        return saved
 
     def _environment(self) -> dict:
         return environment(self.session.machine.device, self.config.command, self.config.seed, self._kvpress_imported)

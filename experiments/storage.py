@@ -82,11 +82,10 @@ def read_json(path: Path) -> dict:
 def set_aside(path: Path, why: str) -> Path:
     """Move a file into `superseded/` beside it, under a name that is free there; returns where it is now."""
     folder = path.parent / SUPERSEDED
-    stem, dot, suffix = path.name.partition(".json")
     try:
         folder.mkdir(exist_ok=True)
         for number in range(10_000):
-            target = folder / f"{stem}.{why}{f'-{number}' if number else ''}{dot}{suffix}"
+            target = folder / f"{path.stem}.{why}{f'-{number}' if number else ''}{path.suffix}"
             if not target.exists():
                 os.replace(path, target)
                 return target

@@ -122,6 +122,9 @@ def test_token_losses_are_kept_on_request(world):
         mean = arrays["nll"].astype(np.float64).mean()
     value = load(world, "final/one_main_backend-math.json")
     assert value["streaming"]["perplexity"] == pytest.approx(np.exp(mean))
+    world.run(window_size=15)  # without them: those of the earlier result must not stay beside the new one
+    assert not list((world.root / "final").glob("*.npz"))
+    assert len(list((world.root / "final" / "superseded").glob("*.npz"))) == 2
 
 
 def test_parallel_scoring_keeps_the_perplexity_and_samples_the_speed(world):
