@@ -108,6 +108,7 @@ class StreamingLayer(CacheLayerMixin):
 
     def __init__(self, layout: StreamLayout, rotation: SinkRotation) -> None:
         super().__init__()
+        self.is_initialized = False  # before 4.57 Transformers' layers have no such attribute
         self.layout = layout
         self.rotation = rotation
         self.attends_blocks = False
@@ -121,7 +122,7 @@ class StreamingLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         value_states = key_states if value_states is None else value_states
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.max_batch_size = key_states.shape[0]
+        self.batch_size = self.max_batch_size = key_states.shape[0]  # the newer and the older name
         self.keys = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[3]))
         self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
         self.is_initialized = True
@@ -270,8 +271,13 @@ class StreamingLayer(CacheLayerMixin):
         kept = self.layout.kept(self.n_seen) if q_len == 1 else self.n_seen
         return kept + q_len, self.get_seq_length() - kept
 
-    def get_max_cache_shape(self) -> int:
+    def get_max_length(self) -> int:
+        """Tokens held at most. As with Transformers' sliding windows, many more may have been seen."""
         return self.layout.capacity
+
+    def get_max_cache_shape(self) -> int:
+        """What :meth:`get_max_length` is called in older Transformers."""
+        return self.get_max_length()
 
     # Whole-stream operations
 
@@ -299,12 +305,18 @@ class StreamingLayer(CacheLayerMixin):
             self._sink_parts = None
 
     def crop(self, max_length: int) -> None:
-        """Forget the last tokens, so that ``max_length`` remain seen (negative: forget that many).
+        """Forget the last tokens.
+
+        Transformers has changed what it passes from the length that remains to the number of tokens to remove, as a
+        negative number or zero. Both are understood: zero removes none, and :meth:`reset` forgets them all.
+
+        Args:
+            max_length: positive: so many tokens remain seen; otherwise: its magnitude is the number to forget.
 
         Raises:
             ValueError: the tokens that would come back into the window have been evicted.
         """
-        length = max_length - self.position_offset if max_length >= 0 else self.n_seen + max_length
+        length = max_length - self.position_offset if max_length > 0 else self.n_seen + max_length
         if length >= self.n_seen:
             return
         if self.n_seen > self.layout.capacity or length < 0:
@@ -319,7 +331,7 @@ class StreamingLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         self.keys, self.values = select(self.keys), select(self.values)
-        self.max_batch_size = self.keys.shape[0]
+        self.batch_size = self.max_batch_size = self.keys.shape[0]
         if self._sink_keys is not None:
             self._sink_keys, self._sink_parts = select(self._sink_keys), None
 
@@ -344,7 +356,10 @@ class StreamingKVCache(Cache):
 
     Limits of the bare cache: rotary angles are Transformers' own, computed in float32 from the absolute position
     (7e-3 in the logits of a small model at position 10,000,000; the wrapper's are exact). Padding cannot be seen
-    by a cache: sequences of a batch have to be of equal length.
+    by a cache: sequences of a batch have to be of equal length. The frequencies have to be those of the
+    configuration, which they no longer are once ``model.half()`` has rounded them; where Transformers hands a cache
+    cosine and sine (older versions do) that raises ``ValueError``, elsewhere a cache cannot notice. Load the model
+    with ``dtype=``, or use the wrapper, which takes the frequencies from the model.
 
     Args:
         config: the model's Transformers configuration.
@@ -400,6 +415,7 @@ class StreamingKVCache(Cache):
         """From the first eviction on, whenever the stream has doubled: does the model rotate as configured?
 
         ``model.half()`` rounds the model's frequencies too, which a cache made from the configuration cannot know.
+        Newer Transformers pass no cosine and sine, so that there is nothing to compare.
         """
         self._next_angle_check = 2 * layer.n_seen
         found = [x.flatten(0, -2)[-1] for name in ("cos", "sin") if (x := (cache_kwargs or {}).get(name)) is not None]

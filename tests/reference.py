@@ -23,6 +23,7 @@ def reference_logits(model, input_ids: torch.Tensor, n_sink: int, window_size: i
     """Float64 logits ``[batch, length, vocab]`` of a GPT-NeoX fed ``input_ids`` ``[batch, length]`` one by one."""
     config = model.config
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    output_layer = next(name for name in ("embed_out", "lm_head") if f"{name}.weight" in weights)  # older, newer name
     inv_freq = model.gpt_neox.rotary_emb.inv_freq.double()
     batch, length = input_ids.shape
     num_heads = config.num_attention_heads
@@ -55,5 +56,5 @@ def reference_logits(model, input_ids: torch.Tensor, n_sink: int, window_size: i
             inner = x if config.use_parallel_residual else x + attended
             hidden = linear(layer_norm(inner, f"{prefix}.post_attention_layernorm"), f"{prefix}.mlp.dense_h_to_4h")
             x = x + attended + linear(torch.nn.functional.gelu(hidden), f"{prefix}.mlp.dense_4h_to_h")
-        logits.append(linear(layer_norm(x, "gpt_neox.final_layer_norm"), "embed_out"))
+        logits.append(linear(layer_norm(x, "gpt_neox.final_layer_norm"), output_layer))
     return torch.stack(logits, dim=1)

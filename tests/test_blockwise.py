@@ -54,11 +54,12 @@ def test_bfloat16_is_no_further_off_than_its_token_loop(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_kernel_asked_for_runs_without_a_mask_in_flash(kernel):
     model, ids = make_neox(), make_ids(300)
-    masks = []
     original = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-        with sdpa_kernel(KERNELS[kernel]):
-            score_stream(model, ids, 4, 60)
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile,
+        sdpa_kernel(KERNELS[kernel]),
+    ):
+        score_stream(model, ids, 4, 60)
     names = {event.key for event in profile.key_averages()}
     flash, math = str(original).removesuffix(".default").replace(".", "::"), "aten::_scaled_dot_product_attention_math"
     assert (flash in names, math in names) == ((True, False) if kernel == "flash" else (False, True))
@@ -90,7 +91,8 @@ def test_hidden_states_and_callback():
     model, ids = make_neox(), make_ids(250)
     nll, hidden = score_stream(model, ids, 4, 48, block_size=60, return_hidden=True)
     assert hidden.shape == (1, 250, 64)
-    torch.testing.assert_close(F.cross_entropy(model.embed_out(hidden)[0, :-1], ids[0, 1:], reduction="none"), nll[0])
+    logits = model.get_output_embeddings()(hidden)
+    torch.testing.assert_close(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none"), nll[0])
     seen = []
     assert score_stream(model, ids, 4, 48, 60, on_block=lambda *block: seen.append(block)) is None
     assert [start for start, _, _ in seen] == [1, 60, 120, 180, 240]

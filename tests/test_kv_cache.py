@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 import torch
 from conftest import make_ids, make_neox
 from reference import reference_logits
-from transformers import GPT2Config, OPTConfig
+from transformers import Cache, GPT2Config, OPTConfig
 
 from streaming_llm import StreamingKVCache, StreamingLLMWrapper
 
@@ -134,8 +136,18 @@ def test_crop_before_and_after_eviction():
     cache.crop(40)
     logits = decode(model, cache, ids[:, 40:])
     assert (logits - reference_logits(model, ids, 4, 60)[:, 40:]).abs().max() < 5e-6
-    with pytest.raises(ValueError, match="evicted"):
-        cache.crop(150)
+    for length in (150, -50):
+        with pytest.raises(ValueError, match="evicted"):
+            cache.crop(length)
+
+
+def test_crop_takes_a_length_or_a_number_to_remove():
+    model = make_neox()
+    cache = StreamingKVCache(model.config, 4, 60)
+    decode(model, cache, make_ids(50))
+    for argument, remaining in ((60, 50), (40, 40), (0, 40), (-10, 30)):
+        cache.crop(argument)
+        assert cache.get_seq_length() == remaining
 
 
 def test_generate_on_a_bare_cache():
@@ -147,11 +159,36 @@ def test_generate_on_a_bare_cache():
 
 
 def test_frequencies_cast_with_the_weights_are_noticed():
-    model, ids = make_neox().bfloat16(), make_ids(400)  # casts inv_freq as well
+    model = make_neox().bfloat16()  # casts inv_freq as well
+    cache, states = StreamingKVCache(model.config, 4, 60), torch.zeros(1, 4, 1, 16, dtype=torch.bfloat16)
+
+    def feed(n_tokens: int) -> None:
+        for t in range(n_tokens):
+            cos, sin = model.gpt_neox.rotary_emb(states, torch.tensor([[t]]))
+            for layer in range(4):
+                cache.update(states, states, layer, {"cos": cos, "sin": sin})
+
     with pytest.raises(ValueError, match="half precision"):
-        decode(model, StreamingKVCache(model.config, 4, 60), ids)
-    with StreamingLLMWrapper(model, 4, 60) as stream:  # takes the frequencies from the model
+        feed(400)
+
+
+@pytest.mark.skipif(
+    "cache_kwargs" not in signature(Cache.update).parameters, reason="this Transformers shows a cache no angles"
+)
+def test_a_cast_model_is_refused_by_a_bare_cache():
+    model = make_neox().bfloat16()
+    with pytest.raises(ValueError, match="half precision"):
+        decode(model, StreamingKVCache(model.config, 4, 60), make_ids(400))
+
+
+def test_the_wrapper_takes_the_frequencies_of_a_cast_model():
+    model, ids = make_neox().bfloat16(), make_ids(300)
+    with StreamingLLMWrapper(model, 4, 60) as stream:
         assert decode(model, stream.new_cache(), ids).isfinite().all()
+    model.float()  # weights and frequencies stay as they were rounded
+    with StreamingLLMWrapper(model, 4, 60) as stream:
+        logits = decode(model, stream.new_cache(), ids)
+    assert (logits - reference_logits(model, ids, 4, 60)).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize("config", [GPT2Config(), OPTConfig()])
@@ -162,7 +199,9 @@ def test_models_without_rotary_positions_are_refused(config):
 
 def test_scaling_that_depends_on_the_length_is_refused():
     model = make_neox()
-    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
+    name = "rope_parameters" if hasattr(model.config, "rope_parameters") else "rope_scaling"  # newer, older name
+    scaling = {**(getattr(model.config, name) or {}), "rope_type": "dynamic", "factor": 2.0}
+    setattr(model.config, name, scaling)
     with pytest.raises(ValueError, match="dynamic"):
         StreamingKVCache(model.config, 4, 60)
 

@@ -154,6 +154,15 @@ def test_beams_have_a_stream_each(prompt):
     assert torch.equal(wide, dense)  # a window that holds everything is dense attention
 
 
+def test_drafted_tokens_are_taken_back():
+    model, ids = make_neox(eos_token_id=100), make_ids(8).repeat(1, 4)  # what follows a repetition is drafted
+    arguments = {"max_new_tokens": 60, "do_sample": False, "prompt_lookup_num_tokens": 3}
+    with StreamingLLMWrapper(model, 4, 600) as stream:
+        out = stream.generate(ids, **arguments)
+    assert torch.equal(out, model.generate(ids, **arguments))
+    assert torch.equal(out[:, :92], model.generate(ids, max_new_tokens=60, do_sample=False))  # some versions add one
+
+
 @pytest.mark.parametrize("prompt", [20, 200])
 def test_padding_is_refused(prompt):
     model, ids = make_neox(), make_ids(prompt, batch=2)
