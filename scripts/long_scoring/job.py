@@ -25,8 +25,6 @@ from streaming_llm.model import default_block_size
 from .documents import Corpus, Survey, open_corpus
 from .tokens import DocumentTokenizer, RandomStream, TokenStream
 
-MAX_RANDOM_DEFAULT = "random weights have no text whose end could be the stream's: give --max-tokens"
-
 
 @dataclass(frozen=True)
 class Job:
@@ -62,7 +60,7 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """Everything that could change a figure; a checkpoint and a result with another identity are not used."""
-        return {
+        value = {
             "model": self.source.fingerprint,
             "data_sha256": self.survey.sha256,
             "documents": self.survey.documents,
@@ -78,6 +76,7 @@ class Job:
             **what_matters(self.machine.device),
             "script_sources": _script_sources(),
         }
+        return json.loads(json.dumps(value))  # plain values: torch's version is a class of its own
 
     @property
     def config_hash(self) -> str:
@@ -144,7 +143,7 @@ def _check_random(options: argparse.Namespace, is_random: bool) -> None:
     if not is_random:
         return
     if options.max_tokens is None:
-        raise SetupError(f"model {options.model!r}: {MAX_RANDOM_DEFAULT}")
+        raise SetupError(f"model {options.model!r}: random tokens have no end, give --max-tokens")
     if options.datasets not in (None, [RANDOM_TOKENS]):
         raise SetupError(f"model {options.model!r} has no tokenizer: only --datasets {RANDOM_TOKENS}")
     for name in ("fresh_tail", "save_token_nll", "bos_per_document"):
@@ -176,4 +175,4 @@ def _stream(
 
 def _script_sources() -> str:
     files = sorted(Path(__file__).parent.glob("*.py"))
-    return hash_of(json.loads(json.dumps({path.name: path.read_text(encoding="utf-8") for path in files})))
+    return hash_of({path.name: path.read_text(encoding="utf-8") for path in files})

@@ -1,0 +1,458 @@
+"""scripts/score_long.py: tokens of long texts, figures against score_stream in one go, resuming, errors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import lzma
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_ids, make_neox
+from demo_training_support import ROOT  # puts scripts/ on the module path
+from evaluation_support import END, TEXT, make_model_folder, make_text
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from experiments import models
+from experiments.config import SetupError
+from personal_adapters.neox_flash import wrap_attention
+from streaming_llm import StreamingConfig, score_stream
+from streaming_llm.model import attached
+
+import score_long  # isort: skip
+from long_scoring import scorer  # isort: skip
+from long_scoring.documents import Corpus, Piece, Survey, open_corpus  # isort: skip
+from long_scoring.figures import equal_edges, log_edges, tail_length  # isort: skip
+from long_scoring.scorer import StreamScorer  # isort: skip
+from long_scoring.tokens import DocumentTokenizer, TokenStream  # isort: skip
+
+SIZES = ["--n-sink", "2", "--window-size", "14", "--block-size", "64", "--device", "cpu", "--no-progress"]
+BOOK = (ROOT / "experiments" / "assets" / "texts" / "demo_narrative.txt").read_text(encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------- tokens
+
+
+@pytest.fixture(scope="module")
+def demo_tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "experiments" / "assets" / "demo_model")
+
+
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama's: a space in front of the text, words not split off before merging, unknown characters as bytes."""
+    from tokenizers import Tokenizer, models, normalizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bytes_ = [f"<0x{n:02X}>" for n in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<unk>", "<s>", *bytes_], max_token_length=12)
+    tokenizer.train_from_iterator([BOOK[i : i + 200] for i in range(0, 8000, 200)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+
+
+AWKWARD = {
+    "prose": BOOK[:12_000],
+    "spaces": BOOK[:900] + " " * 3000 + BOOK[900:2500],
+    "one letter": BOOK[:700] + "a" * 2500 + BOOK[700:2500],
+    "dashes and lines": ("-" * 77 + "\n\n\n") * 40 + BOOK[:1500],
+    "other scripts": "Ärger über naïve Ångström; 統計は面白い。🙂 e\u0301 " * 120,
+    "special token": (BOOK[:333] + END) * 12,
+    "short": "two words",
+}
+
+
+@pytest.mark.parametrize("kind", ["demo", "metaspace", "pythia"])
+@pytest.mark.parametrize("text", AWKWARD.values(), ids=AWKWARD)
+def test_ids_in_parts_are_those_of_the_whole_document(kind, text, demo_tokenizer, request):
+    if kind == "demo":
+        tokenizer = demo_tokenizer
+    elif kind == "metaspace":
+        tokenizer = metaspace_tokenizer()
+    else:
+        data = request.getfixturevalue("shared_data")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(data / "pythia-tokenizer" / "tokenizer.json"))
+    generator = random.Random(0)
+    cuts = [0, *sorted(generator.sample(range(1, len(text)), min(5, len(text) - 1))), len(text)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
+    parts = list(DocumentTokenizer(tokenizer, window_characters=700, overlap_characters=250).ids(pieces))
+    whole = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    assert [token for ids, _ in parts for token in ids] == whole
+    assert parts[-1][1] == len(text)
+    if text is AWKWARD["prose"]:
+        assert len(parts) > 10  # it was really done in parts
+
+
+def corpus_of(*documents: str) -> Corpus:
+    def pieces():
+        for text in documents:
+            yield Piece(text[:100], False)
+            yield Piece(text[100:], True)
+
+    return Corpus("texts", pieces, Survey("", sum(map(len, documents)), len(documents)))
+
+
+def test_documents_are_joined_as_they_come(demo_tokenizer):
+    first, second = BOOK[:500], BOOK[500:900]
+    tokenizer = DocumentTokenizer(demo_tokenizer)
+    ids = [demo_tokenizer(text, add_special_tokens=False).input_ids for text in (first, second)]
+
+    def stream(start: int = 0, limit: int | None = None, **options) -> list[int]:
+        chunks = TokenStream(corpus_of(first, "", second), tokenizer, limit, **options).chunks(start)
+        return [token for chunk in chunks for token in chunk[0].tolist()]
+
+    assert stream() == [0, *ids[0], *ids[1]]
+    assert stream(bos_per_document=True) == [0, *ids[0], 0, *ids[1]]
+    assert stream(start=len(ids[0]) + 3, limit=len(ids[0]) + 9) == ids[1][2:8]
+
+
+def test_an_endless_text_is_read_as_far_as_needed(demo_tokenizer):
+    def pieces():
+        while True:
+            yield Piece(BOOK[:5000], False)
+
+    stream = TokenStream(Corpus("endless", pieces, Survey("", 10**9, 1)), DocumentTokenizer(demo_tokenizer), 60_000)
+    assert sum(chunk.shape[1] for chunk in stream.chunks()) == 60_000
+    assert stream.expected_tokens() == 60_000
+
+
+def test_expected_length(demo_tokenizer):
+    stream = TokenStream(corpus_of(BOOK, BOOK), DocumentTokenizer(demo_tokenizer, 2000, 500), None)
+    length = sum(chunk.shape[1] for chunk in stream.chunks())
+    chunks = stream.chunks()
+    next(chunks)
+    assert stream.expected_tokens() == pytest.approx(length, rel=0.2)
+    list(chunks)
+    assert stream.expected_tokens() == pytest.approx(length, rel=0.01)
+
+
+def test_texts_of_every_kind_hold_the_same(tmp_path):
+    texts = [BOOK[:3000], "Second é.\r\n", TEXT[:2000]]
+    joined = "\x1c".join(texts)
+    make_text(tmp_path / "book.txt", joined + "\x1c")
+    (tmp_path / "book.txt.xz").write_bytes(lzma.compress(b"\xef\xbb\xbf" + joined.encode()))
+    records = [json.dumps({"text": text}) for text in texts]
+    make_text(tmp_path / "book.jsonl", "\n\n".join(records) + "\n")
+    make_text(tmp_path / "book.json", f"[{','.join(records)}]")
+    (tmp_path / "folder").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "folder" / f"{number}.txt").write_bytes(text.encode())
+    names = ["book.txt", "book.txt.xz", "book.jsonl", "book.json", "folder"]
+    surveys = {open_corpus([str(tmp_path / name)]).survey for name in names}
+    assert surveys == {open_corpus([str(tmp_path / "folder" / f"{n}.txt") for n in range(3)]).survey}
+    [survey] = surveys
+    assert (survey.documents, survey.characters) == (3, sum(map(len, texts)))
+
+
+# ---------------------------------------------------------------------------------------------------- exact state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n_sink", "window_size"), [(4, 20), (0, 16), (2, 1)])
+@pytest.mark.parametrize("sizes", [[10] * 12, [1] * 40, [7, 1, 60, 1, 1, 30], [100, 1, 1, 50]])
+def test_a_restored_scorer_goes_on_to_the_bit(dtype, n_sink, window_size, sizes, tmp_path):
+    model, config = make_neox(dtype), StreamingConfig(n_sink, window_size)
+    blocks = make_ids(sum(sizes)).split(sizes, dim=1)
+    with attached(model) as attachment:
+        one = StreamScorer(model, attachment, config)
+        expected = [one.score(block) for block in blocks]
+        other, found = StreamScorer(model, attachment, config), []
+        for block in blocks:
+            torch.save(other.state(), tmp_path / "state")
+            other = StreamScorer(model, attachment, config)
+            other.load(torch.load(tmp_path / "state", weights_only=True))
+            found.append(other.score(block))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    whole = score_stream(model.double(), make_ids(sum(sizes)), n_sink, window_size)
+    torch.testing.assert_close(
+        torch.cat(found).double(), whole[0].double(), rtol=0, atol=1e-4 if dtype == torch.float32 else 0.3
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+@pytest.fixture
+def world(tmp_path):
+    make_model_folder(tmp_path / "tiny")
+    make_text(tmp_path / "text.txt", TEXT[:6000] + "\x1c" + TEXT[3000:])
+    return tmp_path
+
+
+def arguments(world: Path, output: str, *more: str) -> list[str]:
+    given = ["--model", world / "tiny", "--datasets", world / "text.txt", "--output", world / output]
+    return [str(item) for item in (*given, *SIZES, *more)]
+
+
+def stream_ids(world: Path, limit: int | None = None) -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(world / "tiny")
+    documents = (world / "text.txt").read_text(encoding="utf-8").split("\x1c")
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in documents]
+    return torch.tensor([[0, *ids[0], *ids[1]][:limit]])
+
+
+def scored_in_one_go(world: Path, ids: torch.Tensor) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(world / "tiny")
+    wrap_attention(model, "math")
+    return score_stream(model, ids, 2, 14, block_size=64)[0].numpy()
+
+
+def losses(path: Path) -> np.ndarray:
+    return np.load(path)["nll"]
+
+
+def test_the_result_is_that_of_score_stream_in_one_go(world, capsys):
+    assert score_long.main(arguments(world, "out.json", "--save-token-nll", "--fresh-tail", "0.25")) == 0
+    value, ids = json.loads((world / "out.json").read_text()), stream_ids(world)
+    nll = scored_in_one_go(world, ids)
+    saved = np.load(world / "out.streaming.nll.npz")
+    assert np.array_equal(saved["nll"], nll)
+    assert np.array_equal(saved["position"], np.arange(1, ids.shape[1]))
+    assert value["num_tokens"] == ids.shape[1]
+    assert value["documents"] == 2
+    assert value["mean_nll"] == pytest.approx(nll.mean(dtype=np.float64), rel=1e-12)
+    assert value["perplexity"] == pytest.approx(math.exp(nll.mean(dtype=np.float64)), rel=1e-12)
+    for rows in (value["tenths"], value["curve"]["log"], value["curve"]["equal"]):
+        assert rows[0]["start"] == 1
+        assert rows[-1]["stop"] == ids.shape[1]
+        assert rows[-1]["running_perplexity"] == pytest.approx(value["perplexity"], rel=1e-9)
+        assert all(a["stop"] == b["start"] for a, b in itertools.pairwise(rows))
+        for row in rows:
+            part = nll[row["start"] - 1 : row["stop"] - 1].astype(np.float64)
+            assert (row["tokens"], row["mean_nll"]) == (len(part), pytest.approx(part.mean(), rel=1e-12))
+
+    tail = value["fresh_tail"]
+    n_tail = round(0.25 * ids.shape[1])
+    fresh = scored_in_one_go(world, torch.cat((torch.zeros(1, 1, dtype=torch.int64), ids[:, -n_tail:]), dim=1))
+    assert (tail["start"], tail["all"]["tokens"]) == (ids.shape[1] - n_tail, n_tail)
+    assert tail["all"]["fresh"]["mean_nll"] == pytest.approx(fresh.mean(dtype=np.float64), rel=1e-12)
+    assert tail["settled"]["tokens"] == n_tail - 16
+    assert tail["settled"]["in_stream"]["mean_nll"] == pytest.approx(
+        nll[-n_tail + 16 :].mean(dtype=np.float64), rel=1e-12
+    )
+
+    assert not list(world.glob("*.resume"))
+    assert value["toks_per_sec"] == value["num_tokens"] / value["scoring_sec"]
+    capsys.readouterr()
+    assert score_long.main(arguments(world, "out.json", "--fresh-tail", "0.25")) == 0
+    assert "there already" in capsys.readouterr().out
+
+
+def comparable(path: Path) -> dict:
+    value = json.loads(path.read_text())
+    times = ("scoring_sec", "waiting_for_text_sec", "toks_per_sec", "checkpoint_sec", "peak_memory_mb")
+    for key in (*times, "sessions", "environment", "timestamp"):
+        del value[key]
+    return value
+
+
+def test_killed_again_and_again_it_gives_the_same(world):
+    given = ["--save-token-nll", "--fresh-tail", "0.3", "--checkpoint-every", "0", "--max-tokens", "8000"]
+    command = [sys.executable, str(ROOT / "scripts" / "score_long.py"), *arguments(world, "out.json", *given)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    checkpoint, seen, generator = world / "out.json.resume" / "checkpoint.pt", [], random.Random(1)
+    for _ in range(3):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
+            time.sleep(0.002)
+        time.sleep(generator.random() * 0.03)
+        process.kill()
+        process.wait()
+        assert not (world / "out.json").exists(), "it was too fast to be killed"
+        passes = torch.load(checkpoint, weights_only=True)["passes"]
+        seen.append(sum(state["tokens"] for state in passes.values()))
+    assert seen == sorted(set(seen)), "each session went on where the one before had come"
+    assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    assert json.loads((world / "out.json").read_text())["sessions"] == 4
+
+    assert score_long.main(arguments(world, "whole.json", *given)) == 0
+    assert comparable(world / "out.json") == comparable(world / "whole.json")
+    assert np.array_equal(losses(world / "out.streaming.nll.npz"), losses(world / "whole.streaming.nll.npz"))
+
+
+def interrupt_at(monkeypatch, token: int, act) -> None:
+    real = StreamScorer.score
+
+    def score(self, block):
+        if self.n_seen >= token:
+            act()
+        return real(self, block)
+
+    monkeypatch.setattr(StreamScorer, "score", score)
+
+
+def test_ctrl_c_leaves_a_checkpoint(world, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 640, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert score_long.main(arguments(world, "out.json")) == 130
+    message = capsys.readouterr().err
+    assert message == "error: interrupted at token 704; the same command goes on from there\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert score_long.main(arguments(world, "out.json", "--save-token-nll")) == 0
+    assert "goes on at token 704" in capsys.readouterr().out
+    assert np.array_equal(losses(world / "out.streaming.nll.npz"), scored_in_one_go(world, stream_ids(world)))
+
+
+@pytest.fixture
+def interrupted(world, monkeypatch, capsys):
+    """A world with the checkpoint of a run that was interrupted."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 640, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert score_long.main(arguments(world, "out.json")) == 130
+    capsys.readouterr()
+    return world
+
+
+def refused(command: list[str], capsys) -> str:
+    assert score_long.main(command) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+def test_a_checkpoint_of_another_run_is_refused(interrupted, capsys):
+    options = ["--n-sink", "3"], ["--block-size", "32"], ["--max-tokens", "3000"], ["--dtype", "float64"]
+    for option in (*options, ["--attn-backend", "flash"], ["--bos-per-document"]):
+        key = option[0].removeprefix("--attn-").removeprefix("--").replace("-", "_")
+        assert f"{key}: " in refused(arguments(interrupted, "out.json", *option), capsys)
+    make_text(interrupted / "text.txt", TEXT[:-1])
+    assert "data_sha256: " in refused(arguments(interrupted, "out.json"), capsys)
+    make_model_folder(interrupted / "tiny", seed=3)
+    capsys.readouterr()  # Transformers' bar
+    assert "model: " in refused(arguments(interrupted, "out.json"), capsys)
+    assert score_long.main(arguments(interrupted, "out.json", "--force")) == 0
+    assert json.loads((interrupted / "out.json").read_text())["sessions"] == 1
+
+
+def test_a_broken_checkpoint_is_named(interrupted, capsys):
+    work = interrupted / "out.json.resume"
+    whole = (work / "stream.f32").read_bytes()
+    (work / "stream.f32").write_bytes(whole[:100])
+    assert "stream.f32" in refused(arguments(interrupted, "out.json"), capsys)
+    (work / "stream.f32").write_bytes(whole + b"written after the checkpoint")
+    (work / "checkpoint.pt").write_bytes((work / "checkpoint.pt").read_bytes()[:500])
+    assert "checkpoint.pt: not a readable checkpoint" in refused(arguments(interrupted, "out.json"), capsys)
+
+
+def test_two_runs_of_one_output(interrupted, capsys):
+    from experiments.storage import folder_lock
+
+    with folder_lock(interrupted / "out.json.resume" / "lock"):
+        assert f"process {os.getpid()}" in refused(arguments(interrupted, "out.json"), capsys)
+    assert score_long.main(arguments(interrupted, "out.json")) == 0
+
+
+def test_failures_while_running(world, monkeypatch, capsys):
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 640, out_of_memory)
+        assert score_long.main(arguments(world, "out.json", "--checkpoint-every", "0")) == 1
+    assert capsys.readouterr().err.startswith("error: CUDA out of memory; the same command goes on")
+    real = scorer.token_nll
+    with monkeypatch.context() as patch:
+        patch.setattr(scorer, "token_nll", lambda *args: real(*args) * (math.nan if scorer_at(args) else 1))
+        assert score_long.main(arguments(world, "nan.json")) == 1
+    assert "the loss of token 64 is not finite" in capsys.readouterr().err
+    assert not (world / "nan.json").exists()
+
+
+def scorer_at(args) -> bool:
+    """Whether a call of token_nll is for a block after the first, which has 63 losses."""
+    return args[2].shape[1] == 64
+
+
+def test_an_earlier_result_is_set_aside(world):
+    assert score_long.main(arguments(world, "out.json", "--max-tokens", "200")) == 0
+    assert score_long.main(arguments(world, "out.json", "--max-tokens", "300")) == 0
+    assert json.loads((world / "out.json").read_text())["num_tokens"] == 300
+    [aside] = (world / "superseded").glob("out.*.json")
+    assert json.loads(aside.read_text())["num_tokens"] == 200
+
+
+def test_random_weights_have_a_speed_and_no_perplexity(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(models.RANDOM_SIZES, "pythia-70m", models.PythiaSize(32, 2, 2, 64, 300))
+    given = ["--model", "random:pythia-70m", "--output", str(tmp_path / "out.json"), *SIZES]
+    assert score_long.main([*given, "--max-tokens", "500"]) == 0
+    value = json.loads((tmp_path / "out.json").read_text())
+    assert (value["weights"], value["num_tokens"], value["perplexity"], value["curve"]) == ("random", 500, None, None)
+    assert value["perplexity_reason"]
+    assert value["toks_per_sec"] > 0
+    assert "--max-tokens" in refused(given, capsys)
+    assert "random_tokens" in refused([*given, "--max-tokens", "9", "--datasets", "demo_narrative"], capsys)
+    assert "--fresh-tail" in refused([*given, "--max-tokens", "9", "--fresh-tail", "0.1"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--n-sink", "-1"], "n_sink"),
+        (["--window-size", "0"], "window_size"),
+        (["--max-tokens", "1"], "--max-tokens"),
+        (["--block-size", "0"], "--block-size"),
+        (["--fresh-tail", "1"], "--fresh-tail"),
+        (["--checkpoint-every", "-1"], "--checkpoint-every"),
+        (["--dtype", "float12"], "float12"),
+        (["--device", "abacus"], "abacus"),
+        (["--attn-backend", "flush"], "flush"),
+        (["--model", "no-such-folder/no-model"], "no-such-folder"),
+        (["--datasets", "demo_narative"], "did you mean 'demo_narrative'"),
+        (["--datasets", "missing.txt"], "missing.txt: no such file"),
+        (["--datasets", "random_tokens"], "random weights"),
+        (["--datasets", "{}/empty.txt"], "empty"),
+        (["--datasets", "{}/blank.txt"], "empty"),
+        (["--datasets", "{}/one.txt"], "fewer than two tokens"),
+        (["--datasets", "{}/latin.txt"], "not UTF-8 text (byte 1048579)"),
+        (["--datasets", "{}/nul.txt"], "NUL"),
+        (["--datasets", "{}/cut.txt.xz"], "not a whole .xz file"),
+        (["--datasets", "{}/bad.jsonl"], "line 2 is not valid JSON"),
+        (["--datasets", "{}/other.json"], "'text'"),
+        (["--datasets", "{}/surrogate.json"], "surrogates"),
+        (["--datasets", "{}/book.pdf"], "book.pdf: not one of"),
+        (["--datasets", "{}/nothing"], "holds no .txt"),
+        (["--output", "result.txt"], ".json"),
+        (["--output", "/dev/null/result.json"], "cannot be written"),
+    ],
+)
+def test_bad_input_gets_one_line(world, more, message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    make_text(world / "empty.txt", "")
+    make_text(world / "blank.txt", " \n\x1c\n ")
+    make_text(world / "one.txt", "a")
+    (world / "latin.txt").write_bytes(b"a" * (1 << 20) + b"abc\xe4bc" + b"a" * 99)
+    (world / "nul.txt").write_bytes(b"abc\0")
+    (world / "cut.txt.xz").write_bytes(lzma.compress(TEXT.encode())[:-40])
+    make_text(world / "bad.jsonl", '{"text": "good"}\n{"text": \n')
+    make_text(world / "other.json", '{"content": "a"}')
+    make_text(world / "surrogate.json", '{"text": "a \\ud800 b"}')
+    make_text(world / "book.pdf", "text")
+    (world / "nothing").mkdir()
+    assert message in refused(arguments(world, "out.json", *(item.format(world) for item in more)), capsys)
+    assert not (world / "out.json").exists()
+
+
+def test_edges():
+    assert log_edges(20) == [1, 2, 3, 4, 6, 8, 11, 16, 20]
+    assert equal_edges(2, 10) == [1, 2]
+    assert equal_edges(102, 10) == [1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 102]
+    for num_tokens in (2, 3, 17, 1000, 4097):
+        for edges in (log_edges(num_tokens), equal_edges(num_tokens, 50)):
+            assert edges == sorted(set(edges))
+            assert (edges[0], edges[-1]) == (1, num_tokens)
+    assert (tail_length(2, 0.01), tail_length(2, 0.99), tail_length(1000, 0.1)) == (1, 1, 100)
+
+
+def test_a_tokenizer_without_offsets_is_refused():
+    with pytest.raises(SetupError, match="tokenizer"):
+        DocumentTokenizer(object())
