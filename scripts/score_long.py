@@ -25,7 +25,7 @@ from experiments.config import SetupError
 from experiments.environment import environment
 from experiments.memory import PeakMemory
 from experiments.results import SCHEMA_VERSION, now, read_result, save_result
-from experiments.storage import SaveError, check_writable, folder_lock, remove_leftovers, write_npz
+from experiments.storage import SaveError, check_writable, folder_lock, remove_leftovers, set_aside, write_npz
 from streaming_llm.model import attached
 
 EXIT_SIGNAL = 128  # plus the signal's number: 130 for Ctrl-C
@@ -94,6 +94,8 @@ def display(job: Job, title: str) -> Iterator[Show]:
 def write_result(job: Job, run: ResumableRun, losses: np.ndarray, tail: np.ndarray | None, command: str) -> None:
     """Assemble the result and save it; prints what there is to know."""
     value = result(job, run, losses, tail, command)
+    if job.token_nll_path.exists():  # of an earlier result, perhaps another one
+        set_aside(job.token_nll_path, "earlier")
     if job.options.save_token_nll:
         write_npz(job.token_nll_path, nll=np.asarray(losses), position=np.arange(1, len(losses) + 1))
         say(f"wrote: {job.token_nll_path}")
@@ -170,7 +172,9 @@ def summary(value: dict) -> str:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether the output holds the result of this very job."""
+    """Whether the output holds the result of this very job, with the losses if they are wanted."""
+    if job.options.save_token_nll and not job.token_nll_path.exists():
+        return False
     try:
         return read_result(job.output)["config_hash"] == job.config_hash
     except (OSError, ValueError):

@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from long_scoring import scorer  # isort: skip
 from long_scoring.documents import Corpus, Piece, Survey, open_corpus  # isort: skip
 from long_scoring.figures import equal_edges, log_edges, tail_length  # isort: skip
 from long_scoring.scorer import StreamScorer  # isort: skip
-from long_scoring.tokens import DocumentTokenizer, TokenStream  # isort: skip
+from long_scoring.tokens import DocumentTokenizer, TokenStream, read_ahead  # isort: skip
 
 SIZES = ["--n-sink", "2", "--window-size", "14", "--block-size", "64", "--device", "cpu", "--no-progress"]
 BOOK = (ROOT / "experiments" / "assets" / "texts" / "demo_narrative.txt").read_text(encoding="utf-8")
@@ -132,6 +133,24 @@ def test_expected_length(demo_tokenizer):
     assert stream.expected_tokens() == pytest.approx(length, rel=0.2)
     list(chunks)
     assert stream.expected_tokens() == pytest.approx(length, rel=0.01)
+
+
+def test_reading_ahead_changes_nothing_and_ends():
+    chunks = make_ids(100).split(7, dim=1)
+    assert torch.equal(torch.cat(list(read_ahead(iter(chunks), 4)), dim=1), torch.cat(chunks, dim=1))
+
+    def broken():
+        yield chunks[0]
+        raise SetupError("the file has gone")
+
+    reader = read_ahead(broken(), 4)
+    assert torch.equal(next(reader), chunks[0])
+    with pytest.raises(SetupError, match="gone"):
+        next(reader)
+    reader = read_ahead(iter(chunks), 4)
+    next(reader)
+    reader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read_ahead")]
 
 
 def test_texts_of_every_kind_hold_the_same(tmp_path):
@@ -244,6 +263,9 @@ def test_the_result_is_that_of_score_stream_in_one_go(world, capsys):
     capsys.readouterr()
     assert score_long.main(arguments(world, "out.json", "--fresh-tail", "0.25")) == 0
     assert "there already" in capsys.readouterr().out
+    (world / "out.streaming.nll.npz").unlink()
+    assert score_long.main(arguments(world, "out.json", "--save-token-nll", "--fresh-tail", "0.25")) == 0
+    assert np.array_equal(losses(world / "out.streaming.nll.npz"), nll)
 
 
 def comparable(path: Path) -> dict:
@@ -259,7 +281,7 @@ def test_killed_again_and_again_it_gives_the_same(world):
     command = [sys.executable, str(ROOT / "scripts" / "score_long.py"), *arguments(world, "out.json", *given)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     checkpoint, seen, generator = world / "out.json.resume" / "checkpoint.pt", [], random.Random(1)
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
@@ -272,7 +294,7 @@ def test_killed_again_and_again_it_gives_the_same(world):
         seen.append(sum(state["tokens"] for state in passes.values()))
     assert seen == sorted(set(seen)), "each session went on where the one before had come"
     assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode == 0
-    assert json.loads((world / "out.json").read_text())["sessions"] == 4
+    assert json.loads((world / "out.json").read_text())["sessions"] == 3
 
     assert score_long.main(arguments(world, "whole.json", *given)) == 0
     assert comparable(world / "out.json") == comparable(world / "whole.json")
@@ -300,6 +322,21 @@ def test_ctrl_c_leaves_a_checkpoint(world, monkeypatch, capsys):
     assert score_long.main(arguments(world, "out.json", "--save-token-nll")) == 0
     assert "goes on at token 704" in capsys.readouterr().out
     assert np.array_equal(losses(world / "out.streaming.nll.npz"), scored_in_one_go(world, stream_ids(world)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["math", "flash"])
+def test_on_a_gpu_and_resumed_there(world, monkeypatch, backend):
+    given = ["--device", "cuda", "--dtype", "bfloat16", "--attn-backend", backend, "--save-token-nll"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 640, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert score_long.main(arguments(world, "out.json", *given)) == 130
+    assert score_long.main(arguments(world, "out.json", *given)) == 0
+    assert score_long.main(arguments(world, "whole.json", *given)) == 0
+    resumed, whole = (losses(world / f"{stem}.streaming.nll.npz") for stem in ("out", "whole"))
+    np.testing.assert_allclose(resumed, whole, atol=1e-3)
+    assert abs(whole.mean() - scored_in_one_go(world, stream_ids(world)).mean()) < 0.02
 
 
 @pytest.fixture
@@ -374,11 +411,13 @@ def scorer_at(args) -> bool:
 
 
 def test_an_earlier_result_is_set_aside(world):
-    assert score_long.main(arguments(world, "out.json", "--max-tokens", "200")) == 0
+    assert score_long.main(arguments(world, "out.json", "--max-tokens", "200", "--save-token-nll")) == 0
     assert score_long.main(arguments(world, "out.json", "--max-tokens", "300")) == 0
     assert json.loads((world / "out.json").read_text())["num_tokens"] == 300
     [aside] = (world / "superseded").glob("out.*.json")
     assert json.loads(aside.read_text())["num_tokens"] == 200
+    assert not (world / "out.streaming.nll.npz").exists(), "the losses of another result"
+    assert (world / "superseded" / "out.streaming.nll.npz.earlier").exists()
 
 
 def test_random_weights_have_a_speed_and_no_perplexity(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,7 +29,7 @@ from experiments.storage import write_atomically
 
 from .losses import LossFile
 from .scorer import LossFetcher, ScoringError, StreamScorer
-from .tokens import in_blocks
+from .tokens import in_blocks, read_ahead
 
 CHECKPOINT_FORMAT = 1
 CHECKPOINT = "checkpoint.pt"
@@ -151,19 +152,14 @@ class ResumableRun:
         if self._scorer_state is not None:
             scorer.load(self._scorer_state)
             self._scorer_state = None
-        fetcher = LossFetcher(scorer.device)
-        running = _RunningMean(losses.read())
-        show(state.tokens, running.perplexity)
+        show(state.tokens, None)
+        with closing(read_ahead(chunks(scorer.n_seen))) as tokens:
+            blocks = in_blocks(tokens, self.block_size)
+            first = next(blocks, None)  # finding the place in the text is no part of scoring
+            self._loop(state, losses, scorer, blocks if first is None else chain([first], blocks), show)
 
-        def keep(arrived: np.ndarray) -> None:
-            if not np.isfinite(arrived).all():
-                token = running.count + 1 + int(np.flatnonzero(~np.isfinite(arrived))[0])
-                raise ScoringError(f"the loss of token {token} is not finite: try another --dtype")
-            losses.append(arrived)
-            running.add(arrived)
-
-        blocks = in_blocks(chunks(scorer.n_seen), self.block_size)
-        blocks = chain(list(_first(blocks)), blocks)  # finding the place in the text is no part of scoring
+    def _loop(self, state: Pass, losses: LossFile, scorer: StreamScorer, blocks: Iterator[Tensor], show: Show) -> None:
+        fetcher, writer = LossFetcher(scorer.device), _LossWriter(losses)
         begin = checkpointed = time.perf_counter()
         while True:
             asked = time.perf_counter()
@@ -172,19 +168,19 @@ class ResumableRun:
             stopping = self.stop.signal_number is not None
             due = scorer.n_seen > state.tokens and time.perf_counter() - checkpointed >= self.every_sec
             if block is None or stopping or due:
-                keep(fetcher.flush())
+                writer.write(fetcher.flush())
                 state.scoring_sec += time.perf_counter() - begin
                 state.tokens, state.done = scorer.n_seen, block is None
                 self._checkpoint(losses, None if state.done else scorer)
-                if stopping:
+                if stopping and not state.done:
                     raise StoppedError(self.stop.signal_number, state.tokens)
                 if state.done:
                     return
                 speed = state.tokens / state.scoring_sec
-                self.say(f"token {state.tokens:,}: perplexity {running.perplexity:.3f} so far, {speed:,.0f} tokens/s")
+                self.say(f"token {state.tokens:,}: perplexity {writer.perplexity:.3f} so far, {speed:,.0f} tokens/s")
                 begin = checkpointed = time.perf_counter()
-            keep(fetcher.put(scorer.score(block)))
-            show(block.shape[1], running.perplexity)
+            writer.write(fetcher.put(scorer.score(block)))
+            show(block.shape[1], writer.perplexity)
 
     def _checkpoint(self, losses: LossFile, scorer: StreamScorer | None) -> None:
         begin = time.perf_counter()
@@ -232,22 +228,28 @@ def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def _first(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
-    block = next(blocks, None)
-    if block is not None:
-        yield block
+class _LossWriter:
+    """Writes losses to their file, and knows the perplexity of all of them."""
 
+    def __init__(self, losses: LossFile) -> None:
+        self._losses, held = losses, losses.read()
+        self._count, self._sum = len(held), float(held.sum(dtype=np.float64))
 
-class _RunningMean:
-    """The perplexity of the losses so far."""
+    def write(self, arrived: np.ndarray) -> None:
+        """Append losses ``[n]``.
 
-    def __init__(self, losses: np.ndarray) -> None:
-        self.count, self._sum = len(losses), float(losses.sum(dtype=np.float64))
-
-    def add(self, losses: np.ndarray) -> None:
-        self.count += len(losses)
-        self._sum += float(losses.sum(dtype=np.float64))
+        Raises:
+            ScoringError: one is not finite.
+        """
+        finite = np.isfinite(arrived)
+        if not finite.all():
+            token = 1 + self._count + int(np.argmin(finite))
+            raise ScoringError(f"the loss of token {token} is not finite: try another --dtype")
+        self._losses.append(arrived)
+        self._count += len(arrived)
+        self._sum += float(arrived.sum(dtype=np.float64))
 
     @property
     def perplexity(self) -> float | None:
-        return math.exp(min(self._sum / self.count, 700.0)) if self.count else None
+        """`None` before the first loss."""
+        return math.exp(min(self._sum / self._count, 700.0)) if self._count else None

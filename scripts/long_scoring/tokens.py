@@ -8,7 +8,9 @@ agree (a run of a thousand equal characters, say), the two are tokenised as one.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
@@ -238,6 +240,21 @@ class RandomStream:
 
     def expected_tokens(self) -> int:
         return self.limit
+
+
+def read_ahead(chunks: Iterator[Tensor], depth: int = 2 * MAX_WINDOWS_AT_ONCE) -> Iterator[Tensor]:
+    """The same chunks, up to `depth` of them tokenised by a thread while the model works on those before.
+
+    Close it, or read it to its end, to be rid of the thread.
+    """
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read_ahead")
+    try:
+        pending = deque(pool.submit(next, chunks, None) for _ in range(depth))
+        while (chunk := pending.popleft().result()) is not None:
+            pending.append(pool.submit(next, chunks, None))
+            yield chunk
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def in_blocks(chunks: Iterable[Tensor], block_size: int) -> Iterator[Tensor]:
