@@ -26,7 +26,7 @@ from experiments.environment import environment
 from experiments.memory import PeakMemory
 from experiments.results import SCHEMA_VERSION, now, read_result, save_result
 from experiments.storage import SaveError, check_writable, folder_lock, remove_leftovers, set_aside, write_npz
-from streaming_llm.model import attached
+from streaming_llm import StreamingLLMWrapper
 
 EXIT_SIGNAL = 128  # plus the signal's number: 130 for Ctrl-C
 _CHECKPOINT_ROOM = 1 << 20
@@ -41,11 +41,12 @@ def score(job: Job, command: str) -> None:
     model = job.loaded.model
     memory = PeakMemory(job.machine.device)
     memory.start()
-    with attached(model) as attachment, StopRequest() as stop:
+    config = job.streaming
+    with StreamingLLMWrapper(model, config.n_sink, config.window_size) as stream, StopRequest() as stop:
         run = ResumableRun(
             job.work,
             job.identity(),
-            lambda: StreamScorer(model, attachment, job.streaming),
+            lambda: StreamScorer(model, stream.new_cache()),
             job.block_size,
             job.options.checkpoint_every,
             stop,

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streaming_llm import StreamingConfig
+from streaming_llm import StreamingKVCache
 from streaming_llm.blockwise import token_nll
-from streaming_llm.model import Attachment, new_cache
 
 from .cache_state import cache_state, load_cache_state
 
@@ -26,13 +25,13 @@ class StreamScorer:
     """One stream on an attached model: losses of one block after the other, and a state in between.
 
     Args:
-        model: a causal language model that `attachment` belongs to; it has to stay attached.
+        model: a causal language model inside a `StreamingLLMWrapper`, which has to stay entered.
+        cache: an empty cache of that wrapper.
     """
 
-    def __init__(self, model: nn.Module, attachment: Attachment, config: StreamingConfig) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, cache: StreamingKVCache) -> None:
+        self.model, self.cache = model, cache
         self.device = model.get_input_embeddings().weight.device
-        self.cache = new_cache(model, attachment, config)
         self.n_seen = 0
         self._last_hidden: Tensor | None = None
 
