@@ -59,6 +59,13 @@ class NeoXFlashAttentionAdapter(nn.Module):
                 raise
             return getattr(self.__dict__["wrapped"], name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        wrapped = self.__dict__.get("wrapped")
+        if wrapped is not None and name in wrapped.__dict__ and name not in self.__dict__:
+            setattr(wrapped, name, value)  # an attribute of the layer, which its forward reads
+        else:
+            super().__setattr__(name, value)
+
     def train(self, mode: bool = True) -> NeoXFlashAttentionAdapter:
         """Set training mode of the layer too, which the module tree does not hold."""
         self.wrapped.train(mode)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,11 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .banded_attention import block_attention, causal_attention, choose_kernel, repeat_heads
+from .kv_cache import ATTACHED
 
-PREFIX = "streaming_llm_"
+MASKLESS = "maskless_"
+"""Prefix of the implementation that is causal and never builds a mask."""
+
 DELEGATES = ("sdpa", "eager")
 """Attention implementations of Transformers that can be attached."""
 
@@ -46,12 +50,18 @@ def _attention_forward(delegate: str) -> Callable:
         Returns:
             ``[batch, q_len, num_heads, head_dim]`` and, from an eager model with one query, the weights.
         """
+        if attention_mask is not None:
+            raise ValueError(
+                "a mask was given: attention is causal here, over streams without padding, and takes none"
+            )
         q_len, kv_len = query.shape[2], key.shape[2]
         plan = getattr(key, "streaming_plan", None)
         if plan is None and (q_len == 1 or (q_len == kv_len and delegate != "eager")):
             return _delegate(delegate, module)(
                 module, query, key, value, None, scaling=scaling, dropout=dropout, **kwargs
             )
+        if dropout:
+            raise ValueError(f"a block of {q_len} tokens cannot have attention dropout {dropout}: use model.eval()")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if plan is not None:
             out = block_attention(query, key, value, plan, scale)
@@ -64,54 +74,90 @@ def _attention_forward(delegate: str) -> Callable:
     return streaming_attention_forward
 
 
-def _no_mask(*args, attention_mask: Tensor | None = None, **kwargs) -> None:
-    """The mask function: none, after making sure that nothing is padded.
+def _no_mask(*args, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **kwargs) -> None:
+    """The mask function of attached models: none, after making sure that none is needed.
 
     Raises:
-        ValueError: a padding mask hides a token.
+        ValueError: a padding mask hides a token, or attention would be other than causal (packed sequences, a mask
+            function of the caller's, a static cache).
     """
     if attention_mask is not None and not bool(torch.all(attention_mask)):
         raise ValueError(
             "attention_mask hides tokens: a stream cannot be padded. Give all sequences of a batch the same length, "
             "or run them one by one"
         )
+    if not allow_is_causal_skip:
+        raise ValueError(
+            "packed sequences, mask functions and static caches need a mask, and a streaming model has none: use "
+            "consecutive positions and a StreamingKVCache or DynamicCache"
+        )
 
 
 for _name in DELEGATES:
-    AttentionInterface.register(PREFIX + _name, _attention_forward(_name))
-    AttentionMaskInterface.register(PREFIX + _name, _no_mask)
+    AttentionInterface.register(ATTACHED + _name, _attention_forward(_name))
+    AttentionMaskInterface.register(ATTACHED + _name, _no_mask)
+    # No mask function: Transformers then neither builds a mask nor looks for packed sequences.
+    AttentionInterface.register(MASKLESS + _name, _attention_forward(_name))
+
+
+class _Switch:
+    """The attention implementation that one configuration names, and who has asked for another.
+
+    Configurations may be shared by models, and uses overlap in any order: the last to leave restores.
+    """
+
+    _of_config: ClassVar[dict[int, _Switch]] = {}
+
+    def __init__(self, config) -> None:
+        self.config = config
+        self.original = config._attn_implementation
+        self.users = {ATTACHED: 0, MASKLESS: 0}  # the first that has users is in force
+
+    @classmethod
+    def change(cls, config, prefix: str, users: int) -> None:
+        """Add ``users`` (1 or -1) of ``prefix`` for ``config``."""
+        switch = cls._of_config.get(id(config)) or cls(config)
+        if switch.original not in DELEGATES:
+            raise ValueError(
+                f"attention implementation {switch.original!r} cannot be streamed: load the model with "
+                f"attn_implementation={' or '.join(map(repr, DELEGATES))}"
+            )
+        cls._of_config[id(config)] = switch
+        switch.users[prefix] += users
+        in_force = next((name for name, count in switch.users.items() if count), "")
+        config._attn_implementation = in_force + switch.original
+        if not in_force:
+            del cls._of_config[id(config)]
 
 
 def _attention_configs(model: nn.Module) -> list:
     """Every configuration object that attention layers of the model may read."""
     configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
-    return list(configs.values())
+    return [config for config in configs.values() if getattr(config, "_attn_implementation", None) is not None]
 
 
 @contextmanager
-def maskless_attention(model: nn.Module) -> Iterator[None]:
-    """The model's attention is causal and never builds or inspects a mask, so a forward never waits for the GPU.
-
-    For loops without padding. Several queries over a longer cache are causal with the last query at the last key.
-    The model is restored on leaving. Entering a second time does nothing.
+def switched_attention(model: nn.Module, prefix: str) -> Iterator[None]:
+    """The model's attention is the one registered with ``prefix`` until leaving.
 
     Raises:
         ValueError: the model's attention implementation is neither ``sdpa`` nor ``eager``.
     """
-    changed = []
-    try:
+    with ExitStack() as stack:
         for config in _attention_configs(model):
-            name = config._attn_implementation
-            if name is None or name.startswith(PREFIX):
-                continue
-            if name not in DELEGATES:
-                raise ValueError(
-                    f"attention implementation {name!r} cannot be streamed: load the model with "
-                    f"attn_implementation={' or '.join(map(repr, DELEGATES))}"
-                )
-            changed.append((config, name))
-            config._attn_implementation = PREFIX + name
+            _Switch.change(config, prefix, 1)
+            stack.callback(_Switch.change, config, prefix, -1)
         yield
-    finally:
-        for config, name in changed:
-            config._attn_implementation = name
+
+
+def maskless_attention(model: nn.Module) -> AbstractContextManager[None]:
+    """The model's attention is causal and no mask is built or inspected, so a forward never waits for the GPU.
+
+    For loops without padding, which is not checked: a two-dimensional ``attention_mask`` is not read. Several queries
+    over a longer cache are causal with the last query at the last key. The model is restored on leaving; uses may
+    overlap.
+
+    Raises:
+        ValueError: the model's attention implementation is neither ``sdpa`` nor ``eager``.
+    """
+    return switched_attention(model, MASKLESS)

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .kv_cache import BlockPlan
 from .rope_utils import rotate
+from .sinks import BlockPlan
 
 try:
     from . import triton_kernels
@@ -35,19 +35,23 @@ MATH_SCORES_BYTES = 1 << 28
 def choose_kernel(query: Tensor) -> str:
     """The kernel to use, ``flash`` or ``math``, among those that are allowed for SDPA.
 
+    With gradients only math will do: the flash operators do not differentiate the log-sum-exp that results are
+    merged by.
+
     Raises:
         RuntimeError: none of the allowed kernels can do it.
     """
-    flash_runs = query.device.type == "cpu" or (
-        query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
-    )
-    if flash_runs and torch.backends.cuda.flash_sdp_enabled():
+    needs_grad = torch.is_grad_enabled() and query.requires_grad
+    on_cuda = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+    flash_runs = query.device.type == "cpu" or (query.device.type == "cuda" and on_cuda)
+    if flash_runs and not needs_grad and torch.backends.cuda.flash_sdp_enabled():
         return "flash"
     if torch.backends.cuda.math_sdp_enabled():
         return "math"
     raise RuntimeError(
         f"no allowed attention kernel takes a block of {query.dtype} with head_dim {query.shape[-1]} on "
-        f"{query.device.type}: allow math, or flash with bfloat16 or float16"
+        f"{query.device.type}{' with gradients' if needs_grad else ''}: allow math, or flash with bfloat16 or float16 "
+        "under torch.no_grad()"
     )
 
 
@@ -65,6 +69,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, 
     """
     plan.consumed = True
     kernel = choose_kernel(query)
+    key, value = key.to(query.dtype), value.to(query.dtype)  # under autocast a cache may hold another dtype
     key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
     config = plan.layout.config
     # Queries up to token S + W have lost nothing yet: plain causal attention over every token so far.
@@ -92,18 +97,40 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ke
     """Causal attention whose last query sees the last key (SDPA's ``is_causal`` aligns the first ones)."""
     q_len, kv_len = query.shape[2], key.shape[2]
     if kernel == "math":
-        mask = None
-        if q_len != kv_len:
-            mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
-            )
+        return _causal_math(query, key, value, scale)
     past = kv_len - q_len
     out, lse = flash(query, key[:, :, past:], value[:, :, past:], scale, causal=True)
     if not past:
         return out
     return merge(out, lse, *flash(query, key[:, :, :past], value[:, :, :past], scale, causal=False))[0]
+
+
+def _query_rows(query: Tensor, kv_len: int) -> int:
+    """Queries whose scores over ``kv_len`` keys fit in the memory that the math path may use."""
+    row_bytes = query.shape[0] * query.shape[1] * kv_len * query.element_size()
+    return max(1, MATH_SCORES_BYTES // row_bytes)
+
+
+def _causal_math(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention, last query to last key, for as many queries at a time as the scores' memory allows."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    step = _query_rows(query, kv_len)
+    out = []
+    for start in range(0, q_len, step):
+        n = min(step, q_len - start)
+        visible = kv_len - q_len + start + n  # keys up to the last of these queries
+        mask = torch.ones(n, visible, dtype=torch.bool, device=query.device).tril(visible - n)
+        with sdpa_kernel(SDPBackend.MATH):
+            out.append(
+                F.scaled_dot_product_attention(
+                    query[:, :, start : start + n],
+                    key[:, :, :visible],
+                    value[:, :, :visible],
+                    attn_mask=mask,
+                    scale=scale,
+                )
+            )
+    return torch.cat(out, dim=2)
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -237,19 +264,18 @@ def _band_math(
 ) -> Tensor:
     """Sinks and window in one softmax, for as many queries at a time as the scores' memory allows."""
     window, n_sink = plan.layout.config.window_size, plan.layout.config.n_sink
-    batch, num_heads, q_len, _ = query.shape
+    q_len = query.shape[2]
     if turned is not None:
-        groups = num_heads // plan.sink_keys.shape[1]
+        groups = query.shape[1] // plan.sink_keys.shape[1]
         sink_keys = plan.sink_keys.repeat_interleave(groups, dim=1)
         sink_values = plan.sink_values.repeat_interleave(groups, dim=1)
         query = torch.cat((query, turned), dim=-1)
         key = torch.cat((key, torch.zeros_like(key)), dim=-1)
         sink_keys = torch.cat((torch.zeros_like(sink_keys), sink_keys), dim=-1)
 
-    row_bytes = batch * num_heads * query.element_size()
-    step = min(window, q_len)
-    while step > 1 and row_bytes * step * (n_sink + window + step) > MATH_SCORES_BYTES:
-        step = -(-step // 2)
+    # At least 128 queries at a time, so that a small window is no long loop; fewer where the memory asks for it.
+    step = min(max(window, 128), q_len)
+    step = min(step, _query_rows(query, n_sink + window + step))
     row = torch.arange(step, device=query.device).unsqueeze(1)
     column = torch.arange(-n_sink, window + step, device=query.device)
     mask = (column < 0) | ((column >= row) & (column <= row + window))  # sinks | own window

@@ -63,7 +63,7 @@ def _blocks(input_ids: Tensor | Iterable[Tensor], block_size: int) -> Iterator[T
 
 
 def _require_ids(ids: Tensor) -> None:
-    if ids.dim() != 2 or ids.is_floating_point():
+    if ids.dim() != 2 or not ids.shape[0] or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"input_ids must be integer token ids [batch, length], got {ids.dtype} {list(ids.shape)}")
 
 
@@ -114,11 +114,11 @@ def score_stream(
     collected = _Collector(return_hidden)
     sink = on_block or collected
     n_seen, last_hidden = 0, None
-    with attached(model) as attachment:
-        cache = new_cache(model, attachment, config)
+    with attached(model):
+        cache = new_cache(model, config)
         for block in _blocks(input_ids, block_size):
             home = block.device
-            block = block.to(device)
+            block = block.to(device, torch.int64)
             output = model.base_model(input_ids=block, past_key_values=cache, use_cache=True)
             hidden = output.last_hidden_state
             # Each hidden state predicts the next token: the block's first token is predicted by the block before.

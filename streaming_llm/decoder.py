@@ -7,9 +7,9 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from .config import StreamingConfig, require_int
+from .config import StreamingConfig
 from .families import lm_head
-from .model import Attachment, default_block_size, feed, new_cache
+from .model import Attachment, feed, new_cache
 
 ENGINES = ("eager",)
 
@@ -41,9 +41,8 @@ class StreamingDecoder:
         self.model = model
         self.engine = engine
         self.streaming_config = StreamingConfig(n_sink, window_size)
-        attachment = Attachment.enter(model)
-        self.close = weakref.finalize(self, attachment.leave)
-        self.cache = new_cache(model, attachment, self.streaming_config)
+        self.cache = new_cache(model, self.streaming_config)
+        self.close = weakref.finalize(self, Attachment.enter(model).leave)
 
     def __enter__(self) -> StreamingDecoder:
         return self
@@ -63,11 +62,6 @@ class StreamingDecoder:
             Logits ``[batch, vocab]`` of the last token, in the model's dtype.
         """
         self._require_open()
-        if input_ids.dim() != 2 or not input_ids.shape[1]:
-            raise ValueError(f"input_ids must be [batch, length >= 1], got {list(input_ids.shape)}")
-        if block_size is None:
-            block_size = default_block_size(self.streaming_config.window_size, input_ids.device)
-        require_int("block_size", block_size, 1)
         return lm_head(self.model, feed(self.model, self.cache, input_ids, block_size))[:, -1]
 
     @torch.no_grad()
@@ -81,6 +75,8 @@ class StreamingDecoder:
             Logits ``[batch, vocab]``, in the model's dtype.
         """
         self._require_open()
+        if token_ids.dim() != 1:
+            raise ValueError(f"token_ids must be [batch], got {list(token_ids.shape)}")
         output = self.model(input_ids=token_ids.unsqueeze(1), past_key_values=self.cache, use_cache=True)
         return output.logits[:, -1]
 

@@ -117,4 +117,7 @@ def rotary_from_model(model: nn.Module) -> Rotary:
 
 def lm_head(model: nn.Module, hidden_states: Tensor) -> Tensor:
     """Logits ``[..., vocab]`` of final hidden states ``[..., hidden]``, in the model's dtype."""
-    return model.get_output_embeddings()(hidden_states)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output layer: use a causal language model")
+    return head(hidden_states)

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .attention import maskless_attention
-from .config import StreamingConfig
+from .attention import switched_attention
+from .config import StreamingConfig, require_int
 from .families import rotary_from_model, rotary_modules
-from .kv_cache import StreamingKVCache
+from .kv_cache import ATTACHED, StreamingKVCache
 from .rope_utils import ExactRotaryEmbedding, Rotary
 
 
@@ -29,7 +29,7 @@ class Attachment:
         self._model_id = id(model)
         self._users = 0
         with ExitStack() as stack:
-            stack.enter_context(maskless_attention(model))
+            stack.enter_context(switched_attention(model, ATTACHED))
             for parent, name, module in rotary_modules(model):
                 setattr(parent, name, ExactRotaryEmbedding(module, self.rotary))
                 stack.callback(setattr, parent, name, module)
@@ -51,10 +51,6 @@ class Attachment:
             del self._active[self._model_id]
             self._restore.close()
 
-    def is_active(self) -> bool:
-        """Whether the model is attached now."""
-        return self._users > 0
-
 
 @contextmanager
 def attached(model: nn.Module):
@@ -66,13 +62,10 @@ def attached(model: nn.Module):
         attachment.leave()
 
 
-def new_cache(model: nn.Module, attachment: Attachment, config: StreamingConfig) -> StreamingKVCache:
-    """A cache for an attached model: exact angles, blocks of any length."""
-    cache = StreamingKVCache(
-        model.config, config.n_sink, config.window_size, rotary=attachment.rotary.to(torch.device("cpu"))
-    )
-    cache.allow_blocks(attachment.is_active)
-    return cache
+def new_cache(model: nn.Module, config: StreamingConfig) -> StreamingKVCache:
+    """A cache with the frequencies that the model holds, also where they were rounded with the weights."""
+    rotary = rotary_from_model(model).to(torch.device("cpu"))
+    return StreamingKVCache(model.config, config.n_sink, config.window_size, rotary=rotary)
 
 
 def default_block_size(window_size: int, device: torch.device) -> int:
@@ -81,12 +74,17 @@ def default_block_size(window_size: int, device: torch.device) -> int:
     return max(1, -(-least // window_size)) * window_size
 
 
-def feed(model: nn.Module, cache: StreamingKVCache, input_ids: Tensor, block_size: int) -> Tensor:
-    """Run tokens ``[batch, length]`` through an attached model block by block.
+def feed(model: nn.Module, cache: StreamingKVCache, input_ids: Tensor, block_size: int | None) -> Tensor:
+    """Run tokens ``[batch, length >= 1]`` through an attached model block by block.
 
     Returns:
         The final hidden state of the last token, ``[batch, 1, hidden]``.
     """
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise ValueError(f"input_ids must be [batch, length >= 1], got {list(input_ids.shape)}")
+    if block_size is None:
+        block_size = default_block_size(cache.streaming_config.window_size, input_ids.device)
+    require_int("block_size", block_size, 1)
     for block in input_ids.split(block_size, dim=1):
         hidden = model.base_model(input_ids=block, past_key_values=cache, use_cache=True).last_hidden_state
     return hidden[:, -1:]
@@ -102,7 +100,8 @@ class StreamingLLMWrapper:
 
     Inside, forwards with a cache from :meth:`new_cache` take blocks of any length, exactly as if fed token by token,
     and rotary angles are exact at any position. On leaving, also after an error, the model is as it was.
-    No weight, class or module-level state is changed. Wrappers of one model can be nested.
+    No weight and no class is changed. Wrappers of one model can be nested. For inference, in one thread: the
+    allowed SDPA kernels are a setting of the whole process. Positions are the cache's; pass no ``position_ids``.
 
     Args:
         model: a Transformers causal language model of a supported family, loaded with ``sdpa`` or ``eager`` attention.
@@ -135,7 +134,8 @@ class StreamingLLMWrapper:
 
     def new_cache(self) -> StreamingKVCache:
         """An empty cache for one stream, or one batch of streams of equal length."""
-        return new_cache(self.model, self._attached(), self.streaming_config)
+        self._attached()
+        return new_cache(self.model, self.streaming_config)
 
     def __call__(self, *args, **kwargs):
         """The model's forward; pass ``past_key_values=stream.new_cache()``."""
@@ -146,8 +146,6 @@ class StreamingLLMWrapper:
     def prefill(self, input_ids: Tensor, cache: StreamingKVCache, block_size: int | None = None) -> None:
         """Feed a prompt ``[batch, length]`` of any length to ``cache``, in memory that does not grow with it."""
         self._attached()
-        if block_size is None:
-            block_size = default_block_size(self.streaming_config.window_size, input_ids.device)
         feed(self.model, cache, input_ids, block_size)
 
     def generate(self, inputs: Tensor | None = None, **kwargs):
@@ -164,14 +162,35 @@ class StreamingLLMWrapper:
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         cache = kwargs.pop("past_key_values", None)
         cache = self.new_cache() if cache is None else cache
+        self._require_streaming(cache, kwargs)
         if input_ids is not None:
-            unseen = input_ids[:, cache.get_seq_length() : -1]
+            seen = cache.get_seq_length()
+            if input_ids.shape[1] <= seen:
+                raise ValueError(
+                    f"the cache has seen {seen} tokens and was given {input_ids.shape[1]} ids: the ids have to begin "
+                    "with those seen and go on with at least one more"
+                )
+            unseen = input_ids[:, seen:-1]
             if unseen.shape[1] > self.streaming_config.cache_size:
                 self._refuse_padding(kwargs.get("attention_mask"))
                 self.prefill(unseen.to(self.model.device), cache)
-                self._expand(cache, kwargs)
+            self._expand(cache, input_ids.shape[0], kwargs)
             kwargs["input_ids"] = input_ids
         return self.model.generate(past_key_values=cache, **kwargs)
+
+    def _setting(self, kwargs: dict, name: str):
+        """What ``generate`` will use: the argument, else the given configuration's value, else the model's."""
+        given = kwargs.get("generation_config")
+        values = (kwargs.get(name), getattr(given, name, None), getattr(self.model.generation_config, name, None))
+        return next((value for value in values if value is not None), None)
+
+    def _require_streaming(self, cache, kwargs: dict) -> None:
+        if not isinstance(cache, StreamingKVCache):
+            raise ValueError(
+                f"past_key_values must be a StreamingKVCache (stream.new_cache()), got {type(cache).__name__}"
+            )
+        if self._setting(kwargs, "use_cache") is False:
+            raise ValueError("use_cache=False would not stream: leave it out, or call model.generate")
 
     @staticmethod
     def _refuse_padding(attention_mask: Tensor | None) -> None:
@@ -181,10 +200,8 @@ class StreamingLLMWrapper:
                 "or run them one by one"
             )
 
-    def _expand(self, cache: StreamingKVCache, kwargs: dict) -> None:
-        """Give a prefilled cache one row for each beam or returned sequence, as ``generate`` does with the ids."""
-        config = kwargs.get("generation_config") or self.model.generation_config
-        names = ("num_beams", "num_return_sequences")
-        beams, sequences = (kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
-        if max(beams, sequences) > 1:
-            cache.batch_repeat_interleave(max(beams, sequences))
+    def _expand(self, cache: StreamingKVCache, batch: int, kwargs: dict) -> None:
+        """Give a filled cache one row for each beam or returned sequence, as ``generate`` does with the ids."""
+        rows = max(self._setting(kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
+        if rows > 1 and cache.get_seq_length() and cache.layers[0].batch_size == batch:
+            cache.batch_repeat_interleave(rows)

@@ -17,7 +17,8 @@ def _merge_sinks(
     HALF_P: tl.constexpr, PASS_P: tl.constexpr, DIM_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    rows = rows.to(tl.int64)  # offsets may pass 2**31
+    batch, head = tl.program_id(1).to(tl.int64) // num_heads, tl.program_id(1) % num_heads
     in_rows = (rows < q_len)[:, None]
     half, rest, dims = tl.arange(0, HALF_P), tl.arange(0, PASS_P), tl.arange(0, DIM_P)
     in_half, in_rest, in_dims = half < HALF, rest < HEAD_DIM - 2 * HALF, dims < HEAD_DIM
@@ -36,7 +37,7 @@ def _merge_sinks(
     turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
 
     # One running softmax that begins with the window's result.
-    largest = tl.load(lse_ptr + tl.program_id(1) * q_len + rows, rows < q_len, 0.0)
+    largest = tl.load(lse_ptr + (batch * num_heads + head) * q_len + rows, rows < q_len, 0.0)
     total = tl.full((BLOCK,), 1.0, tl.float32)
     out = out_ptr + batch * out_b + head * out_h + rows[:, None] * out_m
     acc = tl.load(out + dims[None, :], in_rows & in_dims[None, :], 0.0).to(tl.float32)

@@ -24,7 +24,8 @@ def reference_logits(model, input_ids: torch.Tensor, n_sink: int, window_size: i
     config = model.config
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     output_layer = next(name for name in ("embed_out", "lm_head") if f"{name}.weight" in weights)  # older, newer name
-    inv_freq = model.gpt_neox.rotary_emb.inv_freq.double()
+    rotary = model.gpt_neox.rotary_emb  # a streaming model's own one lies behind the stand-in
+    inv_freq = getattr(rotary, "replaced", rotary).inv_freq.double()
     batch, length = input_ids.shape
     num_heads = config.num_attention_heads
     head_dim = config.hidden_size // num_heads

@@ -112,6 +112,8 @@ def test_the_adapter_is_transparent():
         _ = adapter.no_such_thing
     adapter.query_key_value = torch.nn.Identity()  # as PEFT does
     assert isinstance(attention.query_key_value, torch.nn.Identity)
+    adapter.scaling = 5.0
+    assert attention.scaling == 5.0
     model.train()
     assert attention.training
     model.double()

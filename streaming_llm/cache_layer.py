@@ -1,0 +1,266 @@
+"""Where the tensors of one attention layer lie: a ring of slots, and the sinks in front of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .positions import Segment, StreamLayout
+from .rope_utils import compute_dtype, rotate
+from .sinks import BlockPlan, SinkRotation
+
+FIRST_ALLOCATION = 256
+
+
+class StreamingLayer(CacheLayerMixin):
+    """Keys and values of one attention layer: ``[batch, num_kv_heads, <= n_sink + window_size + 1, head_dim]``.
+
+    The tensors grow by doubling until they hold the whole cache and stay where they are from then on.
+    """
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, layout: StreamLayout, rotation: SinkRotation) -> None:
+        super().__init__()
+        self.is_initialized = False  # before 4.57 Transformers' layers have no such attribute
+        self.layout = layout
+        self.rotation = rotation
+        self.attends_blocks = False
+        self.n_seen = 0
+        self.position_offset = 0
+        self._sink_keys: Tensor | None = None
+        self._sink_parts: tuple[Tensor, Tensor] | None = None
+
+    # Storage
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        value_states = key_states if value_states is None else value_states
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size = self.max_batch_size = key_states.shape[0]  # the newer and the older name
+        self.keys = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[3]))
+        self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
+        self.is_initialized = True
+
+    def reserve(self, n_slots: int) -> None:
+        """Make room for ``n_slots`` slots (at most the capacity)."""
+        allocated = self.keys.shape[2]
+        if n_slots <= allocated:
+            return
+        size = min(self.layout.capacity, max(n_slots, 2 * allocated, FIRST_ALLOCATION))
+        with torch.inference_mode(False):  # a cache filled in inference mode can be used outside it
+            for name in ("keys", "values"):
+                old = getattr(self, name)
+                new = torch.zeros((*old.shape[:2], size, old.shape[3]), dtype=old.dtype, device=old.device)
+                new[:, :, :allocated].copy_(old)
+                setattr(self, name, new)
+
+    def _store(self, segments: list[Segment], key_states: Tensor, value_states: Tensor, start: int) -> None:
+        for segment in segments:
+            source = slice(segment.token - start, segment.token - start + segment.length)
+            target = slice(segment.slot, segment.slot + segment.length)
+            self.keys[:, :, target] = key_states[:, :, source]
+            self.values[:, :, target] = value_states[:, :, source]
+
+    # Sinks
+
+    def _keep_sinks(self) -> Tensor:
+        """The sinks' keys as first rotated; copied when they are about to move for the first time."""
+        if self._sink_keys is None:
+            self._sink_keys = self.keys[:, :, : self.layout.config.n_sink].clone()
+        return self._sink_keys
+
+    def _move_sinks(self, token: int) -> None:
+        """Rotate the stored sinks to their distances from ``token``."""
+        n_sink, rotary = self.layout.config.n_sink, self.rotation.rotary
+        if not n_sink:
+            return
+        dtype = compute_dtype(self.dtype)
+        if self._sink_parts is None:
+            turned = self._keep_sinks()[..., : rotary.rotary_dim].to(dtype)
+            self._sink_parts = (turned, rotary.quarter_turn(turned))
+        # From the position at which the first copies are right, S + W, to the query's.
+        anchor = self.layout.config.cache_size + self.position_offset
+        cos, sin = self.rotation.cos_sin(token + self.position_offset, anchor, self.device, dtype)
+        target = self.keys[:, :, :n_sink, : rotary.rotary_dim]
+        turned, quarter = self._sink_parts
+        if dtype == self.dtype:
+            torch.mul(turned, cos, out=target)
+            target.addcmul_(quarter, sin)
+        else:
+            target.copy_(torch.addcmul(turned * cos, quarter, sin))
+
+    # The cache protocol
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values and return those that the new tokens attend to.
+
+        Args:
+            key_states, value_states: ``[batch, num_kv_heads, q_len, head_dim]``, keys rotated to their position.
+
+        Returns:
+            Keys and values ``[batch, num_kv_heads, kv_len, head_dim]``; views of the cache where possible.
+
+        Raises:
+            ValueError: several tokens at once need more than a cache can give (see :class:`StreamingKVCache`), or
+                the batch size is another than before.
+        """
+        key_states, value_states = key_states.detach(), value_states.detach()
+        if not self.is_initialized or (self.n_seen == 0 and key_states.shape[0] != self.batch_size):
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.batch_size:
+            raise ValueError(
+                f"this cache holds {self.batch_size} streams and was given keys of {key_states.shape[0]}: use a new "
+                "cache, reset(), batch_select_indices() or batch_repeat_interleave()"
+            )
+        q_len, start = key_states.shape[2], self.n_seen
+        end = start + q_len
+        if q_len == 1 and end > self.layout.capacity:
+            return self._step(key_states, value_states)
+        if end > self.layout.capacity:
+            return self._block(key_states, value_states)
+        self.reserve(end)
+        self._store([Segment(start, start, q_len)], key_states, value_states, start)
+        self.n_seen = end
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        if q_len > 1 and self.attends_blocks:
+            keys.streaming_plan = self._plan(0, start)
+        return keys, values
+
+    def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """One token that evicts another."""
+        token = self.n_seen
+        slot = self.layout.slot(token)
+        self.keys.select(2, slot).copy_(key_states.select(2, 0))
+        self.values.select(2, slot).copy_(value_states.select(2, 0))
+        self._move_sinks(token)
+        self.n_seen = token + 1
+        return self.keys, self.values
+
+    def _block(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Several tokens, some of which evict others: returns all keys that any of them attends to."""
+        if not self.attends_blocks:
+            raise ValueError(
+                f"{key_states.shape[2]} tokens at once do not fit: {self.n_seen} have been seen and the cache keeps "
+                f"{self.layout.config.cache_size}. A cache sees neither queries nor mask, so this would be inexact. "
+                "Feed them one by one, or inside `with StreamingLLMWrapper(model, ...) as stream:`, where blocks of "
+                "any length are exact"
+            )
+        layout, start = self.layout, self.n_seen
+        end = start + key_states.shape[2]
+        first_key = 0 if start <= layout.capacity else start - layout.config.window_size
+        stored = [slice(s.slot, s.slot + s.length) for s in layout.segments(range(first_key, start))]
+        keys = torch.cat([*(self.keys[:, :, s] for s in stored), key_states], dim=2)
+        values = torch.cat([*(self.values[:, :, s] for s in stored), value_states], dim=2)
+
+        self.reserve(layout.capacity)
+        for tokens in layout.survivors(start, end):
+            self._store(layout.segments(tokens), key_states, value_states, start)
+        self._keep_sinks()
+        self.n_seen = end
+        keys.streaming_plan = self._plan(first_key, start)
+        return keys, values
+
+    def _plan(self, first_key: int, first_query: int) -> BlockPlan:
+        moves = self.n_seen > self.layout.capacity and self.layout.config.n_sink > 0
+        return BlockPlan(
+            self.layout,
+            self.rotation,
+            first_key,
+            first_query,
+            self._keep_sinks() if moves else None,
+            self.values[:, :, : self.layout.config.n_sink] if moves else None,
+        )
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, which is the next token's position; not the number kept."""
+        return self.n_seen + self.position_offset
+
+    def get_mask_sizes(self, cache_position: Tensor | int) -> tuple[int, int]:
+        """``(kv_length, kv_offset)`` of the keys that a forward of these positions attends to.
+
+        Args:
+            cache_position: positions of the new tokens, or (newer Transformers) their number.
+        """
+        q_len = cache_position.shape[0] if isinstance(cache_position, Tensor) else cache_position
+        kept = self.layout.kept(self.n_seen) if q_len == 1 else self.n_seen
+        return kept + q_len, self.get_seq_length() - kept
+
+    def get_max_length(self) -> int:
+        """Tokens held at most. As with Transformers' sliding windows, many more may have been seen."""
+        return self.layout.capacity
+
+    def get_max_cache_shape(self) -> int:
+        """What :meth:`get_max_length` is called in older Transformers."""
+        return self.get_max_length()
+
+    # Whole-stream operations
+
+    @property
+    def n_stored(self) -> int:
+        """Slots that hold a token."""
+        return min(self.n_seen, self.layout.capacity)
+
+    def reset(self) -> None:
+        """Forget the stream; the tensors stay allocated."""
+        self.n_seen = self.position_offset = 0
+        self._sink_keys = self._sink_parts = None
+
+    def move(self, distance: int) -> None:
+        """Shift the stream's position by ``distance``: every stored key is re-rotated once."""
+        self.position_offset += distance
+        if not self.n_stored:
+            return
+        rotary = self.rotation.on(self.device)
+        cos, sin = rotary.cos_sin(distance)
+        stored = self.keys[:, :, : self.n_stored]
+        stored.copy_(rotate(stored, cos, sin, rotary))
+        if self._sink_keys is not None:
+            self._sink_keys = rotate(self._sink_keys, cos, sin, rotary)
+            self._sink_parts = None
+
+    def crop(self, max_length: int) -> None:
+        """Forget the last tokens.
+
+        Transformers has changed what it passes from the length that remains to the number of tokens to remove, as a
+        negative number or zero. Both are understood: zero removes none, and :meth:`reset` forgets them all.
+
+        Args:
+            max_length: positive: so many tokens remain seen; otherwise: its magnitude is the number to forget.
+
+        Raises:
+            ValueError: the tokens that would come back into the window have been evicted.
+        """
+        length = max_length - self.position_offset if max_length > 0 else self.n_seen + max_length
+        if length >= self.n_seen:
+            return
+        if self.n_seen > self.layout.capacity or length < 0:
+            raise ValueError(
+                f"cannot go back from {self.n_seen} to {length} tokens: a streaming cache has evicted the tokens "
+                "that would be in the window then"
+            )
+        self.n_seen = length
+
+    def _select(self, select) -> None:
+        """Replace every tensor by ``select(tensor)``, which acts on the batch dimension."""
+        if not self.is_initialized:
+            return
+        with torch.inference_mode(False):
+            self.keys, self.values = select(self.keys), select(self.values)
+        self.batch_size = self.max_batch_size = self.keys.shape[0]
+        if self._sink_keys is not None:
+            self._sink_keys, self._sink_parts = select(self._sink_keys), None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(lambda x: x[indices.to(x.device)])
