@@ -49,8 +49,8 @@ def hub_dataset_column(repo: str, config: str | None, split: str, column: str) -
     """One column of a data set's split, from the hub or from this machine's copy of it."""
     try:
         import datasets
-    except ImportError:
-        raise SetupError(f"data set {repo}: needs the package `datasets` (pip install datasets)") from None
+    except ImportError as error:
+        raise SetupError(f"data set {repo}: needs the package `datasets`, which cannot be imported: {error}") from None
 
     answer = ask_hub(repo, "dataset")
     download = datasets.DownloadConfig(local_files_only=answer.commit is None, max_retries=1)

@@ -121,6 +121,7 @@ def test_where_the_hub_is_out_of_reach_one_line_says_what_was_tried(monkeypatch)
     with pytest.raises(SetupError, match=r"hub.*--model path/to/folder") as caught:
         find_model("someone/some-model")
     assert "someone/some-model" in str(caught.value)
+    pytest.importorskip("datasets")
     with pytest.raises(SetupError, match=r"--datasets path/to/text.txt"):
         load_texts(["wikitext"])
 
