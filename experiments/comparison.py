@@ -73,7 +73,8 @@ def _compare(session: ModelSession, file: FilePlan) -> dict:
 
 
 def _measure(session: ModelSession, cell: Cell) -> dict:
-    with progress_bar(str(cell), session.decode_steps(cell), session.config.progress) as display:
+    trained = session.source.weights == "trained"
+    with progress_bar(str(cell), session.decode_steps(cell), session.config.progress, trained) as display:
         return run_record(session.measure(cell, display), cell.backend)
 
 

@@ -48,6 +48,7 @@ class ModelRun:
         self.session, self.root, self.store, self.say = session, root, store, say
         self.config = session.config
         self._kvpress_imported = kvpress_imported
+        self._trained = session.source.weights == "trained"  # perplexities of random weights are not shown
         self.files = plan_files(
             self.config, session.settings, tuple(session.texts), session.machine.backends, session.methods
         )
@@ -116,13 +117,13 @@ class ModelRun:
         self.done[cell] = record
         self.outcome.finished += 1
         self.estimator.add(cell, time.perf_counter() - start)
-        self.say(f"{where}: {cell_line(record)}; left: {self.estimator.text(self.missing)}")
+        self.say(f"{where}: {cell_line(record, self._trained)}; left: {self.estimator.text(self.missing)}")
 
     def _measure(self, cell: Cell, title: str) -> tuple[CellRecord | None, str]:
         """Run and keep one cell. This is the boundary at which a failure becomes a reason, and the others go on."""
         start = time.perf_counter()
         reason = ""
-        with progress_bar(title, self.session.decode_steps(cell), self.config.progress) as display:
+        with progress_bar(title, self.session.decode_steps(cell), self.config.progress, self._trained) as display:
             try:
                 result = self.session.measure(cell, display)
             except Exception as error:  # whatever it is, it concerns this cell

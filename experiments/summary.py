@@ -64,11 +64,11 @@ def _short(reason: str, length: int = 80) -> str:
     return reason if len(reason) <= length else reason[: length - 3] + "..."
 
 
-def cell_line(record: CellRecord) -> str:
-    """The outcome of one cell in a few words."""
+def cell_line(record: CellRecord, show_perplexity: bool = True) -> str:
+    """The outcome of one cell in a few words; the perplexity of random weights is not to be shown."""
     run = record.run
     parts = []
-    if run["perplexity"] is not None:
+    if show_perplexity and run["perplexity"] is not None:
         parts.append(f"perplexity {run['perplexity']:.3f}")
     parts.append(f"prefill {run['prefill_sec']:.3f} s")
     if run["tpot_ms"] is not None:
