@@ -41,8 +41,8 @@ def _attention_forward(delegate: str) -> Callable:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        scaling: float | None = None,
         dropout: float = 0.0,
+        scaling: float | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of ``query`` ``[batch, num_heads, q_len, head_dim]`` over keys from a cache or a plain forward.
@@ -96,7 +96,7 @@ def _no_mask(*args, attention_mask: Tensor | None = None, allow_is_causal_skip: 
 for _name in DELEGATES:
     AttentionInterface.register(ATTACHED + _name, _attention_forward(_name))
     AttentionMaskInterface.register(ATTACHED + _name, _no_mask)
-    # No mask function: Transformers then neither builds a mask nor looks for packed sequences.
+    # Without a mask function Transformers neither builds a mask nor looks for packed sequences.
     AttentionInterface.register(MASKLESS + _name, _attention_forward(_name))
 
 
