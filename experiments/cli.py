@@ -55,6 +55,30 @@ def add_subject_options(parser: argparse.ArgumentParser, several: bool) -> None:
         )
 
 
+def add_dtype_and_device(group: argparse._ArgumentGroup) -> None:
+    """Where a model runs and in what."""
+    group.add_argument(
+        "--dtype",
+        default=None,
+        metavar="NAME",
+        help=f"{', '.join(DTYPES)}; default: bfloat16 on a GPU that has it, float32 on a CPU",
+    )
+    group.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+
+
+def add_cache_sizes(group: argparse._ArgumentGroup) -> None:
+    """What a stream keeps."""
+    group.add_argument("--n-sink", type=int, default=None, metavar="S", help="sinks kept; default: 4")
+    group.add_argument(
+        "--window-size",
+        type=int,
+        default=None,
+        metavar="W",
+        help="recent tokens kept, sinks excluded; default: 252 for the demo model, else what fills the "
+        "model's context with the sinks, up to 2048 together",
+    )
+
+
 def add_kernel_options(parser: argparse.ArgumentParser, several: bool) -> None:
     """Attention backends, dtype and device."""
     group = parser.add_argument_group("how it is computed")
@@ -68,13 +92,7 @@ def add_kernel_options(parser: argparse.ArgumentParser, several: bool) -> None:
         help="math, flash, or auto (flash where it runs, else math); default: what FLASH_SDPA says "
         "(1 flash, 0 math), else math",
     )
-    group.add_argument(
-        "--dtype",
-        default=None,
-        metavar="NAME",
-        help=f"{', '.join(DTYPES)}; default: bfloat16 on a GPU that has it, float32 on a CPU",
-    )
-    group.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    add_dtype_and_device(group)
     group.add_argument(
         "--decode-engine",
         default="eager",
@@ -87,15 +105,7 @@ def add_kernel_options(parser: argparse.ArgumentParser, several: bool) -> None:
 def add_size_options(parser: argparse.ArgumentParser) -> None:
     """Cache sizes and text length."""
     group = parser.add_argument_group("sizes, in tokens")
-    group.add_argument("--n-sink", type=int, default=None, metavar="S", help="sinks kept; default: 4")
-    group.add_argument(
-        "--window-size",
-        type=int,
-        default=None,
-        metavar="W",
-        help="recent tokens kept, sinks excluded; default: 252 for the demo model, else what fills the "
-        "model's context with the sinks, up to 2048 together",
-    )
+    add_cache_sizes(group)
     group.add_argument(
         "--max-eval-tokens",
         type=int,

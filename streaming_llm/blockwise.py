@@ -42,7 +42,7 @@ def token_nll(model: nn.Module, hidden_states: Tensor, targets: Tensor) -> Tenso
     return torch.cat(out, dim=1)
 
 
-def _blocks(input_ids: Tensor | Iterable[Tensor], block_size: int) -> Iterator[Tensor]:
+def in_blocks(input_ids: Tensor | Iterable[Tensor], block_size: int) -> Iterator[Tensor]:
     """Chunks ``[batch, n]`` of any length, cut and joined into blocks of ``block_size`` (the last is shorter)."""
     if isinstance(input_ids, Tensor):
         yield from input_ids.split(block_size, dim=1)
@@ -116,7 +116,7 @@ def score_stream(
     n_seen, last_hidden = 0, None
     with attached(model):
         cache = new_cache(model, config)
-        for block in _blocks(input_ids, block_size):
+        for block in in_blocks(input_ids, block_size):
             home = block.device
             block = block.to(device, torch.int64)
             output = model.base_model(input_ids=block, past_key_values=cache, use_cache=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from experiments.cli import OneLineParser
-from experiments.config import DTYPES
+from experiments.cli import OneLineParser, add_cache_sizes, add_dtype_and_device
 
 EPILOG = """examples:
   a book with the bundled demo model:
@@ -79,15 +78,7 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
 
 def _add_computation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how it is computed")
-    group.add_argument("--n-sink", type=int, default=None, metavar="S", help="sinks kept; default: 4")
-    group.add_argument(
-        "--window-size",
-        type=int,
-        default=None,
-        metavar="W",
-        help="recent tokens kept, sinks excluded; default: 252 for the demo model, else what fills the model's "
-        "context with the sinks, up to 2048 together",
-    )
+    add_cache_sizes(group)
     group.add_argument(
         "--block-size", type=int, default=None, metavar="N", help="tokens at a time; default: suits device and window"
     )
@@ -98,13 +89,7 @@ def _add_computation(parser: argparse.ArgumentParser) -> None:
         help="math, flash, or auto (flash where it runs, else math); default: what FLASH_SDPA says (1 flash, 0 math), "
         "else math",
     )
-    group.add_argument(
-        "--dtype",
-        default=None,
-        metavar="NAME",
-        help=f"{', '.join(DTYPES)}; default: bfloat16 on a GPU that has it, float32 on a CPU",
-    )
-    group.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    add_dtype_and_device(group)
     group.add_argument("--seed", type=int, default=0, help="for random weights and tokens; default: 0")
 
 

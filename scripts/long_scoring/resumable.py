@@ -26,10 +26,11 @@ from torch import Tensor
 from experiments.config import SetupError
 from experiments.memory import PeakMemory
 from experiments.storage import write_atomically
+from streaming_llm.blockwise import in_blocks
 
 from .losses import LossFile
 from .scorer import LossFetcher, ScoringError, StreamScorer
-from .tokens import in_blocks, read_ahead
+from .tokens import read_ahead
 
 CHECKPOINT_FORMAT = 1
 CHECKPOINT = "checkpoint.pt"

@@ -255,18 +255,3 @@ def read_ahead(chunks: Iterator[Tensor], depth: int = 2 * MAX_WINDOWS_AT_ONCE) -
             yield chunk
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def in_blocks(chunks: Iterable[Tensor], block_size: int) -> Iterator[Tensor]:
-    """Chunks ``[1, n]`` of any length, cut and joined into blocks of ``block_size`` tokens (the last is shorter)."""
-    held, n_held = [], 0
-    for chunk in chunks:
-        held.append(chunk)
-        n_held += chunk.shape[1]
-        if n_held >= block_size:
-            joined = torch.cat(held, dim=1)
-            whole = n_held - n_held % block_size
-            yield from joined[:, :whole].split(block_size, dim=1)
-            held, n_held = [joined[:, whole:]], n_held - whole
-    if n_held:
-        yield torch.cat(held, dim=1)
