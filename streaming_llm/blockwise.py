@@ -2,7 +2,7 @@
 
 A token's keys and values at a layer do not depend on what is evicted later. So a long text can go through the
 model in blocks, every query masked to its own window and with the sinks at their distance for that query, and
-gives the logits of the token-by-token loop (DESIGN: consequence 2 of the semantics).
+gives the logits of the token-by-token loop.
 """
 
 from __future__ import annotations
