@@ -83,6 +83,8 @@ def find_model(name: str, seed: int = 0) -> ModelSource:
         return _folder(name, Path(name), slug=_slug(Path(name).resolve().name))
     if Path(name).exists():
         raise SetupError(f"model {name!r} is a file: pass the folder that holds config.json and the weights")
+    if name.startswith(("/", ".", "~")):
+        raise SetupError(f"model {name!r}: there is no such folder")
     return _hub(name)
 
 
