@@ -74,7 +74,7 @@ def _attention_forward(delegate: str) -> Callable:
     return streaming_attention_forward
 
 
-def _no_mask(*args, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **kwargs) -> None:
+def _no_mask(*args, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **sizes) -> None:
     """The mask function of attached models: none, after making sure that none is needed.
 
     Raises:
@@ -86,11 +86,20 @@ def _no_mask(*args, attention_mask: Tensor | None = None, allow_is_causal_skip: 
             "attention_mask hides tokens: a stream cannot be padded. Give all sequences of a batch the same length, "
             "or run them one by one"
         )
-    if not allow_is_causal_skip:
+    if not allow_is_causal_skip or _has_unwritten_keys(**sizes):
         raise ValueError(
             "packed sequences, mask functions and static caches need a mask, and a streaming model has none: use "
             "consecutive positions and a StreamingKVCache or DynamicCache"
         )
+
+
+def _has_unwritten_keys(
+    q_length: int | None = None, q_offset=0, kv_length: int = 0, kv_offset: int = 0, **other
+) -> bool:
+    """Whether a cache has more slots than tokens: a static one, which newer Transformers does not announce."""
+    if q_length is None:  # older Transformers, which does
+        return False
+    return isinstance(q_offset, Tensor) or kv_offset + kv_length > q_offset + q_length
 
 
 for _name in DELEGATES:
