@@ -74,6 +74,15 @@ def _attention_forward(delegate: str) -> Callable:
     return streaming_attention_forward
 
 
+def refuse_padding(attention_mask: Tensor | None) -> None:
+    """Raise ``ValueError`` if a padding mask ``[batch, length]`` hides a token."""
+    if attention_mask is not None and not bool(torch.all(attention_mask)):
+        raise ValueError(
+            "attention_mask hides tokens: a stream cannot be padded. Give all sequences of a batch the same length, "
+            "or run them one by one"
+        )
+
+
 def _no_mask(*args, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **sizes) -> None:
     """The mask function of attached models: none, after making sure that none is needed.
 
@@ -81,11 +90,7 @@ def _no_mask(*args, attention_mask: Tensor | None = None, allow_is_causal_skip: 
         ValueError: a padding mask hides a token, or attention would be other than causal (packed sequences, a mask
             function of the caller's, a static cache).
     """
-    if attention_mask is not None and not bool(torch.all(attention_mask)):
-        raise ValueError(
-            "attention_mask hides tokens: a stream cannot be padded. Give all sequences of a batch the same length, "
-            "or run them one by one"
-        )
+    refuse_padding(attention_mask)
     if not allow_is_causal_skip or _has_unwritten_keys(**sizes):
         raise ValueError(
             "packed sequences, mask functions and static caches need a mask, and a streaming model has none: use "

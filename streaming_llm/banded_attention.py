@@ -144,25 +144,23 @@ def flash(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool)
             query, key, value, 0.0, causal, scale=scale
         )
         return out, lse
-    head_dim = query.shape[-1]
-    if head_dim % 8:
-        query, key, value = (F.pad(x, (0, 8 - head_dim % 8)) for x in (query, key, value))
-    out, lse = torch.ops.aten._flash_attention_forward(
-        *(x.transpose(1, 2) for x in (query, key, value)),
-        None, None, query.shape[2], key.shape[2], 0.0, causal, False, scale=scale,
-    )[:2]  # fmt: skip
-    return out.transpose(1, 2)[..., :head_dim], lse
+    return _cuda_flash(query, key, value, scale, causal)
 
 
 def windowed_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
     """CUDA's flash kernel with a band: query ``i`` sees keys ``i .. i + window`` of ``window + q_len``."""
+    return _cuda_flash(query, key, value, scale, True, window_size_left=window, window_size_right=0)
+
+
+def _cuda_flash(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, **window: int
+) -> tuple[Tensor, Tensor]:
     head_dim = query.shape[-1]
     if head_dim % 8:
         query, key, value = (F.pad(x, (0, 8 - head_dim % 8)) for x in (query, key, value))
     out, lse = torch.ops.aten._flash_attention_forward(
         *(x.transpose(1, 2) for x in (query, key, value)),
-        None, None, query.shape[2], key.shape[2], 0.0, True, False, scale=scale,
-        window_size_left=window, window_size_right=0,
+        None, None, query.shape[2], key.shape[2], 0.0, causal, False, scale=scale, **window,
     )[:2]  # fmt: skip
     return out.transpose(1, 2)[..., :head_dim], lse
 
@@ -176,10 +174,8 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
     """
     total = torch.logaddexp(lse, other_lse)
     dtype = torch.promote_types(out.dtype, lse.dtype)
-    merged = out * (lse - total).exp().unsqueeze(-1).to(dtype) + other * (other_lse - total).exp().unsqueeze(-1).to(
-        dtype
-    )
-    return merged.to(out.dtype), total
+    weight, other_weight = ((x - total).exp().unsqueeze(-1).to(dtype) for x in (lse, other_lse))
+    return (out * weight + other * other_weight).to(out.dtype), total
 
 
 def _streaming_band(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .config import StreamingConfig, require_int
 from .families import lm_head
+from .kv_cache import StreamingKVCache
 from .model import attached, default_block_size, new_cache
 
 LOGITS_BYTES = 1 << 28
@@ -67,7 +68,39 @@ def _require_ids(ids: Tensor) -> None:
         raise ValueError(f"input_ids must be integer token ids [batch, length], got {ids.dtype} {list(ids.shape)}")
 
 
-@torch.no_grad()
+class BlockScorer:
+    """Losses of one stream, block after block.
+
+    Args:
+        model: a causal language model that is attached as long as blocks are fed.
+        cache: a cache of this model.
+        last_hidden: final hidden state ``[batch, 1, hidden]`` of the last token that ``cache`` has seen, if any.
+    """
+
+    def __init__(self, model: nn.Module, cache: StreamingKVCache, last_hidden: Tensor | None = None) -> None:
+        self.model, self.cache, self.last_hidden = model, cache, last_hidden
+        self.device = model.get_input_embeddings().weight.device
+
+    @torch.no_grad()
+    def score(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        """Feed the next tokens ``[batch, n]``.
+
+        Returns:
+            Losses in nats ``[batch, n]``, or ``[batch, n - 1]`` of a stream's first block, whose first token nothing
+            predicts (float32, or float64 for a float64 model), and final hidden states ``[batch, n, hidden]``.
+        """
+        block = block.to(self.device, torch.int64)
+        output = self.model.base_model(input_ids=block, past_key_values=self.cache, use_cache=True)
+        hidden = output.last_hidden_state  # each predicts the next token: a block's first is predicted by the last one
+        if self.last_hidden is None:
+            predicting, targets = hidden[:, :-1], block[:, 1:]
+        else:
+            predicting, targets = torch.cat((self.last_hidden, hidden[:, :-1]), dim=1), block
+        self.last_hidden = hidden[:, -1:].clone()
+        nll = token_nll(self.model, predicting, targets) if targets.shape[1] else hidden.new_empty(targets.shape)
+        return nll, hidden
+
+
 def score_stream(
     model: nn.Module,
     input_ids: Tensor | Iterable[Tensor],
@@ -113,26 +146,13 @@ def score_stream(
 
     collected = _Collector(return_hidden)
     sink = on_block or collected
-    n_seen, last_hidden = 0, None
+    n_seen = 0
     with attached(model):
-        cache = new_cache(model, config)
+        scorer = BlockScorer(model, new_cache(model, config))
         for block in in_blocks(input_ids, block_size):
-            home = block.device
-            block = block.to(device, torch.int64)
-            output = model.base_model(input_ids=block, past_key_values=cache, use_cache=True)
-            hidden = output.last_hidden_state
-            # Each hidden state predicts the next token: the block's first token is predicted by the block before.
-            if last_hidden is None:
-                nll = (
-                    token_nll(model, hidden[:, :-1], block[:, 1:])
-                    if block.shape[1] > 1
-                    else hidden.new_empty(block.shape[0], 0)
-                )
-            else:
-                nll = token_nll(model, torch.cat((last_hidden, hidden[:, :-1]), dim=1), block)
-            collected.home = home
-            sink(n_seen + (last_hidden is None), nll, hidden)
-            last_hidden = hidden[:, -1:].clone()
+            nll, hidden = scorer.score(block)
+            collected.home = block.device
+            sink(max(n_seen, 1), nll, hidden)
             n_seen += block.shape[1]
     if n_seen < 2:
         raise ValueError(f"a stream of at least two tokens is needed to score one, got {n_seen}")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .attention import switched_attention
+from .attention import refuse_padding, switched_attention
 from .config import StreamingConfig, require_int
 from .families import rotary_from_model, rotary_modules
 from .kv_cache import ATTACHED, StreamingKVCache
-from .rope_utils import ExactRotaryEmbedding, Rotary
+from .rope_utils import ExactRotaryEmbedding
 
 
 class Attachment:
@@ -25,13 +26,13 @@ class Attachment:
     _active: ClassVar[dict[int, Attachment]] = {}  # by the model's id; a changed model is alive until restored
 
     def __init__(self, model: nn.Module) -> None:
-        self.rotary: Rotary = rotary_from_model(model)
+        rotary = rotary_from_model(model)
         self._model_id = id(model)
         self._users = 0
         with ExitStack() as stack:
             stack.enter_context(switched_attention(model, ATTACHED))
             for parent, name, module in rotary_modules(model):
-                setattr(parent, name, ExactRotaryEmbedding(module, self.rotary))
+                setattr(parent, name, ExactRotaryEmbedding(module, rotary))
                 stack.callback(setattr, parent, name, module)
             self._restore = stack.pop_all()
 
@@ -53,11 +54,11 @@ class Attachment:
 
 
 @contextmanager
-def attached(model: nn.Module):
-    """Attach ``model`` for a while; yields the :class:`Attachment`."""
+def attached(model: nn.Module) -> Iterator[None]:
+    """Attach ``model`` for a while."""
     attachment = Attachment.enter(model)
     try:
-        yield attachment
+        yield
     finally:
         attachment.leave()
 
@@ -127,25 +128,24 @@ class StreamingLLMWrapper:
         self._attachment.leave()
         self._attachment = None
 
-    def _attached(self) -> Attachment:
+    def _require_entered(self) -> None:
         if self._attachment is None:
             raise RuntimeError("enter it first: `with StreamingLLMWrapper(model, ...) as stream:`")
-        return self._attachment
 
     def new_cache(self) -> StreamingKVCache:
         """An empty cache for one stream, or one batch of streams of equal length."""
-        self._attached()
+        self._require_entered()
         return new_cache(self.model, self.streaming_config)
 
     def __call__(self, *args, **kwargs):
         """The model's forward; pass ``past_key_values=stream.new_cache()``."""
-        self._attached()
+        self._require_entered()
         return self.model(*args, **kwargs)
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, cache: StreamingKVCache, block_size: int | None = None) -> None:
         """Feed a prompt ``[batch, length]`` of any length to ``cache``, in memory that does not grow with it."""
-        self._attached()
+        self._require_entered()
         feed(self.model, cache, input_ids, block_size)
 
     def generate(self, inputs: Tensor | None = None, **kwargs):
@@ -158,7 +158,7 @@ class StreamingLLMWrapper:
         Raises:
             ValueError: a prompt is padded (``attention_mask`` hides tokens).
         """
-        self._attached()
+        self._require_entered()
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         cache = kwargs.pop("past_key_values", None)
         cache = self.new_cache() if cache is None else cache
@@ -172,7 +172,7 @@ class StreamingLLMWrapper:
                 )
             unseen = input_ids[:, seen:-1]
             if unseen.shape[1] > self.streaming_config.cache_size:
-                self._refuse_padding(kwargs.get("attention_mask"))
+                refuse_padding(kwargs.get("attention_mask"))
                 self.prefill(unseen.to(self.model.device), cache)
             self._expand(cache, input_ids.shape[0], kwargs)
             kwargs["input_ids"] = input_ids
@@ -191,14 +191,6 @@ class StreamingLLMWrapper:
             )
         if self._setting(kwargs, "use_cache") is False:
             raise ValueError("use_cache=False would not stream: leave it out, or call model.generate")
-
-    @staticmethod
-    def _refuse_padding(attention_mask: Tensor | None) -> None:
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError(
-                "attention_mask hides tokens: a stream cannot be padded. Give all prompts of a batch the same length, "
-                "or run them one by one"
-            )
 
     def _expand(self, cache: StreamingKVCache, batch: int, kwargs: dict) -> None:
         """Give a filled cache one row for each beam or returned sequence, as ``generate`` does with the ids."""

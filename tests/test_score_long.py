@@ -26,10 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from experiments import models
 from experiments.config import SetupError
 from personal_adapters.neox_flash import wrap_attention
-from streaming_llm import StreamingLLMWrapper, score_stream
+from streaming_llm import StreamingLLMWrapper, blockwise, score_stream
 
 import score_long  # isort: skip
-from long_scoring import scorer  # isort: skip
 from long_scoring.documents import Corpus, Piece, Survey, open_corpus  # isort: skip
 from long_scoring.figures import equal_edges, log_edges, tail_length  # isort: skip
 from long_scoring.scorer import StreamScorer  # isort: skip
@@ -396,9 +395,9 @@ def test_failures_while_running(world, monkeypatch, capsys):
         interrupt_at(patch, 640, out_of_memory)
         assert score_long.main(arguments(world, "out.json", "--checkpoint-every", "0")) == 1
     assert capsys.readouterr().err.startswith("error: CUDA out of memory; the same command goes on")
-    real = scorer.token_nll
+    real = blockwise.token_nll
     with monkeypatch.context() as patch:
-        patch.setattr(scorer, "token_nll", lambda *args: real(*args) * (math.nan if scorer_at(args) else 1))
+        patch.setattr(blockwise, "token_nll", lambda *args: real(*args) * (math.nan if scorer_at(args) else 1))
         assert score_long.main(arguments(world, "nan.json")) == 1
     assert "the loss of token 64 is not finite" in capsys.readouterr().err
     assert not (world / "nan.json").exists()

@@ -17,7 +17,7 @@ from . import style
 from .metrics import axis_unit, short_number, tick_number
 from .page import COLUMN_IN, LINE, PT, Legend, Panel, in_columns, make_page, pieces, text_width, wrap
 from .records import Series
-from .series import Bar, BarChart, colour, hatch, legend_order, outline, tag
+from .series import Bar, BarChart, bar_style, colour, legend_order, tag
 
 MIN_BAR_PT = 4.6  # narrower, and a hatch is no longer seen
 MIN_LABELLED_BAR_PT = 6.6  # narrower, and values on bars run into each other
@@ -31,7 +31,7 @@ _AXES_PT = _INNER_PT - (_LEFT + _RIGHT) / PT
 def bar_handles(series: Sequence[Series]) -> Legend:
     """The legend: a box per series, backends of a method next to each other."""
     series, columns = legend_order(series, _INNER_PT)
-    handles = [Patch(facecolor=colour(s), hatch=hatch(s), edgecolor=outline(s), linewidth=0.4) for s in series]
+    handles = [Patch(**bar_style(s)) for s in series]
     return Legend(handles, [s.label for s in series], columns)
 
 
@@ -163,11 +163,8 @@ def _bar(
         width=1.0,
         bottom=floor,
         align="edge",
-        facecolor=colour(series),
-        hatch=hatch(series),
-        edgecolor=outline(series),
-        linewidth=0.4,
         label=series.label,
+        **bar_style(series),
     )
     tag(patch, series, dataset)
     top = value

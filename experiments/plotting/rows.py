@@ -18,7 +18,7 @@ from .lines import number_axis
 from .metrics import METRICS, axis_unit, short_number
 from .page import COLUMN_IN, PT, Panel, make_page, text_width
 from .records import Record, Series
-from .series import BarChart, bar_chart, colour, expected_series, hatch, outline, tag
+from .series import BarChart, bar_chart, bar_style, colour, expected_series, tag
 
 BAR_PT = 6.6  # a bar's width, which its value has to fit into
 METHOD_GAP = 0.55  # in widths of a bar
@@ -120,11 +120,8 @@ def _draw_bar(ax: Axes, y: float, chart: BarChart, series: Series, factor: float
         height=1.0,
         left=floor,
         align="edge",
-        facecolor=colour(series),
-        hatch=hatch(series),
-        edgecolor=outline(series),
-        linewidth=0.4,
         label=series.label,
+        **bar_style(series),
     )
     tag(patch, series, chart.datasets[0])
     end = value

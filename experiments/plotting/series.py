@@ -76,6 +76,11 @@ def outline(series: Series) -> str:
     return INK if not series.backend_stated else "white"
 
 
+def bar_style(series: Series) -> dict:
+    """How the bars of a series and their patch in the legend are drawn."""
+    return {"facecolor": colour(series), "hatch": hatch(series), "edgecolor": outline(series), "linewidth": 0.4}
+
+
 def tag(artist: Artist, series: Series, dataset: str = "") -> None:
     """Name what an artist shows: becomes the id of its group in an SVG, by which the report filters figures."""
     count = len(artist.axes.get_children())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from streaming_llm import StreamingKVCache
-from streaming_llm.blockwise import token_nll
+from streaming_llm.blockwise import BlockScorer
 
 from .cache_state import cache_state, load_cache_state
 
@@ -30,12 +30,10 @@ class StreamScorer:
     """
 
     def __init__(self, model: nn.Module, cache: StreamingKVCache) -> None:
-        self.model, self.cache = model, cache
-        self.device = model.get_input_embeddings().weight.device
+        self._scorer = BlockScorer(model, cache)
+        self.device = self._scorer.device
         self.n_seen = 0
-        self._last_hidden: Tensor | None = None
 
-    @torch.no_grad()
     def score(self, block: Tensor) -> Tensor:
         """Feed the next tokens ``[1, n]``.
 
@@ -44,32 +42,24 @@ class StreamScorer:
             the model's device, float32 (float64 for a float64 model).
         """
         largest = int(block.max())
-        if largest >= self.model.config.vocab_size:
+        if largest >= self._scorer.model.config.vocab_size:
             raise ScoringError(f"token id {largest} is outside the model's vocabulary")
-        block = block.to(self.device)
-        output = self.model.base_model(input_ids=block, past_key_values=self.cache, use_cache=True)
-        hidden = output.last_hidden_state  # each predicts the next token: a block's first is predicted by the last one
-        if self._last_hidden is None:
-            predicting, targets = hidden[:, :-1], block[:, 1:]
-        else:
-            predicting, targets = torch.cat((self._last_hidden, hidden[:, :-1]), dim=1), block
-        self._last_hidden = hidden[:, -1:].clone()
+        nll, _ = self._scorer.score(block)
         self.n_seen += block.shape[1]
-        if not targets.shape[1]:
-            return hidden.new_empty(0)
-        return token_nll(self.model, predicting, targets)[0]
+        return nll[0]
 
     def state(self) -> dict[str, Any]:
         """Everything that the next block depends on, on the CPU."""
-        last = None if self._last_hidden is None else self._last_hidden.cpu()
-        return {"n_seen": self.n_seen, "last_hidden": last, "cache": cache_state(self.cache)}
+        last = self._scorer.last_hidden
+        last = None if last is None else last.cpu()
+        return {"n_seen": self.n_seen, "last_hidden": last, "cache": cache_state(self._scorer.cache)}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         last = state["last_hidden"]
         self.n_seen = state["n_seen"]
-        self._last_hidden = None if last is None else last.to(self.device)
-        load_cache_state(self.cache, state["cache"], self.device)
+        self._scorer.last_hidden = None if last is None else last.to(self.device)
+        load_cache_state(self._scorer.cache, state["cache"], self.device)
 
 
 class LossFetcher:
