@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from experiments.config import DECODE_ENGINES, DTYPES, EXPERIMENTS, SCORINGS, ExperimentConfig, SetupError
+from experiments.config import DTYPES, EXPERIMENTS, SCORINGS, ExperimentConfig, SetupError
 from experiments.storage import SaveError
+from personal_adapters.sdpa import ATTN_BACKENDS
 
 EXIT_FAILED, EXIT_SETUP, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -89,15 +90,16 @@ def add_kernel_options(parser: argparse.ArgumentParser, several: bool) -> None:
         default=None,
         metavar="NAME",
         **many,
-        help="math, flash, or auto (flash where it runs, else math); default: what FLASH_SDPA says "
-        "(1 flash, 0 math), else math",
+        help=f"{', '.join(ATTN_BACKENDS)} (CUDA only), or auto (flash where it runs, else math); default: what "
+        "FLASH_SDPA says (1 flash, 0 math), else math",
     )
     add_dtype_and_device(group)
     group.add_argument(
         "--decode-engine",
         default="eager",
         metavar="NAME",
-        help=f"{', '.join(DECODE_ENGINES)}: how a streaming decode step runs; default: eager",
+        help="how a decode step runs, with every method that can: eager (the plain model call; default), graph (one "
+        "CUDA graph), fused (a CUDA graph of fused kernels), auto (the best that runs here)",
     )
     group.add_argument("--seed", type=int, default=0, help="for random weights and tokens; default: 0")
 

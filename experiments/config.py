@@ -11,7 +11,7 @@ from pathlib import Path
 
 EXPERIMENTS = ("main", "ablation_window_size", "ablation_n_sink")
 SCORINGS = ("decode", "parallel")
-DECODE_ENGINES = ("eager", "graph", "auto")
+DECODE_ENGINES = ("eager", "graph", "fused", "auto")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DEFAULT_ABLATION_N_SINKS = (0, 1, 2, 4, 8, 16)
 DEMO_MODEL = "demo"

@@ -20,8 +20,12 @@ FLASH_SDPA = "FLASH_SDPA"
 ATTN_BACKENDS: dict[str, SDPBackend] = {
     "math": SDPBackend.MATH,
     "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 """Backend name -> the one kernel that it allows."""
+
+HALF_ON_CUDA = ("flash", "cudnn")
+"""Backends that take bfloat16 and float16 only on CUDA."""
 
 DEFAULT_BACKEND = "math"
 
@@ -72,7 +76,10 @@ def backend_context(backend: str) -> AbstractContextManager:
 def check_backend_available(
     backend: str, dtype: torch.dtype, device: torch.device | str, head_dim: int = 64
 ) -> Availability:
-    """Whether ``backend`` runs on ``device`` in ``dtype``, found by running it on a small causal problem."""
+    """Whether ``backend`` runs on ``device`` in ``dtype``, found by running it.
+
+    Both shapes that a stream needs are run: a small causal block, and a single query over its keys.
+    """
     require_backend(backend)
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -80,8 +87,9 @@ def check_backend_available(
     try:
         with torch.no_grad(), sdpa_kernel(ATTN_BACKENDS[backend]):
             query, key, value = torch.randn(3, 1, 2, 16, head_dim, device=device).to(dtype)
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-            finite = bool(out.float().isfinite().all())
+            block = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            step = F.scaled_dot_product_attention(query[:, :, -1:], key, value)
+            finite = all(bool(out.float().isfinite().all()) for out in (block, step))
     except (RuntimeError, NotImplementedError) as error:
         return Availability(False, _explain(backend, dtype, device, head_dim, str(error)))
     return Availability(finite, "" if finite else f"the {backend} kernel returned values that are not finite")
@@ -89,8 +97,10 @@ def check_backend_available(
 
 def _explain(backend: str, dtype: torch.dtype, device: torch.device, head_dim: int, error: str) -> str:
     name = str(dtype).removeprefix("torch.")
-    if backend == "flash" and device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
-        return f"CUDA's flash kernel takes bfloat16 and float16, not {name}: choose another dtype, or math"
+    if backend == "cudnn" and device.type != "cuda":
+        return f"cuDNN's attention runs on CUDA devices only, not on {device}: choose math or flash"
+    if backend in HALF_ON_CUDA and device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
+        return f"CUDA's {backend} kernel takes bfloat16 and float16, not {name}: choose another dtype, or math"
     if backend == "flash" and device.type == "cuda" and head_dim > 256:
         return f"CUDA's flash kernel takes a head_dim of at most 256, not {head_dim}: choose math"
     return f"the {backend} kernel does not run in {name} on {device}: {error.strip().splitlines()[0]}"

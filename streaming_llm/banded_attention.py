@@ -1,12 +1,13 @@
 """Exact attention of a block of new tokens over a streaming cache.
 
-Every query of the block has its own window and its own distance to the sinks. Two paths, chosen by the SDPA
+Every query of the block has its own window and its own distance to the sinks. The paths, chosen by the SDPA
 kernels that are allowed (``torch.nn.attention.sdpa_kernel``):
 
 * ``flash``: no mask. The band of the window is either one call of CUDA's windowed flash kernel, or, cut into
   blocks of ``W`` queries, two causal calls: the block over itself, and the block over the ``W`` keys before it,
   which is causal once both are reversed. The sinks are scored with the query turned to their distance, and
   everything is merged by log-sum-exp.
+* ``cudnn`` (where neither of the others is allowed): the same without a window of its own: causal calls alone.
 * ``math``: one softmax over sinks, previous keys and block with a boolean mask. Queries and keys are doubled in
   width, so that the sinks see the turned query and the window sees the query itself.
 
@@ -14,6 +15,8 @@ Shapes: query ``[batch, num_heads, q_len, head_dim]``, key and value ``[batch, n
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +36,9 @@ MATH_SCORES_BYTES = 1 << 28
 
 
 def choose_kernel(query: Tensor) -> str:
-    """The kernel to use, ``flash`` or ``math``, among those that are allowed for SDPA.
+    """The kernel to use among those that are allowed for SDPA: ``flash``, else ``math``, else ``cudnn``.
 
-    With gradients only math will do: the flash operators do not differentiate the log-sum-exp that results are
+    With gradients only math will do: the other operators do not differentiate the log-sum-exp that results are
     merged by.
 
     Raises:
@@ -48,10 +51,12 @@ def choose_kernel(query: Tensor) -> str:
         return "flash"
     if torch.backends.cuda.math_sdp_enabled():
         return "math"
+    if query.device.type == "cuda" and on_cuda and not needs_grad and torch.backends.cuda.cudnn_sdp_enabled():
+        return "cudnn"
     raise RuntimeError(
         f"no allowed attention kernel takes a block of {query.dtype} with head_dim {query.shape[-1]} on "
-        f"{query.device.type}{' with gradients' if needs_grad else ''}: allow math, or flash with bfloat16 or float16 "
-        "under torch.no_grad()"
+        f"{query.device.type}{' with gradients' if needs_grad else ''}: allow math, or flash or cudnn with bfloat16 "
+        "or float16 under torch.no_grad()"
     )
 
 
@@ -99,10 +104,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ke
     if kernel == "math":
         return _causal_math(query, key, value, scale)
     past = kv_len - q_len
-    out, lse = flash(query, key[:, :, past:], value[:, :, past:], scale, causal=True)
+    attend = FUSED[kernel]
+    out, lse = attend(query, key[:, :, past:], value[:, :, past:], scale, causal=True)
     if not past:
         return out
-    return merge(out, lse, *flash(query, key[:, :, :past], value[:, :, :past], scale, causal=False))[0]
+    return merge(out, lse, *attend(query, key[:, :, :past], value[:, :, :past], scale, causal=False))[0]
 
 
 def _query_rows(query: Tensor, kv_len: int) -> int:
@@ -165,6 +171,21 @@ def _cuda_flash(
     return out.transpose(1, 2)[..., :head_dim], lse
 
 
+def cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """cuDNN's attention; arguments and results as of :func:`flash`."""
+    head_dim = query.shape[-1]
+    if head_dim % 8:
+        query, key, value = (F.pad(x, (0, 8 - head_dim % 8)) for x in (query, key, value))
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, causal, False, scale=scale
+    )[:2]
+    return out[..., :head_dim], lse.view(query.shape[:3])
+
+
+FUSED: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"flash": flash, "cudnn": cudnn}
+"""Kernels that give the log-sum-exp with the result."""
+
+
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys from the attention over each.
 
@@ -186,13 +207,13 @@ def _streaming_band(
     if not config.n_sink:
         if kernel == "math":
             return _band_math(query, None, key, value, plan, scale)
-        return _band_flash(query, key, value, config.window_size, scale)[0]
+        return _band_fused(query, key, value, config.window_size, scale, kernel)[0]
     # Queries are turned from token t to position S + W, where the sinks in their first rotation see them.
     cos, sin = plan.rotation.turns(config.cache_size - first_query, query.shape[2], query.device)
     rotary = plan.rotation.rotary
     if kernel == "math":
         return _band_math(query, rotate(query, cos, sin, rotary), key, value, plan, scale)
-    out, lse = _band_flash(query, key, value, config.window_size, scale)
+    out, lse = _band_fused(query, key, value, config.window_size, scale, kernel)
     if triton_kernels is not None and triton_kernels.available(query):
         pairs = slice(None, None, 2) if rotary.interleaved else slice(rotary.rotary_dim // 2)
         cos, sin = (x[:, pairs].float().contiguous() for x in (cos, sin))
@@ -215,25 +236,30 @@ def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scal
     return torch.addcmul(from_sinks, out.to(dtype), (lse - total).exp().unsqueeze(-1)).to(out.dtype)
 
 
-def _band_flash(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def _band_fused(
+    query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp over the window alone."""
-    if query.device.type == "cuda":
+    if kernel == "flash" and query.device.type == "cuda":
         return windowed_flash(query, key, value, scale, window)
+    attend = FUSED[kernel]
     q_len = query.shape[2]
     if q_len > window:
-        return _band_flash_folded(query, key, value, window, scale)
-    out, lse = flash(query, key[:, :, window:], value[:, :, window:], scale, causal=True)
+        return _band_folded(query, key, value, window, scale, attend)
+    out, lse = attend(query, key[:, :, window:], value[:, :, window:], scale, causal=True)
     # Of the W keys before, query i sees those from the i-th on: causal among the first q_len once reversed.
     reverse = [x[:, :, :q_len].flip(2) for x in (query, key, value)]
-    older, older_lse = flash(*reverse, scale, causal=True)
+    older, older_lse = attend(*reverse, scale, causal=True)
     out, lse = merge(out, lse, older.flip(2), older_lse.flip(2))
     if q_len < window:
         between = slice(q_len, window)
-        out, lse = merge(out, lse, *flash(query, key[:, :, between], value[:, :, between], scale, causal=False))
+        out, lse = merge(out, lse, *attend(query, key[:, :, between], value[:, :, between], scale, causal=False))
     return out, lse
 
 
-def _band_flash_folded(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def _band_folded(
+    query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, attend: Callable
+) -> tuple[Tensor, Tensor]:
     """The same for more than ``W`` queries: cut into blocks of ``W``, which become entries of the batch."""
     batch, q_len = query.shape[0], query.shape[2]
     n_blocks = -(-q_len // window)
@@ -249,8 +275,8 @@ def _band_flash_folded(query: Tensor, key: Tensor, value: Tensor, window: int, s
     queries, keys, values = fold(query), fold(key), fold(value)
     own = [x.flatten(0, 1) for x in (queries, keys[:, 1:], values[:, 1:])]
     before = [x.flatten(0, 1).flip(2) for x in (queries, keys[:, :-1], values[:, :-1])]
-    out, lse = flash(*own, scale, causal=True)
-    older, older_lse = flash(*before, scale, causal=True)
+    out, lse = attend(*own, scale, causal=True)
+    older, older_lse = attend(*before, scale, causal=True)
     out, lse = merge(out, lse, older.flip(2), older_lse.flip(2))
     return unfold(out), unfold(lse)
 
