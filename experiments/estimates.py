@@ -5,7 +5,8 @@ import time
 import torch
 
 from experiments.cells import Cell
-from experiments.perplexity import compute_perplexity, synchronise
+from experiments.device import synchronise
+from experiments.perplexity import compute_perplexity
 from experiments.session import ModelSession
 
 _PROBE_STEPS = 4

@@ -5,6 +5,7 @@ error. `prefill` starts a stream with its first tokens, `step` feeds one more; b
 after the last one fed. To add a method: write its class, and add it to `METHODS`.
 """
 
+import time
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from experiments.device import synchronise
+from experiments.engines import Forward, capture, forward_of, plain_forward
 from experiments.kvpress_support import (
     PRESSES,
     import_adapter,
@@ -25,7 +28,10 @@ from streaming_llm.attention import maskless_attention
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """What a method may need to know. Sizes in tokens; `engine`: how a decode step runs where there is a choice."""
+    """What a method may need to know. Sizes in tokens; `engine`: how a decode step runs where there is a choice.
+
+    It is never "auto": see `experiments.engines.resolve_engine`.
+    """
 
     n_sink: int
     window_size: int
@@ -61,6 +67,11 @@ class Method(ABC):
     def engine(self) -> str:
         """How a decode step is run: "eager" is the plain model call."""
         return "eager"
+
+    @property
+    def compile_sec(self) -> float:
+        """Seconds spent on capturing and compiling so far: in the first steps, and never again for the same sizes."""
+        return 0.0
 
     def __enter__(self):
         with ExitStack() as stack:  # what was attached before an error is undone
@@ -108,23 +119,51 @@ class Method(ABC):
 
 
 class Baseline(Method):
-    """Sliding window with re-computation: each step is a forward over the last S + W tokens, the new one included."""
+    """Sliding window with re-computation: each step is a forward over the last S + W tokens, the new one included.
+
+    The prefill is the plain model call, as every method's is; so are steps over fewer tokens. All other steps have
+    one shape, which the engine captures at the first of them.
+    """
 
     name, label = "baseline", "Baseline"
+
+    def _attach(self, stack: ExitStack) -> None:
+        super()._attach(stack)
+        self._plain = plain_forward(self.model)
+        self._uncaptured = forward_of(self.model, self.settings.engine)
+        self._captured: Forward | None = None
+        self._compile_sec = 0.0
+        stack.callback(setattr, self, "_captured", None)  # with the memory that it holds
+
+    @property
+    def engine(self) -> str:
+        return self.settings.engine
+
+    @property
+    def compile_sec(self) -> float:
+        return self._compile_sec
 
     def reset(self) -> None:
         self._context = None
 
     def prefill(self, ids: Tensor) -> Tensor:
         self._context = ids[:, -self.settings.cache_size :]
-        return self._forward()
+        return self._plain(self._context)
 
     def step(self, ids: Tensor) -> Tensor:
         self._context = torch.cat([self._context, ids[:, None]], dim=1)[:, -self.settings.cache_size :]
-        return self._forward()
+        if self.engine == "eager" or self._context.shape[1] < self.settings.cache_size:
+            return self._plain(self._context)
+        if self._captured is None:
+            self._capture()
+        return self._captured(self._context)
 
-    def _forward(self) -> Tensor:
-        return self.model(self._context, use_cache=False, logits_to_keep=1).logits[:, -1]
+    def _capture(self) -> None:
+        synchronise(self._context.device)
+        start = time.perf_counter()
+        self._captured = capture(self._uncaptured, self._context)
+        synchronise(self._context.device)
+        self._compile_sec += time.perf_counter() - start
 
 
 class Dense(Method):
@@ -210,13 +249,20 @@ class Streaming(Method):
         return StreamingConfig(settings.n_sink, settings.window_size)
 
     def _attach(self, stack: ExitStack) -> None:
+        self._decoder = stack.enter_context(StreamingDecoder(self.model, **self._decoder_options()))
+        self._token_nbytes = kv_token_nbytes(self.model)
+
+    def _decoder_options(self) -> dict:
         sizes = {"n_sink": self.stream.n_sink, "window_size": self.stream.window_size}
-        self._decoder = stack.enter_context(StreamingDecoder(self.model, **sizes, engine=self.settings.engine))
-        self._token_nbytes = _kv_token_nbytes(self.model)
+        return {**sizes, "engine": self.settings.engine}
 
     @property
     def engine(self) -> str:
         return self._decoder.engine
+
+    @property
+    def compile_sec(self) -> float:
+        return getattr(self._decoder, "compile_sec", 0.0)
 
     def reset(self) -> None:
         self._decoder.reset()
@@ -254,7 +300,7 @@ def head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _kv_token_nbytes(model) -> int:
+def kv_token_nbytes(model) -> int:
     """Bytes of the keys and values of one token, in all layers, in the model's dtype."""
     config = model.config
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -151,7 +151,8 @@ def _comparisons(runs: MethodRuns, block: dict, header: Header, reference: Metho
     if reference.runs[0]["engine"] == block["engine"]:
         compared["speedup"] = reference_runtime / block["runtime_sec"]
     else:
-        compared["speedup_reason"] = f"the {REFERENCE_METHOD} ran with engine {reference.runs[0]['engine']!r}"
+        engines = block["engine"], reference.runs[0]["engine"]
+        compared["speedup_reason"] = f"engine {engines[0]!r}, the {REFERENCE_METHOD} {engines[1]!r}"
     reference_perplexity = median([run["perplexity"] for run in reference.runs])
     if block["perplexity"] is None or reference_perplexity is None:
         own, other = block.get("perplexity_reason"), reference.runs[0].get("perplexity_reason")

@@ -124,6 +124,9 @@ class ExperimentRunner:
             f"model {session.source.name}: {settings.n_sink} sinks + {settings.window_size} window, "
             f"{settings.max_eval_tokens} tokens, {len(run.cells)} cells"
         )
+        if self.config.decode_engine != "eager":
+            engines = ", ".join(f"{engine} ({backend})" for backend, engine in session.engines.items())
+            self.say(f"decode engine: {engines}; methods that cannot use it run eager and get no speedup")
         if session.loaded.tokenizer is None:
             self.say(
                 "its weights are random: it is measured for speed, on seeded random tokens; its perplexities mean "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from experiments.cells import Cell
 from experiments.config import DTYPES, ExperimentConfig, ModelSettings, SetupError, settings_for
+from experiments.engines import resolve_engine
 from experiments.environment import what_matters
 from experiments.kvpress_support import PRESSES, import_adapter, kvpress_version
 from experiments.methods import DEFAULT_METHODS, METHODS, Method, MethodSettings, head_dim
@@ -75,6 +76,7 @@ class ModelSession:
         self.texts = {text.key: text for text in texts}
         self._streams: dict[tuple[str, int], Stream] = {}
         self._check_head_dim()
+        self.engines = self._resolve_engines()
         self._wrap(machine.backends[0])
         self.methods, self.skipped = self._check_methods()
         for text in texts:
@@ -98,6 +100,18 @@ class ModelSession:
         except ValueError as error:
             raise SetupError(f"model {self.source.name!r} cannot be measured: {error}") from None
 
+    def _resolve_engines(self) -> dict[str, str]:
+        """The decode engine with each backend: what was asked for, "auto" resolved by the streaming decoder."""
+        engines = {}
+        for backend in self.machine.backends:
+            self._wrap(backend)
+            sizes = (self.settings.n_sink, self.settings.window_size)
+            try:
+                engines[backend] = resolve_engine(self.model, self.config.decode_engine, *sizes)
+            except ValueError as error:
+                raise SetupError(f"decode engine {self.config.decode_engine!r} cannot run: {error}") from None
+        return engines
+
     def _check_methods(self) -> tuple[tuple[str, ...], dict[str, str]]:
         """The methods that can run, by attaching each to the model, and of the default ones why another cannot."""
         asked = self.config.methods or DEFAULT_METHODS
@@ -114,7 +128,8 @@ class ModelSession:
 
     def _cannot(self, name: str) -> str | None:
         try:
-            with METHODS[name](self.model, self.method_settings(self.settings.n_sink, self.settings.window_size)):
+            sizes = (self.settings.n_sink, self.settings.window_size)
+            with METHODS[name](self.model, self.method_settings(*sizes, self.machine.backends[0])):
                 return None
         except (ValueError, ImportError) as error:
             return str(error)
@@ -136,9 +151,9 @@ class ModelSession:
             self._streams[key, limit] = Stream(text, ids)
         return self._streams[key, limit]
 
-    def method_settings(self, n_sink: int, window_size: int) -> MethodSettings:
-        config = self.config
-        return MethodSettings(n_sink, window_size, config.decode_engine, config.kvpress_press, config.seed)
+    def method_settings(self, n_sink: int, window_size: int, backend: str) -> MethodSettings:
+        engine = self.engines[backend]
+        return MethodSettings(n_sink, window_size, engine, self.config.kvpress_press, self.config.seed)
 
     def cell_config(self, cell: Cell) -> dict:
         """Everything that could change a cell's figures, its hash's preimage; the same for all its repeats."""
@@ -158,7 +173,7 @@ class ModelSession:
             "dtype": self.machine.dtype_name,
             "scoring": scoring,
             "decode_sample": self.config.decode_sample if scoring == "parallel" else None,
-            "decode_engine": self.config.decode_engine,
+            "decode_engine": self.engines[backend],
             "seed": self.config.seed,
             "warmup_steps": self.config.warmup_steps,
             **what_matters(self.machine.device),
@@ -192,7 +207,7 @@ class ModelSession:
     def method(self, cell: Cell) -> Method:
         """The cell's method object on the model, which from now on runs the cell's backend."""
         wrap_attention(self.model, cell.backend)
-        return METHODS[cell.method](self.model, self.method_settings(cell.n_sink, cell.window_size))
+        return METHODS[cell.method](self.model, self.method_settings(cell.n_sink, cell.window_size, cell.backend))
 
     def decode_steps(self, cell: Cell) -> int:
         """How many decode steps the cell times."""

@@ -43,10 +43,18 @@ def main_table(results: Sequence[dict]) -> str:
     for result in results:
         for name in result["methods"]:
             block = result[name]
-            note = "" if block["status"] == "ok" else f"{block['status']}: {_short(block['reason'])}"
+            note = _note(block)
             label = f"{METHODS[name].label} ({result['backend']})"
             rows.append([result["dataset_key"], label, *_figures(block), note])
     return table(["data set", "method", *(heading for heading, _, _ in _COLUMNS), ""], rows)
+
+
+def _note(block: dict) -> str:
+    """What the figures of a block do not say: why there are none, or an engine that is not the baseline's."""
+    if block["status"] != "ok":
+        return f"{block['status']}: {_short(block['reason'])}"
+    other_engine = block["speedup"] is None and "engine" in block.get("speedup_reason", "")
+    return block["speedup_reason"] if other_engine else ""
 
 
 def ablation_table(result: dict) -> str:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from experiments.config import SetupError
+from experiments.device import synchronise
 from experiments.environment import device_name, environment
 from experiments.models import find_model
-from experiments.perplexity import synchronise
 from experiments.storage import write_json
 from personal_adapters.neox_flash import wrap_attention
 from personal_adapters.sdpa import resolve_attn_backend, select_dtype

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePath
 
 from .records import AblationRow, Conditions, Record
+from .style import METHODS
 
 
 def caption(records: Sequence[Record | AblationRow], vary: Iterable[str] = (), repeats: bool = True) -> str:
@@ -16,6 +17,7 @@ def caption(records: Sequence[Record | AblationRow], vary: Iterable[str] = (), r
     vary = set(vary)
     conditions = [r.conditions for r in records]
     parts = [_join(conditions, get) for name, get in _PARTS.items() if name not in vary]
+    parts.append(_engines(records))
     if repeats:
         parts.append(_repeats(records))
     # A part stays on one line where it fits on one: no-break spaces within parts.
@@ -49,8 +51,17 @@ def _tokens(c: Conditions) -> str | None:
     return None if c.num_tokens is None else f"{c.num_tokens:,} tokens of text"
 
 
-def _engine(c: Conditions) -> str | None:
-    return None if c.engine in (None, "eager") else f"{c.engine} engine"
+def _engines(records: Sequence[Record | AblationRow]) -> str:
+    """Which decode engines ran: nothing where all were eager, and which methods had which where they differ."""
+    methods: dict[str, set[str]] = {}
+    for record in records:
+        if record.conditions.engine is not None:
+            methods.setdefault(record.conditions.engine, set()).add(METHODS[record.series.method].label)
+    if not set(methods) - {"eager"}:
+        return ""
+    if len(methods) == 1:
+        return f"{next(iter(methods))} engine"
+    return "engines: " + "; ".join(f"{name} ({', '.join(sorted(methods[name]))})" for name in sorted(methods))
 
 
 _PARTS: dict[str, Callable[[Conditions], str | None]] = {
@@ -59,7 +70,6 @@ _PARTS: dict[str, Callable[[Conditions], str | None]] = {
     "dtype": lambda c: c.dtype,
     "cache": _cache,
     "tokens": _tokens,
-    "engine": _engine,
     "press": lambda c: None if c.press in (None, "streaming_llm") else f"kvpress with the press {c.press}",
 }
 

@@ -1,0 +1,169 @@
+"""Decode engines in the evaluation: which ran is recorded, capturing is not measured, engines are never compared.
+
+A CPU has the eager engine only. Stand-ins take the place of what captures; what they compute is the eager result.
+"""
+
+from __future__ import annotations
+
+import json
+
+import matplotlib as mpl
+import pytest
+from conftest import make_ids, make_neox
+from evaluation_support import World, no_collection  # noqa: F401 - a fixture
+
+from experiments import engines, methods, session
+from experiments.config import SetupError
+from experiments.methods import METHODS, MethodSettings
+from experiments.perplexity import compute_perplexity
+from experiments.plot_comprehensive_results import draw
+from experiments.plotting import style
+from experiments.plotting.captions import caption
+from experiments.plotting.reading import read_results
+from experiments.summary import main_table
+from streaming_llm import StreamingDecoder
+
+pytestmark = pytest.mark.usefixtures("no_collection")
+S, W, N = 2, 14, 40
+C = S + W
+
+
+class StandInDecoder(StreamingDecoder):
+    """An eager decoder that passes for a capturing one."""
+
+    def __init__(self, model, n_sink, window_size, engine="eager"):
+        super().__init__(model, n_sink, window_size)
+        self.engine = {"auto": "graph"}.get(engine, engine)
+        self.compile_sec = 0.0
+
+    def step(self, token_ids):
+        if self.engine != "eager" and not self.compile_sec:
+            self.compile_sec = 0.25
+        return super().step(token_ids)
+
+
+@pytest.fixture
+def captured(monkeypatch) -> list[tuple[int, ...]]:
+    """Puts the stand-ins in place; the shapes that were captured for re-computation."""
+    shapes = []
+
+    def capture(forward, example):
+        shapes.append(tuple(example.shape))
+        return forward
+
+    for module in (methods, engines):
+        monkeypatch.setattr(module, "StreamingDecoder", StandInDecoder)
+    monkeypatch.setattr(methods, "capture", capture)
+    monkeypatch.setattr(methods, "forward_of", lambda model, engine: engines.plain_forward(model))
+    return shapes
+
+
+def test_on_a_cpu_another_engine_is_refused_before_anything_is_computed(tmp_path):
+    world = World(tmp_path)
+    for names in (["baseline"], ["streaming"]):
+        with pytest.raises(SetupError, match="graph"):
+            world.run(decode_engine="graph", methods=names)
+    assert not world.root.exists()
+    with pytest.raises(ValueError, match="needs a CUDA device, and the model is on cpu: choose eager"):
+        engines.forward_of(make_neox(), "fused")
+    with pytest.raises(ValueError, match="engine must be one of eager, graph, fused, got 'warp'"):
+        engines.forward_of(make_neox(), "warp")
+
+
+def test_each_block_says_which_engine_ran_and_two_engines_are_not_compared(tmp_path, captured):
+    world = World(tmp_path)
+    names = ["baseline", "streaming", "window", "dense"]
+    world.run(methods=names, output_dir=tmp_path / "eager")
+    summary = world.run(methods=names, decode_engine="graph")
+    assert summary.exit_code == 0
+    main = json.loads((world.root / "final" / "one_main_backend-math.json").read_text())
+    eager = json.loads((tmp_path / "eager" / "tiny" / "final" / "one_main_backend-math.json").read_text())
+    assert {name: main[name]["engine"] for name in names} == {
+        "baseline": "graph", "streaming": "graph", "window": "graph", "dense": "eager",
+    }  # fmt: skip
+    for name in names:
+        assert main[name]["perplexity"] == pytest.approx(eager[name]["perplexity"], rel=1e-6)
+        assert ("compile_sec" in main[name]) == (name != "dense")
+        assert eager[name]["speedup"] is not None
+    assert main["streaming"]["speedup"] == main["metrics"]["speedup"] > 0
+    assert main["dense"]["speedup"] is None
+    assert main["dense"]["speedup_reason"] == "engine 'eager', the baseline 'graph'"
+    assert main["dense"]["ppl_increase_percent"] is not None
+    assert any("decode engine: graph (math)" in line for line in world.said)
+    row = next(line for line in main_table([main]).splitlines() if "Dense" in line)
+    assert "engine 'eager', the baseline 'graph'" in row
+    assert set(captured) == {(1, C)}
+
+
+def test_figures_cope_with_two_engines_and_name_them(tmp_path, captured):
+    world = World(tmp_path)
+    world.run(methods=["baseline", "streaming", "dense"], decode_engine="graph")
+    results = read_results(world.root)
+    dense = next(r for r in results.records if r.series.method == "dense")
+    assert "speedup" not in dense.values
+    assert "engine" in dense.missing_reason("speedup")
+    assert "engines: eager (Dense); graph (Baseline, StreamingLLM)" in caption(results.records).replace("\xa0", " ")
+    with mpl.rc_context(style.RC):
+        drawings = draw(results)
+    assert any("Dense" in line and "engine" in line for drawing in drawings for line in drawing.missing)
+
+
+def test_auto_is_resolved_before_anything_is_named(tmp_path, captured):
+    world = World(tmp_path)
+    world.run(decode_engine="graph")
+    world.run(decode_engine="auto")
+    assert len(world.lines("reused")) == 2
+    main = json.loads((world.root / "final" / "one_main_backend-math.json").read_text())
+    assert main["baseline"]["engine"] == main["streaming"]["engine"] == "graph"
+    world.run(decode_engine="eager")
+    assert not world.lines("reused")
+
+
+def test_auto_that_cannot_be_resolved_says_so(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise ValueError("no engine at all")
+
+    monkeypatch.setattr(session, "resolve_engine", refuse)
+    with pytest.raises(SetupError, match="decode engine 'auto' cannot run: no engine at all"):
+        World(tmp_path).run(decode_engine="auto")
+
+
+@pytest.mark.parametrize("name", ["baseline", "streaming"])
+def test_capturing_is_over_before_the_measurement_also_without_warm_up(captured, name):
+    settings = MethodSettings(S, W, engine="graph")
+    result = compute_perplexity(make_neox(), make_ids(N), METHODS[name](make_neox(), settings), warmup_steps=0)
+    assert result.engine == "graph"
+    assert result.details["compile_sec"] > 0
+    assert result.decode_tokens == N - 1 - C
+    assert len(captured) == (1 if name == "baseline" else 0)
+
+
+def test_recomputation_is_captured_at_its_full_length_only(captured):
+    model, ids = make_neox(), make_ids(N)
+    with METHODS["baseline"](model, MethodSettings(S, W, engine="graph")) as method:
+        for _ in range(2):
+            method.reset()
+            method.prefill(ids[:, : C - 2])
+            for t in range(C - 2, C + 4):
+                method.step(ids[:, t])
+    assert captured == [(1, C)]
+
+
+def test_a_run_in_which_something_was_captured_does_not_count(captured, monkeypatch):
+    model, ids = make_neox(), make_ids(N)
+    counts = []
+    method = METHODS["streaming"](model, MethodSettings(S, W, engine="graph"))
+
+    def reset(self):
+        counts.append(1)
+        self.compile_sec += 1.0 if len(counts) < captures else 0.0
+        StreamingDecoder.reset(self)
+
+    monkeypatch.setattr(StandInDecoder, "reset", reset)
+    captures = 4  # in the warm-up and twice after it
+    assert compute_perplexity(model, ids, method).details["compile_sec"] > 2
+    assert len(counts) == 4
+    counts.clear()
+    captures = 100
+    with pytest.raises(RuntimeError, match="captures or compiles anew in every run"):
+        compute_perplexity(model, ids, method)
