@@ -264,3 +264,47 @@ class StreamingLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select(lambda x: x[indices.to(x.device)])
+
+    # The stream as a value
+
+    def state(self) -> dict[str, Tensor]:
+        """Views of what everything to come depends on, beside the counters; empty while nothing is stored.
+
+        ``keys`` and ``values`` ``[batch, num_kv_heads, n_stored, head_dim]`` as they lie, and, once the sinks have
+        moved, ``sink_keys`` ``[batch, num_kv_heads, n_sink, head_dim]`` as first rotated.
+        """
+        if not self.n_stored:
+            return {}
+        stored = {"keys": self.keys[:, :, : self.n_stored], "values": self.values[:, :, : self.n_stored]}
+        moved = self.layout.config.n_sink > 0 and self.n_seen > self.layout.capacity
+        return stored | ({"sink_keys": self._keep_sinks()} if moved else {})
+
+    def restore(
+        self,
+        n_seen: int,
+        position_offset: int,
+        n_slots: int,
+        tensors: dict[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Go on where ``tensors`` was taken by :meth:`state`; buffers of the right kind stay where they are.
+
+        Args:
+            n_slots: slots to allocate, at least those stored.
+            device, dtype: where and as what to keep the tensors; ``dtype=None``: their own.
+        """
+        self.reset()
+        self.n_seen, self.position_offset = n_seen, position_offset
+        if not tensors:
+            return
+        empty = [tensors[name][:, :, :0].to(device, dtype) for name in ("keys", "values")]
+        own = [x[:, :, :0] for x in (self.keys, self.values)] if self.is_initialized else []
+        if [(x.shape, x.device, x.dtype) for x in own] != [(x.shape, x.device, x.dtype) for x in empty]:
+            self.lazy_initialization(*empty)
+        self.reserve(n_slots)
+        with torch.inference_mode(False):
+            for own, name in ((self.keys, "keys"), (self.values, "values")):
+                own[:, :, : self.n_stored].copy_(tensors[name])
+            sink_keys = tensors.get("sink_keys")
+            self._sink_keys = None if sink_keys is None else sink_keys.to(device, dtype, copy=True)

@@ -11,18 +11,22 @@ again and again would destroy it.
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from . import saving
 from .cache_layer import StreamingLayer
 from .config import StreamingConfig, require_int
 from .families import rotary_from_config
 from .positions import StreamLayout
 from .rope_utils import Rotary
 from .sinks import BlockPlan, SinkRotation
+from .stream_state import StreamState, model_facts, put, state_of
 
 ATTACHED = "streaming_llm_"
 """Prefix of the attention implementation that a model's configuration names while the model streams."""
@@ -74,6 +78,7 @@ class StreamingKVCache(Cache):
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
         super().__init__(layers=[StreamingLayer(layout, self._rotation) for _ in range(num_layers)])
         self._model_config = SharedReference(config)
+        self.model_facts = model_facts(config)
         self._open_plan: BlockPlan | None = None
         self._next_angle_check = layout.capacity
 
@@ -177,3 +182,56 @@ class StreamingKVCache(Cache):
             if layer.is_initialized
             for x in (layer.keys, layer.values)
         )
+
+    # Saving
+
+    def save(self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the stream to a safetensors file, from which it goes on with the same bits; see :meth:`load`.
+
+        Only what is stored is written. An existing file is replaced whole or not at all.
+
+        Args:
+            metadata: strings to keep with it; ``streaming_llm.saving.read_metadata(path)`` gives them back.
+
+        Raises:
+            OSError: the file cannot be written.
+            RuntimeError: a forward ended before its last layer.
+        """
+        saving.write(path, self.state(), metadata)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        model,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> StreamingKVCache:
+        """A cache that goes on where a saved one was, with ``n_sink`` and ``window_size`` as saved.
+
+        Weights are not compared: that they are the same is the caller's to know.
+
+        Args:
+            model: the model, streaming or not, or its configuration alone (frequencies and dtype are then taken to be
+                those of a freshly loaded model).
+            device: where keys and values go; when ``None``, where the model's layers are, or the CPU.
+            dtype: convert keys and values, for a model loaded in another dtype; the outputs are then not the same.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no saved stream, or of a model of other layers, heads, frequencies or dtype.
+        """
+        return saving.load(path, model, device=device, dtype=dtype)
+
+    def state(self) -> StreamState:
+        """Where the stream is, as a value; its tensors are views of the cache, for use before the next forward."""
+        return state_of(self)
+
+    def restore(self, state: StreamState, *, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+        """Go on where ``state`` was taken, by a cache of the same model and size; buffers that fit stay in place.
+
+        Raises:
+            ValueError: ``state`` is of another model or size, or not whole; this cache is then unchanged.
+        """
+        put(self, state, device=torch.device(device), dtype=dtype)

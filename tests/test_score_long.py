@@ -377,6 +377,8 @@ def test_a_broken_checkpoint_is_named(interrupted, capsys):
     (work / "stream.f32").write_bytes(whole + b"written after the checkpoint")
     (work / "checkpoint.pt").write_bytes((work / "checkpoint.pt").read_bytes()[:500])
     assert "checkpoint.pt: not a readable checkpoint" in refused(arguments(interrupted, "out.json"), capsys)
+    torch.save({"format": 1, "passes": {}}, work / "checkpoint.pt")
+    assert "of another version; --force starts anew" in refused(arguments(interrupted, "out.json"), capsys)
 
 
 def test_two_runs_of_one_output(interrupted, capsys):

@@ -32,7 +32,7 @@ from .losses import LossFile
 from .scorer import LossFetcher, ScoringError, StreamScorer
 from .tokens import read_ahead
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 CHECKPOINT = "checkpoint.pt"
 LOSSES = "{}.f32"
 
@@ -220,7 +220,7 @@ def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SetupError(f"{path}: not a readable checkpoint ({reason}); --force starts anew") from None
     if not isinstance(saved, dict) or saved.get("format") != CHECKPOINT_FORMAT:
-        raise SetupError(f"{path}: not a checkpoint of this program; --force starts anew")
+        raise SetupError(f"{path}: not a checkpoint of this program, or of another version; --force starts anew")
     theirs = saved["identity"]
     differing = [key for key in {**theirs, **identity} if theirs.get(key) != identity.get(key)]
     if differing:

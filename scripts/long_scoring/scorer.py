@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from streaming_llm import StreamingKVCache
 from streaming_llm.blockwise import BlockScorer
-
-from .cache_state import cache_state, load_cache_state
+from streaming_llm.stream_state import StreamState
 
 
 class ScoringError(RuntimeError):
@@ -52,14 +51,16 @@ class StreamScorer:
         """Everything that the next block depends on, on the CPU."""
         last = self._scorer.last_hidden
         last = None if last is None else last.cpu()
-        return {"n_seen": self.n_seen, "last_hidden": last, "cache": cache_state(self._scorer.cache)}
+        cache = self._scorer.cache.state()
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in cache.tensors.items()}
+        return {"n_seen": self.n_seen, "last_hidden": last, "cache_facts": cache.facts, "cache_tensors": tensors}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         last = state["last_hidden"]
         self.n_seen = state["n_seen"]
         self._scorer.last_hidden = None if last is None else last.to(self.device)
-        load_cache_state(self._scorer.cache, state["cache"], self.device)
+        self._scorer.cache.restore(StreamState(state["cache_facts"], state["cache_tensors"]), device=self.device)
 
 
 class LossFetcher:
