@@ -18,8 +18,14 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .banded_attention import block_attention, causal_attention, choose_kernel, repeat_heads
+from .banded_attention import block_attention, causal_attention, kernel_for, repeat_heads
+from .config import StreamingConfig
+from .families import FAMILIES
 from .kv_cache import ATTACHED
+from .math_attention import explicit_attention
+from .own_attention import own_attention_replaced, require_no_mask
+from .positions import StreamLayout
+from .sinks import BlockPlan
 
 MASKLESS = "maskless_"
 """Prefix of the implementation that is causal and never builds a mask."""
@@ -29,9 +35,22 @@ DELEGATES = ("sdpa", "eager")
 
 
 def _delegate(name: str, module: nn.Module) -> Callable:
-    if name == "eager":  # each model file has its own
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[name]
+    """The model's own attention, for one query over all keys."""
+    if name != "eager":
+        return ALL_ATTENTION_FUNCTIONS[name]
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", _explicit)
+
+
+def _explicit(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **unused):
+    """Eager attention of a layer whose model file has no function of it."""
+    out, weights = explicit_attention(query, key, value, scaling)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _window_plan(window: int, q_len: int, kv_len: int) -> BlockPlan:
+    """A sliding window of the model's own, over the last ``kv_len`` tokens: a stream's rule without sinks."""
+    layout = StreamLayout(StreamingConfig(0, window - 1))
+    return BlockPlan(layout, None, 0, kv_len - q_len, None, None)
 
 
 def _attention_forward(delegate: str) -> Callable:
@@ -43,6 +62,8 @@ def _attention_forward(delegate: str) -> Callable:
         attention_mask: Tensor | None,
         dropout: float = 0.0,
         scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of ``query`` ``[batch, num_heads, q_len, head_dim]`` over keys from a cache or a plain forward.
@@ -50,25 +71,31 @@ def _attention_forward(delegate: str) -> Callable:
         Returns:
             ``[batch, q_len, num_heads, head_dim]`` and, from an eager model with one query, the weights.
         """
-        if attention_mask is not None:
-            raise ValueError(
-                "a mask was given: attention is causal here, over streams without padding, and takes none"
-            )
+        require_no_mask(attention_mask)
         q_len, kv_len = query.shape[2], key.shape[2]
         plan = getattr(key, "streaming_plan", None)
-        if plan is None and (q_len == 1 or (q_len == kv_len and delegate != "eager")):
+        if sliding_window and kv_len > sliding_window and not hasattr(key, "streaming_plan"):
+            if q_len > 1:
+                plan = _window_plan(sliding_window, q_len, kv_len)
+            else:
+                key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
+        written_out = softcap is not None and delegate != "eager"
+        if plan is None and not written_out and (q_len == 1 or (q_len == kv_len and delegate != "eager")):
+            if not hasattr(module, "num_key_value_groups"):  # nor would the delegate repeat them
+                key, value = repeat_heads(query, key, "math"), repeat_heads(query, value, "math")
+            capping = {} if softcap is None else {"softcap": softcap}
             return _delegate(delegate, module)(
-                module, query, key, value, None, scaling=scaling, dropout=dropout, **kwargs
+                module, query, key, value, None, scaling=scaling, dropout=dropout, **capping, **kwargs
             )
         if dropout:
             raise ValueError(f"a block of {q_len} tokens cannot have attention dropout {dropout}: use model.eval()")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if plan is not None:
-            out = block_attention(query, key, value, plan, scale)
+            out = block_attention(query, key, value, plan, scale, softcap)
         else:
-            kernel = choose_kernel(query)
+            kernel = kernel_for(query, softcap)
             key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
-            out = causal_attention(query, key, value, scale, kernel)
+            out = causal_attention(query, key, value, scale, kernel, softcap)
         return out.transpose(1, 2).contiguous(), None
 
     return streaming_attention_forward
@@ -83,7 +110,9 @@ def refuse_padding(attention_mask: Tensor | None) -> None:
         )
 
 
-def _no_mask(*args, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **sizes) -> None:
+def _no_mask(
+    *args, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, config=None, **sizes
+) -> None:
     """The mask function of attached models: none, after making sure that none is needed.
 
     Raises:
@@ -91,7 +120,9 @@ def _no_mask(*args, attention_mask: Tensor | None = None, allow_is_causal_skip: 
             function of the caller's, a static cache).
     """
     refuse_padding(attention_mask)
-    if not allow_is_causal_skip or _has_unwritten_keys(**sizes):
+    family = FAMILIES.get(getattr(config, "model_type", None))
+    asks_for_one = not allow_is_causal_skip and not (family is not None and family.forces_mask)
+    if asks_for_one or _has_unwritten_keys(**sizes):
         raise ValueError(
             "packed sequences, mask functions and static caches need a mask, and a streaming model has none: use "
             "consecutive positions and a StreamingKVCache or DynamicCache"
@@ -161,6 +192,7 @@ def switched_attention(model: nn.Module, prefix: str) -> Iterator[None]:
         for config in _attention_configs(model):
             _Switch.change(config, prefix, 1)
             stack.callback(_Switch.change, config, prefix, -1)
+        stack.enter_context(own_attention_replaced(model, refuse_padding))
         yield
 
 

@@ -8,8 +8,7 @@ kernels that are allowed (``torch.nn.attention.sdpa_kernel``):
   which is causal once both are reversed. The sinks are scored with the query turned to their distance, and
   everything is merged by log-sum-exp.
 * ``cudnn`` (where neither of the others is allowed): the same without a window of its own: causal calls alone.
-* ``math``: one softmax over sinks, previous keys and block with a boolean mask. Queries and keys are doubled in
-  width, so that the sinks see the turned query and the window sees the query itself.
+* ``math``: one softmax with a mask, see :mod:`math_attention`. Soft-capped scores (Gemma 2) take this path alone.
 
 Shapes: query ``[batch, num_heads, q_len, head_dim]``, key and value ``[batch, num_kv_heads, kv_len, head_dim]``.
 """
@@ -21,8 +20,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .math_attention import band_math, causal_math
 from .rope_utils import rotate
 from .sinks import BlockPlan
 
@@ -30,9 +29,6 @@ try:
     from . import triton_kernels
 except ImportError:  # no Triton: PyTorch's own operators do the same
     triton_kernels = None
-
-MATH_SCORES_BYTES = 1 << 28
-"""Attention scores that the math path holds at a time."""
 
 
 def choose_kernel(query: Tensor) -> str:
@@ -60,7 +56,25 @@ def choose_kernel(query: Tensor) -> str:
     )
 
 
-def block_attention(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float) -> Tensor:
+def kernel_for(query: Tensor, softcap: float | None) -> str:
+    """The kernel to use, as :func:`choose_kernel` says, for scores that may be soft-capped.
+
+    Raises:
+        RuntimeError: none of the allowed kernels can do it. No kernel of PyTorch's caps scores, so that they have to
+            be written out, which is ``math``.
+    """
+    if softcap is None:
+        return choose_kernel(query)
+    if torch.backends.cuda.math_sdp_enabled():
+        return "math"
+    raise RuntimeError(
+        f"no allowed attention kernel soft-caps scores (at {softcap}): allow math, which writes the scores out"
+    )
+
+
+def block_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float, softcap: float | None = None
+) -> Tensor:
     """Attention of new tokens under the stream's rule (each its own window, sinks at ``min(t, S+W) - j``).
 
     Args:
@@ -68,12 +82,13 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, 
         key, value: all tokens from ``plan.first_key`` on.
         plan: made by the cache; marked as consumed.
         scale: factor on the scores.
+        softcap: bound of the scores, see :func:`explicit_attention`.
 
     Returns:
         ``[batch, num_heads, q_len, head_dim]`` in the dtype of ``query``.
     """
     plan.consumed = True
-    kernel = choose_kernel(query)
+    kernel = kernel_for(query, softcap)
     key, value = key.to(query.dtype), value.to(query.dtype)  # under autocast a cache may hold another dtype
     key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
     config = plan.layout.config
@@ -82,11 +97,12 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, 
     parts = []
     if n_dense:
         kv_len = plan.first_query + n_dense - plan.first_key
-        parts.append(causal_attention(query[:, :, :n_dense], key[:, :, :kv_len], value[:, :, :kv_len], scale, kernel))
+        dense = (query[:, :, :n_dense], key[:, :, :kv_len], value[:, :, :kv_len])
+        parts.append(causal_attention(*dense, scale, kernel, softcap))
     if n_dense < query.shape[2]:
         first_key = plan.first_query + n_dense - config.window_size - plan.first_key
         band = (query[:, :, n_dense:], key[:, :, first_key:], value[:, :, first_key:])
-        parts.append(_streaming_band(*band, plan, plan.first_query + n_dense, scale, kernel))
+        parts.append(_streaming_band(*band, plan, plan.first_query + n_dense, scale, kernel, softcap))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
@@ -98,45 +114,19 @@ def repeat_heads(query: Tensor, x: Tensor, kernel: str) -> Tensor:
     return x.repeat_interleave(groups, dim=1)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, kernel: str) -> Tensor:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, kernel: str, softcap: float | None = None
+) -> Tensor:
     """Causal attention whose last query sees the last key (SDPA's ``is_causal`` aligns the first ones)."""
     q_len, kv_len = query.shape[2], key.shape[2]
     if kernel == "math":
-        return _causal_math(query, key, value, scale)
+        return causal_math(query, key, value, scale, softcap)
     past = kv_len - q_len
     attend = FUSED[kernel]
     out, lse = attend(query, key[:, :, past:], value[:, :, past:], scale, causal=True)
     if not past:
         return out
     return merge(out, lse, *attend(query, key[:, :, :past], value[:, :, :past], scale, causal=False))[0]
-
-
-def _query_rows(query: Tensor, kv_len: int) -> int:
-    """Queries whose scores over ``kv_len`` keys fit in the memory that the math path may use."""
-    row_bytes = query.shape[0] * query.shape[1] * kv_len * query.element_size()
-    return max(1, MATH_SCORES_BYTES // row_bytes)
-
-
-def _causal_math(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention, last query to last key, for as many queries at a time as the scores' memory allows."""
-    q_len, kv_len = query.shape[2], key.shape[2]
-    step = _query_rows(query, kv_len)
-    out = []
-    for start in range(0, q_len, step):
-        n = min(step, q_len - start)
-        visible = kv_len - q_len + start + n  # keys up to the last of these queries
-        mask = torch.ones(n, visible, dtype=torch.bool, device=query.device).tril(visible - n)
-        with sdpa_kernel(SDPBackend.MATH):
-            out.append(
-                F.scaled_dot_product_attention(
-                    query[:, :, start : start + n],
-                    key[:, :, :visible],
-                    value[:, :, :visible],
-                    attn_mask=mask,
-                    scale=scale,
-                )
-            )
-    return torch.cat(out, dim=2)
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -200,21 +190,28 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
 
 
 def _streaming_band(
-    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, first_query: int, scale: float, kernel: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    first_query: int,
+    scale: float,
+    kernel: str,
+    softcap: float | None,
 ) -> Tensor:
     """Attention of queries that are all past the cache size; keys begin ``W`` tokens before the first of them."""
     config = plan.layout.config
     if not config.n_sink:
         if kernel == "math":
-            return _band_math(query, None, key, value, plan, scale)
+            return band_math(query, None, key, value, plan, scale, softcap)
         return _band_fused(query, key, value, config.window_size, scale, kernel)[0]
     # Queries are turned from token t to position S + W, where the sinks in their first rotation see them.
     cos, sin = plan.rotation.turns(config.cache_size - first_query, query.shape[2], query.device)
     rotary = plan.rotation.rotary
     if kernel == "math":
-        return _band_math(query, rotate(query, cos, sin, rotary), key, value, plan, scale)
+        return band_math(query, rotate(query, cos, sin, rotary), key, value, plan, scale, softcap)
     out, lse = _band_fused(query, key, value, config.window_size, scale, kernel)
-    if triton_kernels is not None and triton_kernels.available(query):
+    if rotary.rotary_dim and triton_kernels is not None and triton_kernels.available(query):
         pairs = slice(None, None, 2) if rotary.interleaved else slice(rotary.rotary_dim // 2)
         cos, sin = (x[:, pairs].float().contiguous() for x in (cos, sin))
         sinks = (plan.sink_keys, plan.sink_values)
@@ -279,40 +276,3 @@ def _band_folded(
     older, older_lse = attend(*before, scale, causal=True)
     out, lse = merge(out, lse, older.flip(2), older_lse.flip(2))
     return unfold(out), unfold(lse)
-
-
-def _band_math(
-    query: Tensor, turned: Tensor | None, key: Tensor, value: Tensor, plan: BlockPlan, scale: float
-) -> Tensor:
-    """Sinks and window in one softmax, for as many queries at a time as the scores' memory allows."""
-    window, n_sink = plan.layout.config.window_size, plan.layout.config.n_sink
-    q_len = query.shape[2]
-    if turned is not None:
-        groups = query.shape[1] // plan.sink_keys.shape[1]
-        sink_keys = plan.sink_keys.repeat_interleave(groups, dim=1)
-        sink_values = plan.sink_values.repeat_interleave(groups, dim=1)
-        query = torch.cat((query, turned), dim=-1)
-        key = torch.cat((key, torch.zeros_like(key)), dim=-1)
-        sink_keys = torch.cat((torch.zeros_like(sink_keys), sink_keys), dim=-1)
-
-    # At least 128 queries at a time, so that a small window is no long loop; fewer where the memory asks for it.
-    step = min(max(window, 128), q_len)
-    step = min(step, _query_rows(query, n_sink + window + step))
-    row = torch.arange(step, device=query.device).unsqueeze(1)
-    column = torch.arange(-n_sink, window + step, device=query.device)
-    mask = (column < 0) | ((column >= row) & (column <= row + window))  # sinks | own window
-
-    out = []
-    for start in range(0, q_len, step):
-        n = min(step, q_len - start)
-        keys, values = (x[:, :, start : start + window + n] for x in (key, value))
-        if turned is not None:
-            keys, values = torch.cat((sink_keys, keys), dim=2), torch.cat((sink_values, values), dim=2)
-        visible = mask[:n, : n_sink + window + n]
-        with sdpa_kernel(SDPBackend.MATH):
-            out.append(
-                F.scaled_dot_product_attention(
-                    query[:, :, start : start + n], keys, values, attn_mask=visible, scale=scale
-                )
-            )
-    return torch.cat(out, dim=2)

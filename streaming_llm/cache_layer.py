@@ -19,16 +19,23 @@ class StreamingLayer(CacheLayerMixin):
     """Keys and values of one attention layer: ``[batch, num_kv_heads, <= n_sink + window_size + 1, head_dim]``.
 
     The tensors grow by doubling until they hold the whole cache and stay where they are from then on.
+
+    Args:
+        layout: which tokens are kept, and where.
+        rotation: the layer's rotation, shared with those that rotate alike.
+        model_window: sliding window of the model's own in this layer. Keys from such a layer carry an attribute
+            ``streaming_plan`` also where there is none, which tells attention that the stream's rule holds instead.
     """
 
     is_compileable = False
     is_sliding = False
 
-    def __init__(self, layout: StreamLayout, rotation: SinkRotation) -> None:
+    def __init__(self, layout: StreamLayout, rotation: SinkRotation, model_window: int | None = None) -> None:
         super().__init__()
         self.is_initialized = False  # before 4.57 Transformers' layers have no such attribute
         self.layout = layout
         self.rotation = rotation
+        self.model_window = model_window
         self.attends_blocks = False
         self.n_seen = 0
         self.position_offset = 0
@@ -76,7 +83,7 @@ class StreamingLayer(CacheLayerMixin):
     def _move_sinks(self, token: int) -> None:
         """Rotate the stored sinks to their distances from ``token``."""
         n_sink, rotary = self.layout.config.n_sink, self.rotation.rotary
-        if not n_sink:
+        if not n_sink or not rotary.rotary_dim:
             return
         dtype = compute_dtype(self.dtype)
         if self._sink_parts is None:
@@ -130,6 +137,8 @@ class StreamingLayer(CacheLayerMixin):
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
         if q_len > 1 and self.attends_blocks:
             keys.streaming_plan = self._plan(0, start)
+        elif self.model_window is not None:
+            keys.streaming_plan = None
         return keys, values
 
     def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,6 +149,8 @@ class StreamingLayer(CacheLayerMixin):
         self.values.select(2, slot).copy_(value_states.select(2, 0))
         self._move_sinks(token)
         self.n_seen = token + 1
+        if self.model_window is not None:
+            self.keys.streaming_plan = None
         return self.keys, self.values
 
     def _block(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:

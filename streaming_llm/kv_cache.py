@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ from transformers.cache_utils import Cache
 from . import saving
 from .cache_layer import StreamingLayer
 from .config import StreamingConfig, require_int
-from .families import rotary_from_config
+from .families import bare_refusal, family_of, layer_windows, require_window_fits, rotaries_from_config
 from .positions import StreamLayout
 from .rope_utils import Rotary
-from .sinks import BlockPlan, SinkRotation
+from .sinks import BlockPlan, sink_rotations
 from .stream_state import StreamState, model_facts, put, state_of
 
 ATTACHED = "streaming_llm_"
@@ -65,18 +65,31 @@ class StreamingKVCache(Cache):
     Args:
         config: the model's Transformers configuration.
         n_sink, window_size: see :class:`~streaming_llm.StreamingConfig`.
-        rotary: the model's rotation; read from ``config`` when not given.
+        rotary: the rotation of each layer, or of all; read from ``config`` when not given.
 
     Raises:
         ValueError: a number is out of range, or the model has no rotary positions that can stream.
     """
 
-    def __init__(self, config, n_sink: int = 4, window_size: int = 1020, *, rotary: Rotary | None = None) -> None:
+    def __init__(
+        self,
+        config,
+        n_sink: int = 4,
+        window_size: int = 1020,
+        *,
+        rotary: Rotary | Sequence[Rotary] | None = None,
+    ) -> None:
         self.streaming_config = StreamingConfig(n_sink, window_size)
-        self._rotation = SinkRotation(rotary_from_config(config) if rotary is None else rotary)
-        layout = StreamLayout(self.streaming_config)
-        num_layers = config.get_text_config(decoder=True).num_hidden_layers
-        super().__init__(layers=[StreamingLayer(layout, self._rotation) for _ in range(num_layers)])
+        require_window_fits(config, self.streaming_config)
+        layout, windows = StreamLayout(self.streaming_config), layer_windows(config)
+        rotary = rotaries_from_config(config) if rotary is None else rotary
+        rotations = sink_rotations([rotary] * len(windows) if isinstance(rotary, Rotary) else rotary)
+        self._rotations = set(rotations)
+        super().__init__(
+            layers=[StreamingLayer(layout, *of_layer) for of_layer in zip(rotations, windows, strict=True)]
+        )
+        self._table_length = family_of(config).table_length(config)
+        self._exact_bare_with: str | None = ""  # attention implementation last found exact
         self._model_config = SharedReference(config)
         self.model_facts = model_facts(config)
         self._open_plan: BlockPlan | None = None
@@ -106,9 +119,12 @@ class StreamingKVCache(Cache):
         self._require_whole_forwards(layer_idx, q_len)
         attached = self.is_attached
         if layer_idx == 0:
-            self._rotation.exact_angles = attached
-            if not attached and layer.n_seen >= self._next_angle_check:
-                self._check_angles(layer, cache_kwargs)
+            for rotation in self._rotations:
+                rotation.exact_angles = attached
+            if not attached:
+                self._require_exact_bare(q_len)
+                if layer.n_seen >= self._next_angle_check:
+                    self._check_angles(layer, cache_kwargs)
         layer.attends_blocks = attached
         keys, values = layer.update(key_states, value_states, cache_kwargs)
         self._open_plan = getattr(keys, "streaming_plan", None)
@@ -128,6 +144,22 @@ class StreamingKVCache(Cache):
                 "reset() it, or use a new cache"
             )
 
+    def _require_exact_bare(self, q_len: int) -> None:
+        """Refuse what the model's own attention would compute otherwise than the stream's rule says."""
+        seen = self.get_seq_length()
+        if self._table_length is not None and seen + q_len > self._table_length:
+            raise ValueError(
+                f"position {seen + q_len - 1} lies beyond the model's table of {self._table_length} rotations: use "
+                "`with StreamingLLMWrapper(model, ...) as stream:`, where a stream has no end"
+            )
+        config = self._model_config.target
+        implementation = getattr(config, "_attn_implementation", None)
+        if config is not None and implementation != self._exact_bare_with:
+            reason = bare_refusal(config, self.streaming_config)
+            if reason is not None:
+                raise ValueError(f"this cache would not be exact on the unmodified model: {reason}")
+            self._exact_bare_with = implementation
+
     def _check_angles(self, layer: StreamingLayer, cache_kwargs: dict[str, Any] | None) -> None:
         """From the first eviction on, whenever the stream has doubled: does the model rotate as configured?
 
@@ -138,10 +170,13 @@ class StreamingKVCache(Cache):
         if len(found) < 2:
             self._next_angle_check = math.inf
             return
-        cos = found[0]
-        rotary = layer.rotation.on(cos.device)
+        cos, rotary = found[0], layer.rotation.on(found[0].device)
+        if not rotary.rotary_dim:
+            return
         expected = torch.stack(rotary.cos_sin(layer.get_seq_length())) * rotary.scaling
-        error = (torch.stack(found) - expected).abs().max().item()
+        # Models lay the same angles out in different ways, or give each once.
+        expected = expected.sort(dim=-1).values[:, :: rotary.rotary_dim // cos.shape[-1]]
+        error = (torch.stack(found).sort(dim=-1).values - expected).abs().max().item()
         if error > torch.finfo(cos.dtype).eps + 1e-6 * layer.get_seq_length():  # rounding of cosine and of angle
             raise ValueError(
                 f"the model's rotary angles are {error:.1e} off those of its configuration: its frequencies were "
@@ -152,6 +187,8 @@ class StreamingKVCache(Cache):
 
     def get_mask_sizes(self, cache_position: Tensor | int, layer_idx: int) -> tuple[int, int]:
         """``(kv_length, kv_offset)`` for Transformers' masks; see :meth:`StreamingLayer.get_mask_sizes`."""
+        if self._table_length is not None and not self.is_attached:
+            self._require_exact_bare(cache_position if isinstance(cache_position, int) else len(cache_position))
         return self.layers[layer_idx].get_mask_sizes(cache_position)
 
     def reset(self) -> None:

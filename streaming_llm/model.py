@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attention import refuse_padding, switched_attention
 from .config import StreamingConfig, require_int
-from .families import rotary_from_model, rotary_modules
+from .families import family_of, module_angles, require_window_fits, rotaries_from_model, rotary_modules
 from .kv_cache import ATTACHED, StreamingKVCache
 from .rope_utils import ExactRotaryEmbedding
 
@@ -26,14 +26,15 @@ class Attachment:
     _active: ClassVar[dict[int, Attachment]] = {}  # by the model's id; a changed model is alive until restored
 
     def __init__(self, model: nn.Module) -> None:
-        rotary = rotary_from_model(model)
+        family = family_of(model.config)
         self._model_id = id(model)
         self._users = 0
         with ExitStack() as stack:
             stack.enter_context(switched_attention(model, ATTACHED))
-            for parent, name, module in rotary_modules(model):
-                setattr(parent, name, ExactRotaryEmbedding(module, rotary))
-                stack.callback(setattr, parent, name, module)
+            for found in rotary_modules(model):
+                exact = ExactRotaryEmbedding(found.module, module_angles(found, family))
+                setattr(found.parent, found.name, exact)
+                stack.callback(setattr, found.parent, found.name, found.module)
             self._restore = stack.pop_all()
 
     @classmethod
@@ -65,8 +66,7 @@ def attached(model: nn.Module) -> Iterator[None]:
 
 def new_cache(model: nn.Module, config: StreamingConfig) -> StreamingKVCache:
     """A cache with the frequencies that the model holds, also where they were rounded with the weights."""
-    rotary = rotary_from_model(model).to(torch.device("cpu"))
-    return StreamingKVCache(model.config, config.n_sink, config.window_size, rotary=rotary)
+    return StreamingKVCache(model.config, config.n_sink, config.window_size, rotary=rotaries_from_model(model))
 
 
 def default_block_size(window_size: int, device: torch.device) -> int:
@@ -115,7 +115,8 @@ class StreamingLLMWrapper:
     def __init__(self, model: nn.Module, n_sink: int = 4, window_size: int = 1020) -> None:
         self.model = model
         self.streaming_config = StreamingConfig(n_sink, window_size)
-        rotary_from_model(model)  # refuse now what cannot stream
+        rotaries_from_model(model)  # refuse now what cannot stream
+        require_window_fits(model.config, self.streaming_config)
         self._attachment: Attachment | None = None
 
     def __enter__(self) -> StreamingLLMWrapper:

@@ -85,18 +85,24 @@ class ExactRotaryEmbedding(nn.Module):
 
     Takes and returns what the replaced module does: ``forward(x, position_ids) -> (cos, sin)``, each
     ``[batch, q_len, rotary_dim]`` in the dtype of ``x``.
+
+    Args:
+        replaced: the model's module.
+        rotary: its rotation, laid out as the module lays out its result; or, for a module that is asked with a
+            ``layer_type``, one rotation for each.
     """
 
-    def __init__(self, replaced: nn.Module, rotary: Rotary) -> None:
+    def __init__(self, replaced: nn.Module, rotary: Rotary | dict[str | None, Rotary]) -> None:
         super().__init__()
         self.replaced = replaced
-        self.rotary = rotary
+        self.rotaries = rotary if isinstance(rotary, dict) else {None: rotary}
 
     @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        if self.rotary.inv_freq.device != x.device:
-            self.rotary = self.rotary.to(x.device)
-        cos, sin = self.rotary.cos_sin(position_ids)
-        if self.rotary.scaling != 1.0:
-            cos, sin = cos * self.rotary.scaling, sin * self.rotary.scaling
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        rotary = self.rotaries[layer_type]
+        if rotary.inv_freq.device != x.device:
+            rotary = self.rotaries[layer_type] = rotary.to(x.device)
+        cos, sin = rotary.cos_sin(position_ids)
+        if rotary.scaling != 1.0:
+            cos, sin = cos * rotary.scaling, sin * rotary.scaling
         return cos.to(x.dtype), sin.to(x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ class BlockPlan:
 
 
 class SinkRotation:
-    """Cosine and sine for the sinks of all layers, computed once a step for each device.
+    """Cosine and sine for the sinks of all layers that rotate alike, computed once a step for each device.
 
     Attributes:
         rotary: the model's rotation.
@@ -81,3 +82,9 @@ class SinkRotation:
             positions = torch.arange(first, first - count, -1, device=device)
             self._last_turns = (key, *self.on(device).cos_sin(positions))
         return self._last_turns[1:]
+
+
+def sink_rotations(rotaries: Iterable[Rotary]) -> list[SinkRotation]:
+    """One for each layer; layers with the same :class:`Rotary` object share theirs."""
+    shared: dict[int, SinkRotation] = {}
+    return [shared.setdefault(id(rotary), SinkRotation(rotary)) for rotary in rotaries]

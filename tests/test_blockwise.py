@@ -10,7 +10,7 @@ from reference import reference_logits
 from test_kv_cache import decode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from streaming_llm import StreamingLLMWrapper, banded_attention, blockwise, score_stream
+from streaming_llm import StreamingLLMWrapper, blockwise, math_attention, score_stream
 
 KERNELS = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
 
@@ -74,7 +74,7 @@ def test_the_kernel_asked_for_runs_without_a_mask_in_flash(kernel):
 def test_the_math_path_splits_large_scores(monkeypatch):
     model, ids = make_neox(), make_ids(300)
     expected = reference_nll(model, ids, 4, 60)
-    monkeypatch.setattr(banded_attention, "MATH_SCORES_BYTES", 10_000)
+    monkeypatch.setattr(math_attention, "MATH_SCORES_BYTES", 10_000)
     monkeypatch.setattr(blockwise, "LOGITS_BYTES", 4 * 101 * 17)
     with sdpa_kernel(SDPBackend.MATH):
         assert (score_stream(model, ids, 4, 60) - expected).abs().max() < 1e-5

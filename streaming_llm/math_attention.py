@@ -1,0 +1,116 @@
+"""Exact attention with the scores held in memory: PyTorch's math kernel with a mask, or written out.
+
+For a block of a stream it is one softmax over sinks, previous keys and block with a boolean mask. Queries and keys are
+doubled in width, so that the sinks see the turned query and the window sees the query itself.
+
+Shapes: query ``[batch, num_heads, q_len, head_dim]``, key and value ``[batch, num_heads, kv_len, head_dim]``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .rope_utils import compute_dtype
+from .sinks import BlockPlan
+
+MATH_SCORES_BYTES = 1 << 28
+"""Attention scores that are held at a time."""
+
+
+def explicit_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, for what no kernel of PyTorch's computes.
+
+    Args:
+        mask: boolean, ``[q_len, kv_len]``, true where a query sees a key.
+        softcap: scores ``s`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
+
+    Returns:
+        Output like ``query``, and the weights ``[batch, num_heads, q_len, kv_len]`` in float32 or better.
+    """
+    scores = (query @ key.transpose(2, 3)).to(compute_dtype(query.dtype)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1)
+    return weights.to(value.dtype) @ value, weights
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    if softcap is not None:
+        return explicit_attention(query, key, value, scale, mask, softcap)[0]
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def _query_rows(query: Tensor, kv_len: int) -> int:
+    """Queries whose scores over ``kv_len`` keys fit in the memory that the math path may use."""
+    row_bytes = query.shape[0] * query.shape[1] * kv_len * query.element_size()
+    return max(1, MATH_SCORES_BYTES // row_bytes)
+
+
+def causal_math(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None = None) -> Tensor:
+    """Causal attention, last query to last key, for as many queries at a time as the scores' memory allows."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    step = _query_rows(query, kv_len)
+    out = []
+    for start in range(0, q_len, step):
+        n = min(step, q_len - start)
+        visible = kv_len - q_len + start + n  # keys up to the last of these queries
+        mask = torch.ones(n, visible, dtype=torch.bool, device=query.device).tril(visible - n)
+        rows = (query[:, :, start : start + n], key[:, :, :visible], value[:, :, :visible])
+        out.append(_masked(*rows, mask, scale, softcap))
+    return torch.cat(out, dim=2)
+
+
+def band_math(
+    query: Tensor,
+    turned: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Sinks and window in one softmax, for as many queries at a time as the scores' memory allows.
+
+    Args:
+        turned: the queries turned to where the sinks in their first rotation see them; ``None`` without sinks.
+        key, value: from ``W`` tokens before the first query on.
+    """
+    window, n_sink = plan.layout.config.window_size, plan.layout.config.n_sink
+    q_len = query.shape[2]
+    if turned is not None:
+        groups = query.shape[1] // plan.sink_keys.shape[1]
+        sink_keys = plan.sink_keys.repeat_interleave(groups, dim=1)
+        sink_values = plan.sink_values.repeat_interleave(groups, dim=1)
+        query = torch.cat((query, turned), dim=-1)
+        key = torch.cat((key, torch.zeros_like(key)), dim=-1)
+        sink_keys = torch.cat((torch.zeros_like(sink_keys), sink_keys), dim=-1)
+
+    # At least 128 queries at a time, so that a small window is no long loop; fewer where the memory asks for it.
+    step = min(max(window, 128), q_len)
+    step = min(step, _query_rows(query, n_sink + window + step))
+    row = torch.arange(step, device=query.device).unsqueeze(1)
+    column = torch.arange(-n_sink, window + step, device=query.device)
+    mask = (column < 0) | ((column >= row) & (column <= row + window))  # sinks | own window
+
+    out = []
+    for start in range(0, q_len, step):
+        n = min(step, q_len - start)
+        keys, values = (x[:, :, start : start + window + n] for x in (key, value))
+        if turned is not None:
+            keys, values = torch.cat((sink_keys, keys), dim=2), torch.cat((sink_values, values), dim=2)
+        visible = mask[:n, : n_sink + window + n]
+        out.append(_masked(query[:, :, start : start + n], keys, values, visible, scale, softcap))
+    return torch.cat(out, dim=2)

@@ -1,0 +1,241 @@
+"""Attention layers of model files that do not use Transformers' attention functions: GPT-J, Falcon, older StableLM.
+
+While a model's attention is switched, such a layer runs a forward of this module: the same projections and the same
+cache, but the attention function that the model's configuration names. GPT-J's rotations are computed instead of read
+from its table, so that a stream has no end. Only attributes of the layers are set, no class is touched, and what was
+there is put back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .families import family_of, rotary_from_model
+from .rope_utils import Rotary, rotate
+
+
+def attend(
+    layer: nn.Module,
+    implementation: str,
+    states: tuple[Tensor, Tensor, Tensor],
+    layer_past,
+    scaling: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Store new keys and values and attend.
+
+    Args:
+        implementation: name of a registered attention function.
+        states: rotated query, rotated key, value, ``[batch, heads, q_len, head_dim]``.
+        layer_past: the cache, or ``None``.
+
+    Returns:
+        ``[batch, q_len, num_heads * head_dim]``, and what weights the function returns.
+    """
+    query, key, value = states
+    if layer_past is not None:
+        key, value = layer_past.update(key, value, layer.layer_idx)
+    function = ALL_ATTENTION_FUNCTIONS[implementation]
+    dropout = dropout if layer.training else 0.0
+    out, weights = function(layer, query, key, value, None, dropout=dropout, scaling=scaling)
+    return out.flatten(2), weights
+
+
+def _heads(states: Tensor, head_dim: int) -> Tensor:
+    """``[batch, q_len, heads * head_dim]`` as ``[batch, heads, q_len, head_dim]``."""
+    return states.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [batch, 1, q_len, rotary_dim]
+    return rotate(query, cos, sin, rotary), rotate(key, cos, sin, rotary)
+
+
+class _GPTJ:
+    """GPT-J: rotation exact at any position, and SDPA where the model's own attention is written out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rotary = rotary_from_model(model)
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def _cos_sin(self, layer: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
+        # The layers of a forward share one tensor of positions; a later forward may reuse it with other values.
+        if layer.layer_idx == 0 or self._last is None or self._last[0] is not positions:
+            if self.rotary.inv_freq.device != positions.device:
+                self.rotary = self.rotary.to(positions.device)
+            self._last = (positions, *self.rotary.cos_sin(positions))
+        return self._last[1:]
+
+    def __call__(
+        self,
+        layer: nn.Module,
+        hidden_states: Tensor,
+        layer_past=None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **unused,
+    ) -> tuple[Tensor, Tensor | None]:
+        require_no_mask(attention_mask)
+        query, key, value = (
+            _heads(p(hidden_states), layer.head_dim) for p in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
+        query, key = _rotated(query, key, *self._cos_sin(layer, position_ids), self.rotary)
+        implementation = layer.config._attn_implementation.replace("eager", "sdpa")
+        scaling = layer.head_dim**-0.5
+        out, weights = attend(layer, implementation, (query, key, value), layer_past, scaling, layer.attn_dropout.p)
+        return layer.resid_dropout(layer.out_proj(out)), weights
+
+
+class _Falcon:
+    """Falcon with rotary positions: one fused projection in three layouts, keys and values shared or not."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rotary = rotary_from_model(model)
+
+    def __call__(
+        self,
+        layer: nn.Module,
+        hidden_states: Tensor,
+        alibi: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        layer_past=None,
+        *args,
+        position_embeddings: tuple[Tensor, Tensor],
+        **unused,
+    ) -> tuple[Tensor, Tensor | None]:
+        require_no_mask(attention_mask)
+        split = layer._split_heads(layer.query_key_value(hidden_states))
+        query, key, value = (x.transpose(1, 2) for x in split)
+        query, key = _rotated(query, key, *position_embeddings, self.rotary)
+        scaling = layer.head_dim**-0.5
+        implementation = layer.config._attn_implementation
+        out, weights = attend(layer, implementation, (query, key, value), layer_past, scaling, dropout=0.0)
+        return layer.dense(out), weights
+
+
+class _StableLm:
+    """StableLM before Transformers 5."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rotary = rotary_from_model(model)
+
+    def __call__(
+        self,
+        layer: nn.Module,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        *args,
+        position_embeddings: tuple[Tensor, Tensor],
+        **unused,
+    ) -> tuple[Tensor, Tensor | None]:
+        require_no_mask(attention_mask)
+        query, key, value = (
+            _heads(p(hidden_states), layer.head_dim) for p in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
+        if layer.qk_layernorm:
+            query, key = layer.q_layernorm(query), layer.k_layernorm(key)
+        query, key = _rotated(query, key, *position_embeddings, self.rotary)
+        scaling, dropout = layer.head_dim**-0.5, layer.attention_dropout.p
+        implementation = layer.config._attn_implementation
+        out, weights = attend(layer, implementation, (query, key, value), past_key_values, scaling, dropout)
+        return layer.o_proj(out), weights
+
+
+OWN_ATTENTION: dict[str, Callable[[nn.Module], Callable]] = {"gptj": _GPTJ, "falcon": _Falcon, "stablelm": _StableLm}
+"""Model type -> what makes the forward of its attention layers, where its file does without attention functions."""
+
+
+def require_no_mask(attention_mask: Tensor | None) -> None:
+    """Raise ``ValueError`` if a mask reaches attention that is causal by itself."""
+    if attention_mask is not None:
+        raise ValueError("a mask was given: attention is causal here, over streams without padding, and takes none")
+
+
+class _Replaced:
+    """An attribute of one object that several users have replaced; the last to leave puts back what was there."""
+
+    _of: ClassVar[dict[tuple[int, str], _Replaced]] = {}
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.owner, self.name, self.users = owner, name, 0
+        self.before = owner.__dict__.get(name)
+
+    @classmethod
+    def change(cls, owner: object, name: str, value: Any, users: int) -> None:
+        """Add ``users`` (1 or -1) of the replacement; the first one's ``value`` stays."""
+        key = (id(owner), name)
+        replaced = cls._of.setdefault(key, cls(owner, name))
+        replaced.users += users
+        if replaced.users == 1 and users == 1:
+            owner.__dict__[name] = value
+        elif not replaced.users:
+            del cls._of[key]
+            if replaced.before is None:
+                del owner.__dict__[name]
+            else:
+                owner.__dict__[name] = replaced.before
+
+
+def _own_layers(model: nn.Module) -> list[nn.Module]:
+    """Attention layers of the model; where a kernel adapter has taken a layer's place, the layer in it."""
+    name = f"{family_of(model.config).prefix}Attention"
+    layers = (getattr(module, "wrapped", module) for module in model.modules())
+    return [layer for layer in layers if any(kind.__name__ == name for kind in type(layer).__mro__)]
+
+
+def _no_mask_at_all(refuse_padding: Callable[[Tensor | None], None]) -> Callable:
+    def update_causal_mask(attention_mask: Tensor | None, *args, **kwargs) -> None:
+        refuse_padding(attention_mask)
+
+    return update_causal_mask
+
+
+def uses_attention_functions(model: nn.Module) -> bool:
+    """Whether the model's file goes through Transformers' table of attention functions."""
+    return hasattr(family_of(model.config).load_module(), "ALL_ATTENTION_FUNCTIONS")
+
+
+@contextmanager
+def own_attention_replaced(model: nn.Module, refuse_padding: Callable[[Tensor | None], None]) -> Iterator[None]:
+    """The model's attention layers go through the attention function that its configuration names, until leaving.
+
+    Nothing is done to a model whose file does so anyway.
+
+    Args:
+        refuse_padding: called with the two-dimensional mask of a forward, where a model makes its masks itself.
+
+    Raises:
+        ValueError: the layers of this family cannot be replaced under the installed Transformers.
+    """
+    if uses_attention_functions(model):
+        yield
+        return
+    model_type = model.config.model_type
+    if model_type not in OWN_ATTENTION:
+        raise ValueError(f"model type {model_type!r} can stream under Transformers 5.0 and later only")
+    forward = OWN_ATTENTION[model_type](model)
+    with ExitStack() as stack:
+        replacements = [
+            # accelerate keeps the forward that its hooks call under another name
+            (
+                layer,
+                "_old_forward" if "_old_forward" in layer.__dict__ else "forward",
+                functools.partial(forward, layer),
+            )
+            for layer in _own_layers(model)
+        ]
+        if hasattr(model.base_model, "_update_causal_mask"):
+            replacements.append((model.base_model, "_update_causal_mask", _no_mask_at_all(refuse_padding)))
+        for owner, name, value in replacements:
+            _Replaced.change(owner, name, value, 1)
+            stack.callback(_Replaced.change, owner, name, None, -1)
+        yield
