@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .attention import refuse_padding, switched_attention
 from .config import StreamingConfig, require_int
 from .families import family_of, module_angles, require_window_fits, rotaries_from_model, rotary_modules
+from .generation import generation_view, refuse_arguments, rows_of_each_prompt, take_prompt, with_rows
+from .inner_model import transformers_model
 from .kv_cache import ATTACHED, StreamingKVCache
 from .rope_utils import ExactRotaryEmbedding
 
@@ -149,52 +151,66 @@ class StreamingLLMWrapper:
         self._require_entered()
         feed(self.model, cache, input_ids, block_size)
 
-    def generate(self, inputs: Tensor | None = None, **kwargs):
+    def generate(self, inputs: Tensor | None = None, *, continues: bool = False, **kwargs):
         """``model.generate`` on a streaming cache: prompts of any length, as many new tokens as one likes.
 
-        Takes what ``model.generate`` takes. A prompt longer than the cache is fed block by block first. Pass
-        ``past_key_values=`` a cache of :meth:`new_cache` to go on with a stream: the ids then begin with all those
-        that the cache has seen, as Transformers expects.
+        Takes what ``model.generate`` takes, and returns what it returns. A prompt longer than the cache is fed block
+        by block first. To go on with a stream, pass ``past_key_values=`` its cache (of :meth:`new_cache`), and either
+
+        - all ids so far and at least one more, as Transformers expects; or
+        - with ``continues=True`` only those that the cache has not seen, for streams too long to keep. They begin with
+          the last token of the previous result, which was returned and never fed::
+
+              out = stream.generate(ids, past_key_values=cache)
+              out = stream.generate(torch.cat((out[:, -1:], turn), 1), past_key_values=cache, continues=True)
+
+          Lengths (``max_length``), penalties and stopping criteria then concern the ids of this call alone.
+
+        Memory is constant but for what ``generate`` itself keeps: the ids of the call. Their time grows too, as it
+        copies them at every step; in calls of some thousand tokens with ``continues=True`` neither does.
+
+        Beams, and several sequences for one prompt, run on a copy of a cache that was passed in: it remains that of
+        the one prompt, and can be continued with any of the results.
+
+        Args:
+            inputs: ids ``[batch, length]`` (or ``input_ids=``, ``inputs_embeds=``) of sequences of equal length. Rows
+                that end early are filled with the padding token, which then belongs to their stream.
+            continues: the ids are those that the cache has not seen.
 
         Raises:
-            ValueError: a prompt is padded (``attention_mask`` hides tokens).
+            ValueError: a prompt is padded (``attention_mask`` hides tokens), or an argument would not stream exactly.
         """
         self._require_entered()
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        cache = kwargs.pop("past_key_values", None)
-        cache = self.new_cache() if cache is None else cache
-        self._require_streaming(cache, kwargs)
-        if input_ids is not None:
-            seen = cache.get_seq_length()
-            if input_ids.shape[1] <= seen:
-                raise ValueError(
-                    f"the cache has seen {seen} tokens and was given {input_ids.shape[1]} ids: the ids have to begin "
-                    "with those seen and go on with at least one more"
-                )
-            unseen = input_ids[:, seen:-1]
-            if unseen.shape[1] > self.streaming_config.cache_size:
+        given = kwargs.pop("past_key_values", None)
+        cache = self.new_cache() if given is None else given
+        model = transformers_model(self.model)
+        refuse_arguments(model, cache, continues, kwargs)
+        n_seen = cache.get_seq_length()
+        prompt = take_prompt(inputs, kwargs, n_seen, continues)
+        n_rows, working = rows_of_each_prompt(model, kwargs), cache
+        if prompt is not None:
+            kwargs[prompt.name] = prompt.tokens
+            if prompt.unseen.shape[1] > (self.streaming_config.cache_size if n_rows == 1 else 0):
                 refuse_padding(kwargs.get("attention_mask"))
-                self.prefill(unseen.to(self.model.device), cache)
-            self._expand(cache, input_ids.shape[0], kwargs)
-            kwargs["input_ids"] = input_ids
-        return self.model.generate(past_key_values=cache, **kwargs)
+                self._feed(prompt.unseen, cache)
+            if n_rows > 1:
+                working = with_rows(cache, n_rows)
+        with generation_view(model, working, n_seen if continues else 0) as view:
+            output = self.model.generate(past_key_values=view, **kwargs)
+        if getattr(output, "past_key_values", None) is view:
+            output.past_key_values = working
+        if continues and working is not cache:  # the stream goes on with the best beam
+            for tokens in prompt.left_to_feed(getattr(output, "sequences", output)):
+                self._feed(tokens, cache)
+        return output
 
-    def _setting(self, kwargs: dict, name: str):
-        """What ``generate`` will use: the argument, else the given configuration's value, else the model's."""
-        given = kwargs.get("generation_config")
-        values = (kwargs.get(name), getattr(given, name, None), getattr(self.model.generation_config, name, None))
-        return next((value for value in values if value is not None), None)
-
-    def _require_streaming(self, cache, kwargs: dict) -> None:
-        if not isinstance(cache, StreamingKVCache):
-            raise ValueError(
-                f"past_key_values must be a StreamingKVCache (stream.new_cache()), got {type(cache).__name__}"
-            )
-        if self._setting(kwargs, "use_cache") is False:
-            raise ValueError("use_cache=False would not stream: leave it out, or call model.generate")
-
-    def _expand(self, cache: StreamingKVCache, batch: int, kwargs: dict) -> None:
-        """Give a filled cache one row for each beam or returned sequence, as ``generate`` does with the ids."""
-        rows = max(self._setting(kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
-        if rows > 1 and cache.get_seq_length() and cache.layers[0].batch_size == batch:
-            cache.batch_repeat_interleave(rows)
+    @torch.no_grad()
+    def _feed(self, tokens: Tensor, cache: StreamingKVCache) -> None:
+        """Feed ids ``[batch, length]`` or embeddings ``[batch, length, hidden]``."""
+        model = transformers_model(self.model)
+        tokens = tokens.to(model.device)
+        if tokens.dim() == 2:
+            self.prefill(tokens, cache)
+            return
+        for block in tokens.split(default_block_size(cache.streaming_config.window_size, model.device), dim=1):
+            model.base_model(inputs_embeds=block, past_key_values=cache, use_cache=True)
