@@ -5,6 +5,7 @@ Named after GPT-NeoX, the first family; it wraps every family of ``recognition.A
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -16,8 +17,9 @@ from .sdpa import backend_context, require_backend
 class NeoXFlashAttentionAdapter(nn.Module):
     """Takes an attention layer's place in the module tree and runs its unchanged forward with one kernel.
 
-    The adapter shares the layer's parameters, buffers and submodules, so state-dict keys, ``.to()``, optimisers and
-    ``device_map`` see what they saw before; every other attribute is the layer's own.
+    The adapter shares the layer's parameters, buffers, submodules and hooks, so state-dict keys, ``.to()``, optimisers,
+    ``device_map``, PEFT and quantisation see what they saw before, and a hook runs once, whenever it was registered;
+    every other attribute is the layer's own.
 
     Args:
         attention: the attention layer.
@@ -31,10 +33,9 @@ class NeoXFlashAttentionAdapter(nn.Module):
         super().__init__()
         if isinstance(attention, NeoXFlashAttentionAdapter):
             attention = attention.wrapped
-        for shared in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-            self.__dict__[shared] = attention.__dict__[shared]
+        for name in self.__dict__:  # nn.Module's own: parameters, buffers, submodules, hooks, training
+            self.__dict__[name] = attention.__dict__[name]
         self.__dict__["wrapped"] = attention  # no submodule: its own are in the tree already
-        self.training = attention.training
         self.backend = backend
 
     @property
@@ -46,10 +47,14 @@ class NeoXFlashAttentionAdapter(nn.Module):
     def backend(self, name: str) -> None:
         self.__dict__["_backend"] = require_backend(name)
 
+    def kernel_context(self) -> AbstractContextManager:
+        """Context in which SDPA can run this adapter's kernel only, for code that does not call ``forward``."""
+        return backend_context(self.backend)
+
     def forward(self, *args, **kwargs):
         """The layer's forward, in which SDPA can run this adapter's kernel only."""
-        with backend_context(self.backend):
-            return self.wrapped(*args, **kwargs)
+        with self.kernel_context():
+            return self.wrapped.forward(*args, **kwargs)  # the hooks are shared and have run
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -61,15 +66,16 @@ class NeoXFlashAttentionAdapter(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         wrapped = self.__dict__.get("wrapped")
-        if wrapped is not None and name in wrapped.__dict__ and name not in self.__dict__:
-            setattr(wrapped, name, value)  # an attribute of the layer, which its forward reads
-        else:
+        if wrapped is not None and name in wrapped.__dict__:  # an attribute of the layer, which its forward reads
+            setattr(wrapped, name, value)
+        if wrapped is None or name in self.__dict__ or name not in wrapped.__dict__:
             super().__setattr__(name, value)
 
-    def train(self, mode: bool = True) -> NeoXFlashAttentionAdapter:
-        """Set training mode of the layer too, which the module tree does not hold."""
-        self.wrapped.train(mode)
-        return super().train(mode)
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__ or name not in self.__dict__["wrapped"].__dict__:
+            super().__delattr__(name)
+        else:
+            delattr(self.wrapped, name)
 
     def extra_repr(self) -> str:
         return f"{type(self.wrapped).__name__}, backend={self.backend!r}"
