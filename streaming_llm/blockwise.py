@@ -14,8 +14,14 @@ from torch import Tensor, nn
 
 from .config import StreamingConfig, require_int
 from .families import lm_head
+from .forwards import block_forward
 from .kv_cache import StreamingKVCache
 from .model import attached, default_block_size, new_cache
+
+try:
+    from .fused import elementwise
+except ImportError:  # no Triton: PyTorch's own operators do the same
+    elementwise = None
 
 LOGITS_BYTES = 1 << 28
 """Logits, counted in float32, that are held at a time."""
@@ -36,11 +42,16 @@ def token_nll(model: nn.Module, hidden_states: Tensor, targets: Tensor) -> Tenso
     step = max(1, LOGITS_BYTES // (4 * vocab * batch))
     out = []
     for start in range(0, length, step):
-        logits = lm_head(model, hidden_states[:, start : start + step])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-        nll = torch.nn.functional.cross_entropy(logits, targets[:, start : start + step].flatten(), reduction="none")
-        out.append(nll.view(batch, -1))
+        logits = lm_head(model, hidden_states[:, start : start + step]).flatten(0, 1)
+        out.append(_cross_entropy(logits, targets[:, start : start + step].flatten()).view(batch, -1))
     return torch.cat(out, dim=1)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    if elementwise is not None and logits.device.type == "cuda" and logits.dtype != torch.float64:
+        return elementwise.cross_entropy(logits.contiguous(), targets)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 def in_blocks(input_ids: Tensor | Iterable[Tensor], block_size: int) -> Iterator[Tensor]:
@@ -75,10 +86,14 @@ class BlockScorer:
         model: a causal language model that is attached as long as blocks are fed.
         cache: a cache of this model.
         last_hidden: final hidden state ``[batch, 1, hidden]`` of the last token that ``cache`` has seen, if any.
+        engine: see :func:`score_stream`.
     """
 
-    def __init__(self, model: nn.Module, cache: StreamingKVCache, last_hidden: Tensor | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, cache: StreamingKVCache, last_hidden: Tensor | None = None, engine: str = "auto"
+    ) -> None:
         self.model, self.cache, self.last_hidden = model, cache, last_hidden
+        self.forward = block_forward(model, engine)
         self.device = model.get_input_embeddings().weight.device
 
     @torch.no_grad()
@@ -90,8 +105,8 @@ class BlockScorer:
             predicts (float32, or float64 for a float64 model), and final hidden states ``[batch, n, hidden]``.
         """
         block = block.to(self.device, torch.int64)
-        output = self.model.base_model(input_ids=block, past_key_values=self.cache, use_cache=True)
-        hidden = output.last_hidden_state  # each predicts the next token: a block's first is predicted by the last one
+        hidden = self.forward(block, self.cache)
+        # Each state predicts the next token: a block's first is predicted by the state before it.
         if self.last_hidden is None:
             predicting, targets = hidden[:, :-1], block[:, 1:]
         else:
@@ -108,6 +123,7 @@ def score_stream(
     window_size: int = 1020,
     block_size: int | None = None,
     *,
+    engine: str = "auto",
     return_hidden: bool = False,
     on_block: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor] | None:
@@ -122,7 +138,9 @@ def score_stream(
             attention of the first tokens reaches back to the first id, which should be what the model was trained to
             see there (``tokenizer(text)`` puts it in front, if any).
         n_sink, window_size: see :class:`StreamingConfig`.
-        block_size: tokens processed at a time; chosen for the device when ``None``.
+        block_size: tokens processed at a time; chosen for model and device when ``None``.
+        engine: ``eager``: the plain model call. ``fused``: this library's kernels (GPT-NeoX on CUDA). ``auto``: fused
+            where it runs; ``streaming_llm.forwards.resolve_block_engine(model)`` says which that is.
         return_hidden: also return the final hidden states ``[batch, length, hidden]``.
         on_block: called with ``(start, nll, hidden_states)`` for each block instead of collecting anything: ``nll``
             ``[batch, n]`` of tokens ``start .. start + n - 1``, on the model's device.
@@ -135,9 +153,8 @@ def score_stream(
         ValueError: an argument is out of range, the model cannot stream, or the stream is shorter than two tokens.
     """
     config = StreamingConfig(n_sink, window_size)
-    device = model.get_input_embeddings().weight.device
     if block_size is None:
-        block_size = default_block_size(window_size, device)
+        block_size = default_block_size(window_size, model)
     require_int("block_size", block_size, 1)
     if isinstance(input_ids, Tensor):
         _require_ids(input_ids)
@@ -148,7 +165,7 @@ def score_stream(
     sink = on_block or collected
     n_seen = 0
     with attached(model):
-        scorer = BlockScorer(model, new_cache(model, config))
+        scorer = BlockScorer(model, new_cache(model, config), engine=engine)
         for block in in_blocks(input_ids, block_size):
             nll, hidden = scorer.score(block)
             collected.home = block.device

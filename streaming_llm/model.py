@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .attention import refuse_padding, switched_attention
 from .config import StreamingConfig, require_int
 from .families import family_of, module_angles, require_window_fits, rotaries_from_model, rotary_modules
+from .forwards import BlockForward, block_forward
 from .generation import generation_view, refuse_arguments, rows_of_each_prompt, take_prompt, with_rows
 from .inner_model import transformers_model
 from .kv_cache import ATTACHED, StreamingKVCache
@@ -71,14 +72,24 @@ def new_cache(model: nn.Module, config: StreamingConfig) -> StreamingKVCache:
     return StreamingKVCache(model.config, config.n_sink, config.window_size, rotary=rotaries_from_model(model))
 
 
-def default_block_size(window_size: int, device: torch.device) -> int:
+def default_block_size(window_size: int, model: nn.Module) -> int:
     """Tokens to process at a time: enough to keep the device busy, a multiple of the window where that is larger."""
-    least = 8192 if device.type == "cuda" else 512
+    weight = model.get_input_embeddings().weight
+    least = max(8192, (1 << 24) // weight.shape[1]) if weight.device.type == "cuda" else 512
     return max(1, -(-least // window_size)) * window_size
 
 
-def feed(model: nn.Module, cache: StreamingKVCache, input_ids: Tensor, block_size: int | None) -> Tensor:
+def feed(
+    model: nn.Module,
+    cache: StreamingKVCache,
+    input_ids: Tensor,
+    block_size: int | None,
+    forward: BlockForward | None = None,
+) -> Tensor:
     """Run tokens ``[batch, length >= 1]`` through an attached model block by block.
+
+    Args:
+        forward: how a block runs; the plain model call if not given.
 
     Returns:
         The final hidden state of the last token, ``[batch, 1, hidden]``.
@@ -86,10 +97,11 @@ def feed(model: nn.Module, cache: StreamingKVCache, input_ids: Tensor, block_siz
     if input_ids.dim() != 2 or not input_ids.numel():
         raise ValueError(f"input_ids must be [batch, length >= 1], got {list(input_ids.shape)}")
     if block_size is None:
-        block_size = default_block_size(cache.streaming_config.window_size, input_ids.device)
+        block_size = default_block_size(cache.streaming_config.window_size, model)
     require_int("block_size", block_size, 1)
+    forward = block_forward(model, "eager") if forward is None else forward
     for block in input_ids.split(block_size, dim=1):
-        hidden = model.base_model(input_ids=block, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = forward(block, cache)
     return hidden[:, -1:]
 
 
@@ -212,5 +224,5 @@ class StreamingLLMWrapper:
         if tokens.dim() == 2:
             self.prefill(tokens, cache)
             return
-        for block in tokens.split(default_block_size(cache.streaming_config.window_size, model.device), dim=1):
+        for block in tokens.split(default_block_size(cache.streaming_config.window_size, model), dim=1):
             model.base_model(inputs_embeds=block, past_key_values=cache, use_cache=True)

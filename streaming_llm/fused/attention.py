@@ -1,0 +1,271 @@
+"""Attention of one new token over the ring, on the device alone: no shape and no launch depends on the position.
+
+``begin_step`` looks up the token's embedding and turns the stream's counters into a slot and three sets of angles.
+After it either :func:`ring_attention`, which rotates, stores and attends in one kernel, or :func:`rotate_and_store`,
+which leaves the attention over the whole ring to one of PyTorch's kernels.
+
+In both, a head's query, key and value lie next to each other in ``qkv``: ``[batch, num_heads, 3 * head_dim]``,
+as GPT-NeoX projects them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..positions import StreamLayout
+from ..rope_utils import Rotary
+from .launch import wait_for_input
+
+NEXT, OFFSET, NOW, SLOT = range(4)
+
+
+class RingState:
+    """Where a stream is, on the device: advanced by each step, read by its kernels.
+
+    Attributes:
+        counters: int64 ``[4]``: tokens seen, position of the stream's first token, number and slot of the token at
+            hand.
+        angles: float32 ``[6, rotary_dim / 2]``, computed in float64: cosine and sine of the query's position, of the
+            position from which it sees the sinks as first rotated, and of the turn that the sinks have made.
+    """
+
+    def __init__(self, layout: StreamLayout, rotary: Rotary, device: torch.device) -> None:
+        if rotary.scaling != 1.0 or rotary.interleaved:
+            raise ValueError("fused kernels rotate halves, without a factor on cosine and sine")
+        self.layout = layout
+        self.inv_freq = rotary.inv_freq.to(device)
+        self.counters = torch.zeros(4, dtype=torch.int64, device=device)
+        self.angles = torch.zeros(6, self.half, dtype=torch.float32, device=device)
+
+    @property
+    def half(self) -> int:
+        """Pairs of dimensions that are rotated."""
+        return self.inv_freq.shape[0]
+
+    def set(self, n_seen: int, position_offset: int) -> None:
+        """Put the stream where the host says it is."""
+        self.counters[:2] = torch.tensor([n_seen, position_offset])
+
+
+@triton.jit
+def _begin_step(
+    tokens_ptr, table_ptr, x_ptr, counters_ptr, inv_freq_ptr, angles_ptr, n_sink, window,
+    HIDDEN: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_input(PDL)
+    batch, block = tl.program_id(0), tl.program_id(1)
+    if (batch == 0) & (block == 0):
+        now = tl.load(counters_ptr)
+        offset = tl.load(counters_ptr + 1)
+        tl.store(counters_ptr, now + 1)
+        tl.store(counters_ptr + 2, now)
+        tl.store(counters_ptr + 3, tl.where(now < n_sink, now, n_sink + (now - n_sink) % (window + 1)))
+        pair = tl.arange(0, HALF_P)
+        inside = pair < HALF
+        inv_freq = tl.load(inv_freq_ptr + pair, inside, 0.0)
+        in_cache = tl.minimum(now, n_sink + window)
+        angle = (now + offset).to(tl.float64) * inv_freq
+        tl.store(angles_ptr + pair, tl.cos(angle).to(tl.float32), inside)
+        tl.store(angles_ptr + HALF + pair, tl.sin(angle).to(tl.float32), inside)
+        angle = (in_cache + offset).to(tl.float64) * inv_freq
+        tl.store(angles_ptr + 2 * HALF + pair, tl.cos(angle).to(tl.float32), inside)
+        tl.store(angles_ptr + 3 * HALF + pair, tl.sin(angle).to(tl.float32), inside)
+        angle = (now - in_cache).to(tl.float64) * inv_freq
+        tl.store(angles_ptr + 4 * HALF + pair, tl.cos(angle).to(tl.float32), inside)
+        tl.store(angles_ptr + 5 * HALF + pair, tl.sin(angle).to(tl.float32), inside)
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(tokens_ptr + batch)
+    x = tl.load(table_ptr + row * HIDDEN + column, column < HIDDEN, 0.0)
+    tl.store(x_ptr + batch * HIDDEN + column, x.to(tl.float32), column < HIDDEN)
+
+
+def begin_step(tokens: Tensor, table: Tensor, x: Tensor, state: RingState, *, pdl: bool = False) -> None:
+    """Advance ``state`` by one token and write the embeddings of ``tokens`` ``[batch]`` to ``x`` ``[batch, hidden]``.
+
+    Args:
+        tokens: int64.
+        table: the embedding's weight ``[vocab, hidden]``.
+        x: float32.
+    """
+    batch, hidden = x.shape
+    config = state.layout.config
+    _begin_step[(batch, triton.cdiv(hidden, 1024))](
+        tokens, table, x, state.counters, state.inv_freq, state.angles, config.n_sink, config.window_size,
+        HIDDEN=hidden, HALF=state.half, HALF_P=triton.next_power_of_2(state.half), BLOCK=1024, PDL=pdl,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+
+
+@triton.jit
+def _turn(x_ptr, dims, angles_ptr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """A head ``[head_dim]`` in float32, with its first ``2 * HALF`` dimensions rotated by the angles given."""
+    x = tl.load(x_ptr + dims, dims < HEAD_DIM, 0.0).to(tl.float32)
+    in_rotary = dims < 2 * HALF
+    partner = tl.where(dims < HALF, dims + HALF, dims - HALF)
+    other = tl.load(x_ptr + partner, in_rotary, 0.0).to(tl.float32)
+    pair = tl.where(dims < HALF, dims, dims - HALF)
+    cos = tl.load(angles_ptr + pair, in_rotary, 1.0)
+    sin = tl.load(angles_ptr + HALF + pair, in_rotary, 0.0)
+    return x * cos + tl.where(dims < HALF, -other, other) * sin
+
+
+@triton.jit
+def _rotate_and_store(
+    qkv_ptr, q_ptr, k_ptr, v_ptr, sinks_ptr, counters_ptr, angles_ptr, num_heads, capacity,
+    N_SINK: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_input(PDL)
+    head = tl.program_id(0).to(tl.int64)  # of batch * num_heads
+    dims = tl.arange(0, DIM_P)
+    inside = dims < HEAD_DIM
+    qkv = qkv_ptr + head * 3 * HEAD_DIM
+    slot = tl.load(counters_ptr + 3)
+    dtype = k_ptr.dtype.element_ty
+    tl.store(q_ptr + head * HEAD_DIM + dims, _turn(qkv, dims, angles_ptr, HALF, HEAD_DIM).to(dtype), inside)
+    key = _turn(qkv + HEAD_DIM, dims, angles_ptr, HALF, HEAD_DIM)
+    ring = head * capacity * HEAD_DIM
+    tl.store(k_ptr + ring + slot * HEAD_DIM + dims, key.to(dtype), inside)
+    value = tl.load(qkv + 2 * HEAD_DIM + dims, inside, 0.0)
+    tl.store(v_ptr + ring + slot * HEAD_DIM + dims, value.to(dtype), inside)
+    for sink in tl.static_range(N_SINK):
+        moved = _turn(sinks_ptr + (head * N_SINK + sink) * HEAD_DIM, dims, angles_ptr + 4 * HALF, HALF, HEAD_DIM)
+        tl.store(k_ptr + ring + sink * HEAD_DIM + dims, moved.to(dtype), inside & (dims < 2 * HALF))
+
+
+def rotate_and_store(
+    qkv: Tensor, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, state: RingState, *, pdl: bool = False
+) -> None:
+    """Rotate the query, put key and value into their slot, and move the sinks to their distance from the query.
+
+    For a full ring: afterwards attention goes over all of it.
+
+    Args:
+        qkv: ``[batch, num_heads, 3 * head_dim]``.
+        q: output, ``[batch, num_heads, 1, head_dim]`` in the dtype of the ring.
+        keys, values: the ring, ``[batch, num_heads, capacity, head_dim]``.
+        sinks: the sinks' keys as first rotated, ``[batch, num_heads, n_sink, head_dim]``.
+    """
+    batch, num_heads, capacity, head_dim = keys.shape
+    _rotate_and_store[(batch * num_heads,)](
+        qkv, q, keys, values, sinks, state.counters, state.angles, num_heads, capacity,
+        N_SINK=state.layout.config.n_sink, HALF=state.half, HEAD_DIM=head_dim,
+        DIM_P=triton.next_power_of_2(head_dim), PDL=pdl, num_warps=2, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+
+
+@triton.jit
+def _ring_attention(
+    qkv_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, arrived_ptr, counters_ptr, angles_ptr, scale, capacity,
+    N_SINK: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, SPLIT_LEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    dims = tl.arange(0, DIM_P)
+    inside = dims < HEAD_DIM
+    ring = head * capacity * HEAD_DIM
+    wait_for_input(PDL)
+    qkv = qkv_ptr + head * 3 * HEAD_DIM
+    now, slot = tl.load(counters_ptr + 2), tl.load(counters_ptr + 3)
+    query = _turn(qkv, dims, angles_ptr, HALF, HEAD_DIM) * scale
+    to_sinks = _turn(qkv, dims, angles_ptr + 2 * HALF, HALF, HEAD_DIM) * scale
+
+    largest = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    acc = tl.zeros((DIM_P,), tl.float32)
+    if split == 0:  # the token itself, which no other program reads
+        key = _turn(qkv + HEAD_DIM, dims, angles_ptr, HALF, HEAD_DIM).to(k_ptr.dtype.element_ty)
+        value = tl.load(qkv + 2 * HEAD_DIM + dims, inside, 0.0).to(v_ptr.dtype.element_ty)
+        tl.store(k_ptr + ring + slot * HEAD_DIM + dims, key, inside)
+        tl.store(v_ptr + ring + slot * HEAD_DIM + dims, value, inside)
+        largest = tl.sum(query * key.to(tl.float32), 0)
+        total += 1.0
+        acc += value.to(tl.float32)
+
+    stored = tl.minimum(now, capacity)
+    for start in range(split * SPLIT_LEN, tl.minimum(split * SPLIT_LEN + SPLIT_LEN, stored), BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        visible = (token < stored) & (token != slot)
+        mask = visible[:, None] & inside[None, :]
+        at = ring + token[:, None] * HEAD_DIM + dims[None, :]
+        key = tl.load(k_ptr + at, mask, 0.0).to(tl.float32)
+        value = tl.load(v_ptr + at, mask, 0.0).to(tl.float32)
+        score = tl.sum(key * query[None, :], 1)
+        if N_SINK > 0:
+            if start < N_SINK:
+                score = tl.where(token < N_SINK, tl.sum(key * to_sinks[None, :], 1), score)
+        score = tl.where(visible, score, float("-inf"))
+        new = tl.maximum(largest, tl.max(score, 0))
+        new = tl.where(new == float("-inf"), 0.0, new)
+        keep = tl.exp(largest - new)
+        weight = tl.exp(score - new)
+        acc = acc * keep + tl.sum(weight[:, None] * value, 0)
+        total = total * keep + tl.sum(weight, 0)
+        largest = new
+
+    if SPLITS == 1:
+        tl.store(out_ptr + head * HEAD_DIM + dims, (acc / total).to(out_ptr.dtype.element_ty), inside)
+    else:
+        width: tl.constexpr = DIM_P + 2
+        partial = partial_ptr + head * SPLITS * width
+        tl.store(partial + split * width + dims, acc)
+        tl.store(partial + split * width + DIM_P, largest)
+        tl.store(partial + split * width + DIM_P + 1, total)
+        tl.debug_barrier()  # every thread has written before the program is counted
+        if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == SPLITS - 1:  # the last one puts the parts together
+            part = tl.arange(0, SPLITS_P)
+            exists = part < SPLITS
+            peaks = tl.load(partial + part * width + DIM_P, exists, float("-inf"), cache_modifier=".cg")
+            sums = tl.load(partial + part * width + DIM_P + 1, exists, 0.0, cache_modifier=".cg")
+            share = tl.exp(peaks - tl.max(peaks, 0))
+            accs = tl.load(
+                partial + part[:, None] * width + dims[None, :], exists[:, None], 0.0, cache_modifier=".cg"
+            )
+            out = tl.sum(accs * share[:, None], 0) / tl.sum(sums * share, 0)
+            tl.store(out_ptr + head * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), inside)
+            tl.store(arrived_ptr + head, 0)
+
+
+class RingAttention:
+    """Split-KV attention of one query over a ring of which any number of slots is filled.
+
+    Sinks stay in the ring as first rotated; for them the query is turned instead.
+
+    Args:
+        keys: a layer's ring, ``[batch, num_heads, capacity, head_dim]``; the others have its shape.
+        state: the stream's.
+        scale: factor on the scores.
+    """
+
+    BLOCK = 64
+    PROGRAMS = 384
+    """Programs to aim for: a few for each multiprocessor."""
+
+    def __init__(self, keys: Tensor, state: RingState, scale: float) -> None:
+        batch, num_heads, capacity, head_dim = keys.shape
+        self.state, self.scale = state, scale
+        blocks = triton.cdiv(capacity, self.BLOCK)
+        per_split = triton.cdiv(blocks, max(1, min(blocks, self.PROGRAMS // (batch * num_heads))))
+        self.splits, self.split_len = triton.cdiv(blocks, per_split), per_split * self.BLOCK
+        self.dim_p = triton.next_power_of_2(head_dim)
+        heads = batch * num_heads
+        self.partial = torch.empty(heads * self.splits * (self.dim_p + 2), dtype=torch.float32, device=keys.device)
+        self.arrived = torch.zeros(heads, dtype=torch.int32, device=keys.device)
+
+    def __call__(self, qkv: Tensor, keys: Tensor, values: Tensor, out: Tensor, *, pdl: bool = False) -> None:
+        """Rotate and store the token of ``qkv`` ``[batch, num_heads, 3 * head_dim]``, then attend.
+
+        Args:
+            keys, values: the layer's ring, with room for all slots.
+            out: ``[batch, num_heads, head_dim]``.
+        """
+        batch, num_heads, capacity, head_dim = keys.shape
+        _ring_attention[(batch * num_heads, self.splits)](
+            qkv, keys, values, out, self.partial, self.arrived, self.state.counters, self.state.angles,
+            self.scale, capacity,
+            N_SINK=self.state.layout.config.n_sink, HALF=self.state.half, HEAD_DIM=head_dim, DIM_P=self.dim_p,
+            SPLITS=self.splits, SPLITS_P=triton.next_power_of_2(self.splits), SPLIT_LEN=self.split_len,
+            BLOCK=self.BLOCK, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip

@@ -1,0 +1,69 @@
+"""CUDA graphs: a sequence of kernels recorded once and launched as one, so that Python costs nothing per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+WARM_UP = 3
+"""Calls before recording: kernels are compiled and tuned, and libraries take their workspaces."""
+
+
+def record(
+    call: Callable[[], object], *, generator: torch.Generator | None = None, warm_up: int = WARM_UP
+) -> torch.cuda.CUDAGraph:
+    """Record what ``call`` launches, after some calls on a side stream, as CUDA asks for.
+
+    Args:
+        call: launches kernels on the current stream without waiting for the device. It runs ``warm_up + 1`` times.
+        generator: a generator whose random numbers ``call`` draws, if not the default one.
+    """
+    device = torch.cuda.current_device()
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(warm_up):
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+class GraphedCall:
+    """A function of tensors as one CUDA graph.
+
+    Args:
+        call: a function of tensors that launches the same kernels for every input of these shapes.
+        examples: inputs; their shapes, dtypes and device are those of every later call.
+    """
+
+    def __init__(self, call: Callable[..., Tensor], *examples: Tensor) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self.inputs = [x.clone() for x in examples]
+            self.graph = record(self._run_with(call))
+
+    def _run_with(self, call: Callable[..., Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            self.output = call(*self.inputs)
+
+        return run
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The output, a tensor that the next call overwrites.
+
+        Raises:
+            ValueError: a shape is another than that of the examples.
+        """
+        for static, given in zip(self.inputs, inputs, strict=True):
+            if static.shape != given.shape:
+                raise ValueError(f"recorded for shape {list(static.shape)}, got {list(given.shape)}")
+            static.copy_(given)
+        self.graph.replay()
+        return self.output
