@@ -17,9 +17,9 @@ from .sdpa import backend_context, require_backend
 class NeoXFlashAttentionAdapter(nn.Module):
     """Takes an attention layer's place in the module tree and runs its unchanged forward with one kernel.
 
-    The adapter shares the layer's parameters, buffers, submodules and hooks, so state-dict keys, ``.to()``, optimisers,
-    ``device_map``, PEFT and quantisation see what they saw before, and a hook runs once, whenever it was registered;
-    every other attribute is the layer's own.
+    The adapter shares the layer's parameters, buffers, submodules and hooks, so state-dict keys, ``.to()``,
+    optimisers, ``device_map``, PEFT and quantisation see what they saw before, and a hook runs once, whenever it was
+    registered; every other attribute is the layer's own.
 
     Args:
         attention: the attention layer.

@@ -70,7 +70,9 @@ def backend_context(backend: str) -> AbstractContextManager:
     Costs next to nothing where the same backend is in force already.
     """
     kernel = ATTN_BACKENDS[backend]
-    return nullcontext() if _allowed() == {kernel} else sdpa_kernel(kernel)
+    if torch.compiler.is_compiling() or _allowed() != {kernel}:  # a compiled graph sets the flags, it cannot read them
+        return sdpa_kernel(kernel)
+    return nullcontext()
 
 
 def check_backend_available(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .families import rotary_from_model
 from .fused import require_fused, why_not_fused
+from .inner_model import transformers_model
 from .kv_cache import StreamingKVCache
 
 BLOCK_ENGINES = ("eager", "fused")
@@ -39,7 +40,9 @@ def block_forward(model: nn.Module, engine: str = "auto") -> BlockForward:
     if resolve_block_engine(model, engine) == "fused":
         return require_fused(model).BlockForward(model, rotary_from_model(model))
 
+    decoder = transformers_model(model).base_model
+
     def eager(input_ids: Tensor, cache: StreamingKVCache) -> Tensor:
-        return model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state
+        return decoder(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state
 
     return eager

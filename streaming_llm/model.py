@@ -43,6 +43,7 @@ class Attachment:
     @classmethod
     def enter(cls, model: nn.Module) -> Attachment:
         """Attach ``model``, or join those who have."""
+        model = transformers_model(model)
         attachment = cls._active.get(id(model))
         if attachment is None:
             attachment = cls._active[id(model)] = cls(model)
@@ -129,7 +130,7 @@ class StreamingLLMWrapper:
     def __init__(self, model: nn.Module, n_sink: int = 4, window_size: int = 1020) -> None:
         self.model = model
         self.streaming_config = StreamingConfig(n_sink, window_size)
-        rotaries_from_model(model)  # refuse now what cannot stream
+        rotaries_from_model(transformers_model(model))  # refuse now what cannot stream
         require_window_fits(model.config, self.streaming_config)
         self._attachment: Attachment | None = None
 

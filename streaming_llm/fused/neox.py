@@ -21,6 +21,8 @@ from .gemv import gemv_sum, norm_gemv
 from .launch import pdl_available
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+OWN_MODULES = ("torch.nn.", "transformers.", "streaming_llm.", "personal_adapters.")
+"""Where the classes of a model come from that nothing has been put into."""
 
 
 def why_not(model: nn.Module, rotary: Rotary) -> str | None:
@@ -36,6 +38,9 @@ def why_not(model: nn.Module, rotary: Rotary) -> str | None:
         return "the model is in training mode: call model.eval()"
     if model.dtype not in DTYPES:
         return f"its dtype is {model.dtype}"
+    for part in model.modules():  # PEFT's layers have a plain one inside, which is not all that they compute
+        if not type(part).__module__.startswith(OWN_MODULES):
+            return f"it holds a {type(part).__name__}, whose forward would be left out"
     parts = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.LayerNorm, nn.Embedding))]
     for part in parts:
         if type(part) not in (nn.Linear, nn.LayerNorm, nn.Embedding):
