@@ -5,9 +5,35 @@ from __future__ import annotations
 from torch import nn
 
 ATTENTION_CLASSES: dict[str, tuple[str, ...]] = {
+    "cohere": ("CohereAttention",),
+    "cohere2": ("Cohere2Attention",),
+    "falcon": ("FalconAttention",),
+    "gemma": ("GemmaAttention",),
+    "gemma2": ("Gemma2Attention",),
+    "gemma3": ("Gemma3Attention",),
+    "gemma3_text": ("Gemma3Attention",),
+    "glm": ("GlmAttention",),
+    "glm4": ("Glm4Attention",),
     "gpt_neox": ("GPTNeoXAttention",),
+    "gptj": ("GPTJAttention",),
+    "granite": ("GraniteAttention",),
+    "llama": ("LlamaAttention",),
+    "mistral": ("MistralAttention",),
+    "mixtral": ("MixtralAttention",),
+    "olmo": ("OlmoAttention",),
+    "olmo2": ("Olmo2Attention",),
+    "olmo3": ("Olmo3Attention",),
+    "phi": ("PhiAttention",),
+    "phi3": ("Phi3Attention",),
+    "qwen2": ("Qwen2Attention",),
+    "qwen2_moe": ("Qwen2MoeAttention", "Qwen2MoeSdpaAttention"),
+    "qwen3": ("Qwen3Attention",),
+    "qwen3_moe": ("Qwen3MoeAttention",),
+    "smollm3": ("SmolLM3Attention",),
+    "stablelm": ("StableLmAttention", "StableLmSdpaAttention"),
+    "starcoder2": ("Starcoder2Attention",),
 }
-"""Transformers' ``model_type`` -> class names of its attention layers."""
+"""Transformers' ``model_type`` -> class names of its attention layers; older Transformers has some for SDPA alone."""
 
 
 def attention_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -1,0 +1,516 @@
+"""The slow, independent path for every family: StreamingLLM in float64, token by token, written from the definitions.
+
+Shares no code with the project and none of Transformers' attention, rotary, cache or model code: it reads weights and
+configuration values. Keys are cached as they come out of the projection (and its norm), without rotation, and all of
+them are rotated to their position in the cache at every step, as the original implementation does. A table says how
+families differ; everything that is not said there is Llama's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Parts of the architectures
+
+
+def rms_norm(x: Tensor, weight: Tensor | float, eps: float) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def layer_norm(x: Tensor, weight: Tensor | float, bias: Tensor | float, eps: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+class Block:
+    """Weights below one prefix, in float64, and the arithmetic on them that families share."""
+
+    def __init__(self, weights: dict[str, Tensor], config, family: Family, prefix: str, index: int = 0) -> None:
+        self.weights, self.config, self.family, self.prefix, self.index = weights, config, family, prefix, index
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weights[f"{self.prefix}{name}"]
+
+    def get(self, name: str, default: float) -> Tensor | float:
+        return self.weights.get(f"{self.prefix}{name}", default)
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return x @ self[f"{name}.weight"].T + self.get(f"{name}.bias", 0.0)
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return self.family.norm(self, x, name)
+
+    @property
+    def eps(self) -> float:
+        names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+        return next(getattr(self.config, name) for name in names if hasattr(self.config, name))
+
+
+def plain_rms(block: Block, x: Tensor, name: str) -> Tensor:
+    return rms_norm(x, block[f"{name}.weight"], block.eps)
+
+
+def rms_plus_one(block: Block, x: Tensor, name: str) -> Tensor:
+    return rms_norm(x, 1 + block[f"{name}.weight"], block.eps)
+
+
+def full_layer_norm(block: Block, x: Tensor, name: str) -> Tensor:
+    return layer_norm(x, block[f"{name}.weight"], block.get(f"{name}.bias", 0.0), block.eps)
+
+
+def bare_layer_norm(block: Block, x: Tensor, name: str) -> Tensor:
+    return layer_norm(x, 1.0, 0.0, 1e-5)
+
+
+# Queries, keys and values: [batch, heads, head_dim] each
+
+
+def heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.unflatten(-1, (-1, head_dim))
+
+
+def head_dim_of(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def separate(block: Block, x: Tensor) -> tuple[Tensor, ...]:
+    at = block.family.attention
+    return tuple(heads(block.linear(x, f"{at}.{p}_proj"), head_dim_of(block.config)) for p in "qkv")
+
+
+def separate_normed(norm: Callable, whole: bool = False, names: tuple[str, str] = ("q_norm", "k_norm")) -> Callable:
+    """Queries and keys normed per head, or over all heads at once (OLMo 2)."""
+
+    def qkv(block: Block, x: Tensor) -> tuple[Tensor, ...]:
+        at, dim = block.family.attention, head_dim_of(block.config)
+        q, k, v = (block.linear(x, f"{at}.{p}_proj") for p in "qkv")
+        if not whole:
+            q, k = heads(q, dim), heads(k, dim)
+        q, k = norm(block, q, f"{at}.{names[0]}"), norm(block, k, f"{at}.{names[1]}")
+        if whole:
+            q, k = heads(q, dim), heads(k, dim)
+        return q, k, heads(v, dim)
+
+    return qkv
+
+
+def optionally_normed(flag: str, normed: Callable) -> Callable:
+    return lambda block, x: (normed if getattr(block.config, flag) else separate)(block, x)
+
+
+def stablelm_head_norm(block: Block, x: Tensor, name: str) -> Tensor:
+    weight = torch.stack([block[f"{name}.norms.{head}.weight"] for head in range(x.shape[-2])])
+    return layer_norm(x, weight, 0.0, block.eps)
+
+
+def cohere_head_norm(block: Block, x: Tensor, name: str) -> Tensor:
+    return layer_norm(x, block[f"{name}.weight"], 0.0, block.eps)
+
+
+def neox_qkv(block: Block, x: Tensor) -> tuple[Tensor, ...]:
+    return heads(block.linear(x, "attention.query_key_value"), 3 * head_dim_of(block.config)).chunk(3, dim=-1)
+
+
+def phi3_qkv(block: Block, x: Tensor) -> tuple[Tensor, ...]:
+    config, dim = block.config, head_dim_of(block.config)
+    sizes = [config.num_attention_heads * dim] + 2 * [config.num_key_value_heads * dim]
+    return tuple(heads(y, dim) for y in block.linear(x, "self_attn.qkv_proj").split(sizes, dim=-1))
+
+
+def falcon_qkv(block: Block, x: Tensor) -> tuple[Tensor, ...]:
+    config, dim = block.config, head_dim_of(block.config)
+    fused = heads(block.linear(x, "self_attention.query_key_value"), dim)  # [batch, heads of all kinds, dim]
+    if config.new_decoder_architecture:
+        groups = config.num_attention_heads // config.num_kv_heads
+        fused = fused.unflatten(1, (config.num_kv_heads, groups + 2))
+        return fused[:, :, :-2].flatten(1, 2), fused[:, :, -2], fused[:, :, -1]
+    if config.multi_query:
+        return fused[:, :-2], fused[:, -2:-1], fused[:, -1:]
+    fused = fused.unflatten(1, (config.num_attention_heads, 3))
+    return fused[:, :, 0], fused[:, :, 1], fused[:, :, 2]
+
+
+# Feed-forward layers
+
+
+def gated(activation: Callable) -> Callable:
+    def mlp(block: Block, x: Tensor) -> Tensor:
+        hidden = activation(block.linear(x, "mlp.gate_proj")) * block.linear(x, "mlp.up_proj")
+        return block.linear(hidden, "mlp.down_proj")
+
+    return mlp
+
+
+def gated_fused(block: Block, x: Tensor) -> Tensor:
+    gate, up = block.linear(x, "mlp.gate_up_proj").chunk(2, dim=-1)
+    return block.linear(silu(gate) * up, "mlp.down_proj")
+
+
+def two_layers(up: str, down: str, activation: Callable) -> Callable:
+    return lambda block, x: block.linear(activation(block.linear(x, up)), down)
+
+
+def experts(normalised: Callable[[object], bool], shared: bool = False) -> Callable:
+    """Each token through its best experts, weighted; Qwen 2 adds one for all."""
+
+    def place(block: Block) -> str:
+        return next(
+            name for name in ("mlp", "block_sparse_moe") if f"{block.prefix}{name}.gate.weight" in block.weights
+        )
+
+    def expert(block: Block, x: Tensor, number: int) -> Tensor:
+        where = place(block)
+        if f"{block.prefix}{where}.experts.gate_up_proj" in block.weights:  # newer Transformers: all experts in one
+            gate, up = (x @ block[f"{where}.experts.gate_up_proj"][number].T).chunk(2, dim=-1)
+            return (silu(gate) * up) @ block[f"{where}.experts.down_proj"][number].T
+        names = ("w1", "w3", "w2") if "sparse" in where else ("gate_proj", "up_proj", "down_proj")
+        gate, up, down = (f"{where}.experts.{number}.{name}" for name in names)
+        return block.linear(silu(block.linear(x, gate)) * block.linear(x, up), down)
+
+    def mlp(block: Block, x: Tensor) -> Tensor:
+        probability = block.linear(x, f"{place(block)}.gate").softmax(-1)
+        best, chosen = probability.topk(block.config.num_experts_per_tok, dim=-1)
+        if normalised(block.config):
+            best = best / best.sum(-1, keepdim=True)
+        rows = [
+            sum(w * expert(block, row, int(number)) for w, number in zip(weights, numbers, strict=True))
+            for row, weights, numbers in zip(x, best, chosen, strict=True)
+        ]
+        out = torch.stack(rows)
+        if shared:
+            hidden = silu(block.linear(x, "mlp.shared_expert.gate_proj")) * block.linear(
+                x, "mlp.shared_expert.up_proj"
+            )
+            weight = torch.sigmoid(block.linear(x, "mlp.shared_expert_gate"))
+            out = out + weight * block.linear(hidden, "mlp.shared_expert.down_proj")
+        return out
+
+    return mlp
+
+
+# Residual streams: (block, x, attention) -> x
+
+
+def sequential(block: Block, x: Tensor, attend: Callable) -> Tensor:
+    scale = getattr(block.config, "residual_multiplier", 1.0)
+    x = x + scale * attend(block.norm(x, "input_layernorm"))
+    return x + scale * block.family.mlp(block, block.norm(x, "post_attention_layernorm"))
+
+
+def post_normed(block: Block, x: Tensor, attend: Callable) -> Tensor:
+    x = x + block.norm(attend(x), "post_attention_layernorm")
+    return x + block.norm(block.family.mlp(block, x), "post_feedforward_layernorm")
+
+
+def sandwiched(names: tuple[str, str, str, str]) -> Callable:
+    """Norms before and after attention, before and after the feed-forward layer."""
+
+    def residual(block: Block, x: Tensor, attend: Callable) -> Tensor:
+        before, after, before_mlp, after_mlp = names
+        x = x + block.norm(attend(block.norm(x, before)), after)
+        return x + block.norm(block.family.mlp(block, block.norm(x, before_mlp)), after_mlp)
+
+    return residual
+
+
+GEMMA_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+GLM4_NORMS = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+
+
+def parallel(norm: str, mlp_norm: str | None = None) -> Callable:
+    def residual(block: Block, x: Tensor, attend: Callable) -> Tensor:
+        normed = block.norm(x, norm)
+        other = block.norm(x, mlp_norm) if mlp_norm else normed
+        return x + attend(normed) + block.family.mlp(block, other)
+
+    return residual
+
+
+def parallel_if(flag: str, then: Callable) -> Callable:
+    return lambda block, x, attend: (then if getattr(block.config, flag) else sequential)(block, x, attend)
+
+
+def falcon_residual(block: Block, x: Tensor, attend: Callable) -> Tensor:
+    if block.config.new_decoder_architecture:
+        return parallel("ln_attn", "ln_mlp")(block, x, attend)
+    return (parallel("input_layernorm") if block.config.parallel_attn else sequential)(block, x, attend)
+
+
+# Positions
+
+
+def rope(config, layer_type: str) -> dict:
+    """The rotary parameters of a kind of layer, by the names of newer Transformers."""
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:
+        scaling = dict(getattr(config, "rope_scaling", None) or {})
+        local = getattr(config, "rope_local_base_freq", None)
+        if layer_type == "sliding_attention" and config.model_type in ("gemma3_text", "olmo3"):
+            scaling = {}
+        else:
+            local = None
+        scaling.setdefault("rope_theta", local or getattr(config, "rope_theta", None) or config.rotary_emb_base)
+        return scaling
+    return parameters.get(layer_type, parameters)
+
+
+def frequencies(config, layer_type: str, dim: int) -> tuple[Tensor, float]:
+    """Angle per position ``[dim / 2]``, rounded to float32 as in every model, and the factor on keys and queries."""
+    given = rope(config, layer_type)
+    kind, base = given.get("rope_type", "default"), given["rope_theta"]
+    exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+    frequency, factor = base**-exponent, 1.0
+    scale = given.get("factor", 1.0)
+    if kind == "linear":
+        frequency = frequency / scale
+    elif kind == "llama3":
+        length = given["original_max_position_embeddings"]
+        low, high = given["low_freq_factor"], given["high_freq_factor"]
+        turns = length * frequency / (2 * math.pi)
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = (1 - smooth) * frequency / scale + smooth * frequency
+    elif kind == "yarn":
+        length = given["original_max_position_embeddings"]
+        slow, fast = given.get("beta_slow", 1), given.get("beta_fast", 32)
+
+        def dimension(turns: float) -> float:
+            return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        low, high = max(math.floor(dimension(fast)), 0), min(math.ceil(dimension(slow)), dim - 1)
+        ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
+        frequency = ramp * frequency / scale + (1 - ramp) * frequency
+        factor = 0.1 * math.log(scale) + 1
+    return frequency.float().double(), factor
+
+
+def rotated(x: Tensor, positions: Tensor, frequency: Tensor, neighbours: bool) -> Tensor:
+    """``x`` ``[batch, heads, n, head_dim]`` rotated to ``positions`` ``[n]`` in its first dimensions."""
+    pairs = frequency.shape[0]
+    angle = positions.double()[:, None] * frequency
+    turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    a, b = (turned[..., ::2], turned[..., 1::2]) if neighbours else (turned[..., :pairs], turned[..., pairs:])
+    a, b = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+    turned = torch.stack((a, b), dim=-1).flatten(-2) if neighbours else torch.cat((a, b), dim=-1)
+    return torch.cat((turned, rest), dim=-1)
+
+
+# Families
+
+
+def partial_dim(config) -> int:
+    given = getattr(config, "rope_parameters", None) or {}
+    factors = (given.get("partial_rotary_factor"), getattr(config, "partial_rotary_factor", None))
+    factors += (getattr(config, "rotary_pct", None), 1.0)
+    return int(head_dim_of(config) * next(factor for factor in factors if factor is not None))
+
+
+def default_scale(config) -> float:
+    return head_dim_of(config) ** -0.5
+
+
+def gemma_scale(config) -> float:
+    return config.query_pre_attn_scalar**-0.5
+
+
+def sqrt_hidden(config) -> float:
+    return config.hidden_size**0.5
+
+
+def capped(config, logits: Tensor) -> Tensor:
+    cap = config.final_logit_softcapping
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@dataclass(frozen=True)
+class Family:
+    norm: Callable = plain_rms
+    qkv: Callable = separate
+    out: str = "self_attn.o_proj"
+    attention: str = "self_attn"
+    mlp: Callable = field(default_factory=lambda: gated(silu))
+    residual: Callable = sequential
+    neighbours: bool = False
+    rotary_dim: Callable = partial_dim
+    unrotated: Callable = lambda config, index: False
+    score_scale: Callable = default_scale
+    embed: str = "model.embed_tokens"
+    embed_scale: Callable = lambda config: 1.0
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    logits: Callable = lambda config, logits: logits
+
+
+_GEMMA = {"norm": rms_plus_one, "mlp": gated(gelu_tanh), "embed_scale": sqrt_hidden}
+_COHERE = {
+    "norm": full_layer_norm,
+    "residual": parallel("input_layernorm"),
+    "neighbours": True,
+    "logits": lambda config, logits: logits * config.logit_scale,
+}
+_OLMO2 = Family(qkv=separate_normed(plain_rms, whole=True), residual=post_normed)
+_TRANSFORMER = {"embed": "transformer.wte", "layers": "transformer.h", "final_norm": "transformer.ln_f"}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(qkv=separate_normed(plain_rms)),
+    "olmo": Family(norm=bare_layer_norm),
+    "olmo2": _OLMO2,
+    "olmo3": _OLMO2,
+    "smollm3": Family(unrotated=lambda config, index: not config.no_rope_layers[index]),
+    "granite": Family(
+        score_scale=lambda config: config.attention_multiplier,
+        embed_scale=lambda config: config.embedding_multiplier,
+        logits=lambda config, logits: logits / config.logits_scaling,
+    ),
+    "stablelm": Family(
+        norm=full_layer_norm,
+        qkv=optionally_normed(
+            "qk_layernorm", separate_normed(stablelm_head_norm, names=("q_layernorm", "k_layernorm"))
+        ),
+        residual=parallel_if("use_parallel_residual", parallel("input_layernorm")),
+    ),
+    "phi": Family(
+        norm=full_layer_norm,
+        qkv=optionally_normed("qk_layernorm", separate_normed(full_layer_norm, names=("q_layernorm", "k_layernorm"))),
+        out="self_attn.dense",
+        mlp=two_layers("mlp.fc1", "mlp.fc2", gelu_tanh),
+        residual=parallel("input_layernorm"),
+        final_norm="model.final_layernorm",
+    ),
+    "phi3": Family(qkv=phi3_qkv, mlp=gated_fused),
+    "gemma": Family(**_GEMMA),
+    "gemma2": Family(**_GEMMA, residual=sandwiched(GEMMA_NORMS), score_scale=gemma_scale, logits=capped),
+    "gemma3_text": Family(
+        **_GEMMA,
+        qkv=separate_normed(rms_plus_one),
+        residual=sandwiched(GEMMA_NORMS),
+        score_scale=gemma_scale,
+        logits=capped,
+    ),
+    "cohere": Family(**_COHERE, qkv=optionally_normed("use_qk_norm", separate_normed(cohere_head_norm))),
+    "cohere2": Family(**_COHERE, unrotated=lambda config, index: config.layer_types[index] != "sliding_attention"),
+    "glm": Family(neighbours=True, mlp=gated_fused),
+    "glm4": Family(neighbours=True, mlp=gated_fused, residual=sandwiched(GLM4_NORMS)),
+    "starcoder2": Family(norm=full_layer_norm, mlp=two_layers("mlp.c_fc", "mlp.c_proj", gelu_tanh)),
+    "mixtral": Family(mlp=experts(lambda config: True)),
+    "qwen2_moe": Family(mlp=experts(lambda config: config.norm_topk_prob, shared=True)),
+    "qwen3_moe": Family(qkv=separate_normed(plain_rms), mlp=experts(lambda config: config.norm_topk_prob)),
+    "gpt_neox": Family(
+        norm=full_layer_norm,
+        qkv=neox_qkv,
+        out="attention.dense",
+        mlp=two_layers("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", gelu),
+        residual=parallel_if("use_parallel_residual", parallel("input_layernorm", "post_attention_layernorm")),
+        embed="gpt_neox.embed_in",
+        layers="gpt_neox.layers",
+        final_norm="gpt_neox.final_layer_norm",
+    ),
+    "gptj": Family(
+        **_TRANSFORMER,
+        norm=full_layer_norm,
+        attention="attn",
+        out="attn.out_proj",
+        mlp=two_layers("mlp.fc_in", "mlp.fc_out", gelu_tanh),
+        residual=parallel("ln_1"),
+        neighbours=True,
+        rotary_dim=lambda config: config.rotary_dim,
+    ),
+    "falcon": Family(
+        norm=full_layer_norm,
+        qkv=falcon_qkv,
+        out="self_attention.dense",
+        mlp=two_layers("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", gelu),
+        residual=falcon_residual,
+        embed="transformer.word_embeddings",
+        layers="transformer.h",
+        final_norm="transformer.ln_f",
+    ),
+}
+
+
+# The stream
+
+
+class _Attention:
+    """One layer's cache of un-rotated keys, and attention of the next token over it."""
+
+    def __init__(self, block: Block, n_sink: int, window_size: int) -> None:
+        self.block, self.n_sink, self.kept = block, n_sink, n_sink + window_size
+        config, family = block.config, block.family
+        layer_type = (getattr(config, "layer_types", None) or ["full_attention"] * (block.index + 1))[block.index]
+        dim = 0 if family.unrotated(config, block.index) else family.rotary_dim(config)
+        if config.model_type == "gptj":
+            self.frequency, self.factor = (10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)), 1.0
+            self.frequency = self.frequency.float().double()
+        else:
+            self.frequency, self.factor = frequencies(config, layer_type, dim)
+        self.turned = slice(0, dim)
+        self.cap = getattr(config, "attn_logit_softcapping", None)
+        self.cache: list[tuple[Tensor, Tensor]] = []
+
+    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        x = rotated(x, positions, self.frequency, self.block.family.neighbours)
+        if self.factor != 1.0:
+            x = torch.cat((x[..., self.turned] * self.factor, x[..., self.turned.stop :]), dim=-1)
+        return x
+
+    def __call__(self, x: Tensor) -> Tensor:
+        block = self.block
+        q, k, v = block.family.qkv(block, x)  # [batch, heads, head_dim]
+        if len(self.cache) > self.kept:
+            del self.cache[self.n_sink]
+        self.cache.append((k, v))
+        keys, values = (torch.stack(part, dim=2) for part in zip(*self.cache, strict=True))
+        n = len(self.cache)
+        keys, q = self.rotated(keys, torch.arange(n)), self.rotated(q.unsqueeze(2), torch.tensor([n - 1]))
+        groups = q.shape[1] // keys.shape[1]
+        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+        scores = q @ keys.transpose(2, 3) * block.family.score_scale(block.config)
+        if self.cap is not None:
+            scores = self.cap * torch.tanh(scores / self.cap)
+        out = (scores.softmax(-1) @ values).flatten(1)
+        return block.linear(out, block.family.out)
+
+
+@torch.no_grad()
+def family_reference_logits(model, input_ids: Tensor, n_sink: int, window_size: int) -> Tensor:
+    """Float64 logits ``[batch, length, vocab]`` of ``input_ids`` ``[batch, length]`` fed one by one."""
+    config = model.config.get_text_config(decoder=True)
+    family = FAMILIES[config.model_type]
+    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    top = Block(weights, config, family, "")
+    output_layer = next(name for name in ("lm_head", "embed_out") if f"{name}.weight" in weights)
+    blocks = [Block(weights, config, family, f"{family.layers}.{i}.", i) for i in range(config.num_hidden_layers)]
+    attentions = [_Attention(block, n_sink, window_size) for block in blocks]
+    logits = []
+    for token in input_ids.T:
+        x = F.embedding(token, weights[f"{family.embed}.weight"]) * family.embed_scale(config)
+        for block, attend in zip(blocks, attentions, strict=True):
+            x = family.residual(block, x, attend)
+        logits.append(family.logits(config, top.linear(top.norm(x, family.final_norm), output_layer)))
+    return torch.stack(logits, dim=1)
