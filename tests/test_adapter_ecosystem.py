@@ -368,12 +368,14 @@ def test_bitsandbytes(tmp_path, bits):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = GPTNeoXForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map=device)
     ids = make_ids(100).to(device)
-    expected, keys = logits_of(model, ids).float(), list(model.state_dict())
+    keys = list(model.state_dict())
+    expected = logits_of(model, ids).float()
     assert type(attention_of(model).dense) is not nn.Linear
     wrap_attention(model, "math")
-    assert list(model.state_dict()) == keys
     torch.testing.assert_close(logits_of(model, ids).float(), expected, atol=2e-2, rtol=0)
     with StreamingLLMWrapper(model, 4, 200) as stream, torch.no_grad():
         logits = stream(ids, past_key_values=stream.new_cache(), use_cache=True).logits
         assert stream.generate(ids, max_new_tokens=150, do_sample=False).shape == (1, 250)
     torch.testing.assert_close(logits.float(), expected, atol=5e-2, rtol=0)
+    # Last: on a CPU, bitsandbytes' 4-bit layers compute something else after state_dict().
+    assert list(model.state_dict()) == keys
