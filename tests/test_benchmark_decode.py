@@ -1,0 +1,354 @@
+"""scripts/benchmark_decode.py: what is timed, what is checked, what is kept, and the figure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_ids, make_neox
+from demo_training_support import ROOT  # puts scripts/ on the module path
+from evaluation_support import make_model_folder, no_collection  # noqa: F401 - a fixture
+
+from experiments.methods import MethodSettings
+
+import benchmark_decode  # isort: skip
+from decode_benchmark import contenders, measuring, overhead, runner  # isort: skip
+from decode_benchmark.command_line import CONTENDER_NAMES  # isort: skip
+from decode_benchmark.contenders import CONTENDERS, ConstantDense, Contender, Decoder  # isort: skip
+from decode_benchmark.figure import figures  # isort: skip
+from decode_benchmark.floor import copy_bytes_per_sec, step_nbytes, weight_nbytes  # isort: skip
+from decode_benchmark.measuring import Bench, Timing  # isort: skip
+from decode_benchmark.plan import Cell, Plan, in_turns  # isort: skip
+
+pytestmark = pytest.mark.usefixtures("no_collection")
+C = 16
+SMALL = ["--cache-sizes", str(C), "--n-sink", "2", "--steps", "3", "--warmup-steps", "4", "--device", "cpu"]
+
+
+class Place:
+    """A tiny model and a result file; runs command lines and keeps what was printed."""
+
+    def __init__(self, base: Path, capsys):
+        self.model, self.output, self.capsys = make_model_folder(base / "tiny"), base / "out.json", capsys
+        capsys.readouterr()
+
+    def run(self, *options: str, contenders=("recompute", "dynamic-cache", "eager")) -> int:
+        argv = ["--model", str(self.model), *SMALL, "--backends", "math", "--output", str(self.output)]
+        try:
+            return benchmark_decode.main([*argv, "--contenders", *contenders, *options])
+        finally:
+            captured = self.capsys.readouterr()
+            self.lines, self.errors = captured.out.splitlines(), captured.err
+
+    @property
+    def result(self) -> dict:
+        return json.loads(self.output.read_text())
+
+    def rows(self, contender: str) -> list[dict]:
+        return [row for row in self.result["rows"] if row["cell"]["contender"] == contender]
+
+
+@pytest.fixture
+def place(tmp_path, capsys, monkeypatch) -> Place:
+    monkeypatch.setattr(runner, "copy_bytes_per_sec", lambda device: 1e9)
+    return Place(tmp_path, capsys)
+
+
+def test_the_command_line_knows_every_contender():
+    assert tuple(CONTENDERS) == CONTENDER_NAMES
+    for contender in CONTENDERS.values():
+        assert contender.compared_with in ("", *CONTENDERS)
+        assert not contender.compared_with or CONTENDERS[contender.compared_with].engine == contender.engine
+
+
+def test_all_contenders_run_or_say_why_not(place, tmp_path):
+    names = [name for name in CONTENDERS if name != contenders.PEER]
+    figures_folder = tmp_path / "figures"
+    options = ["--batch-sizes", "1", "2", "--prefill-lengths", "40", "--overhead-rounds", "3"]
+    assert place.run(*options, "--backends", "math", "flash", "--figures", str(figures_folder), contenders=names) == 0
+    result = place.result
+    assert result["complete"]
+    assert result["check_tolerance"] == measuring.TOLERANCE["float32"]
+    assert {row["status"] for row in result["rows"]} == {"ok", "skipped"}
+    for name in ("recompute", "dynamic-cache", "kvpress", "eager"):
+        decode = [row for row in place.rows(name) if row["cell"]["kind"] == "decode"]
+        assert len(decode) == 4  # backends and batch sizes
+        for row in decode:
+            times = [run["tpot_ms"] for run in row["runs"]]
+            assert row["tpot_ms"] == sorted(times)[1]
+            assert row["spread_ms"] == [min(times), max(times)]
+            assert row["ratio_to_floor"] == pytest.approx(row["tpot_ms"] / row["floor_ms"])
+            assert row["toks_per_sec"] == pytest.approx(1e3 * row["cell"]["batch_size"] / row["tpot_ms"])
+            assert (row["speedup"] is None) == (name == "recompute")
+    eager = place.rows("eager")
+    assert all(row["check"]["error"] < 1e-5 for row in eager if row["cell"]["kind"] == "decode")
+    assert sum(row["cell"]["kind"] == "prefill" for row in eager) == 4
+    for name in ("graph", "graph+compile", "fused", "recompute-graph"):
+        assert all("CUDA" in row["reason"] and row["tpot_ms"] is None for row in place.rows(name)[:1])
+    assert [row["cell"]["backend"] for row in place.rows("fused-triton")] == ["triton", "triton"]
+    assert [row["backend"] for row in result["overhead"]] == ["math", "flash"]
+    assert sorted(path.name for path in figures_folder.iterdir()) == [
+        "decode_16_batch_1.png", "decode_16_batch_2.png", "prefill_40_batch_1.png", "prefill_40_batch_2.png",
+    ]  # fmt: skip
+
+
+def test_every_contender_runs_once_before_any_runs_again():
+    plan = Plan((16, 32), (100,), (1, 2), ("recompute", "eager", "fused-triton"), ("math", "flash"), 4)
+    groups = plan.groups("m")
+    assert [len(group) for group in groups] == [5, 5, 2, 5, 5, 2]
+    turns = list(in_turns(groups[0], 3))
+    assert [repeat for repeat, _ in turns] == [0] * 5 + [1] * 5 + [2] * 5
+    assert [str(cell).split("| ")[-1] for _, cell in turns[:5]] == [
+        "recompute (math)", "recompute (flash)", "eager (math)", "eager (flash)", "fused-triton (triton)",
+    ]  # fmt: skip
+    assert {cell.length for cell in groups[2]} == {100}
+
+
+def test_dynamic_cache_attends_to_the_same_length_at_every_step():
+    model, ids = make_neox(), make_ids(C + 5)
+    with torch.inference_mode(), ConstantDense(model, MethodSettings(2, C - 2)) as method:
+        method.reset()
+        method.prefill(ids[:, :C])
+        rows = [method.step(ids[:, C]) for _ in range(3)]
+        expected = model(ids[:, : C + 1]).logits[:, -1]
+        assert all((row - expected).abs().max() < 1e-5 for row in rows)
+        assert method.kv_cache_nbytes == C * method.kv_bytes_per_token
+
+
+def test_floor_counts_what_a_step_reads():
+    hidden, vocab, layers = 64, 101, 4
+    model = make_neox()
+    everything = sum(p.numel() for p in model.parameters())
+    assert weight_nbytes(model) == 4 * (everything - vocab * hidden)
+    per_token = 2 * layers * hidden * 4
+    assert step_nbytes(model, 20, 3) == weight_nbytes(model) + 3 * 21 * per_token
+    tied = make_neox(tie_word_embeddings=True)
+    tied.tie_weights()
+    assert weight_nbytes(tied) == 4 * (everything - vocab * hidden)  # the one table is read as the output layer
+    assert weight_nbytes(make_neox(torch.float16)) == 2 * (everything - vocab * hidden)
+
+
+def test_copy_speed_counts_reading_and_writing(monkeypatch):
+    from decode_benchmark import floor
+
+    monkeypatch.setattr(floor, "_CPU_NBYTES", 4096)
+    clock = iter(range(100))
+    monkeypatch.setattr(floor, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert copy_bytes_per_sec(torch.device("cpu")) == 2 * 4096 * floor._COPIES
+
+
+class Wrong(Decoder):
+    """A decoder that forgets its sinks."""
+
+    def _decoder_options(self) -> dict:
+        return {**super()._decoder_options(), "n_sink": 0}
+
+
+def test_a_contender_with_other_logits_is_not_timed(place, monkeypatch):
+    monkeypatch.setattr(Contender, "open", lambda self, model, settings: self.method(model, settings, {}))
+    monkeypatch.setitem(CONTENDERS, "graph", Contender("Wrong", "streaming", Wrong, checked=True))
+    assert place.run(contenders=["graph", "eager"]) == 1
+    (wrong,), (right,) = place.rows("graph"), place.rows("eager")
+    assert (wrong["status"], wrong["runs"], right["status"]) == ("failed", [], "ok")
+    assert "its logits differ from the eager decoder's with math by" in wrong["reason"]
+    assert any(line.startswith("FAILED: ") and "graph" in line for line in place.lines)
+
+
+def test_out_of_memory_is_a_reason_and_the_others_go_on(place, monkeypatch):
+    def no_memory(self, ids):
+        raise torch.OutOfMemoryError("tried to allocate too much")
+
+    monkeypatch.setattr(ConstantDense, "step", no_memory)
+    assert place.run() == 1
+    assert "out of memory" in place.rows("dynamic-cache")[0]["reason"]
+    assert len(place.rows("eager")[0]["runs"]) == 3
+
+
+class Stub:
+    """A method that captures in its first runs."""
+
+    def __init__(self, captures: int):
+        self.captures, self.compile_sec, self.steps = captures, 0.0, 0
+
+    def step(self, token):
+        self.steps += 1
+        if self.steps % 5 == 0 and self.captures:
+            self.captures -= 1
+            self.compile_sec += 1.0
+
+
+def test_a_run_in_which_something_was_captured_does_not_count():
+    bench = Bench(make_neox(), Timing(steps=5, warmup=4, max_sec=5.0, seed=0), "math")
+    tokens = [torch.zeros(1, dtype=torch.int64)] * 5
+    stub = Stub(captures=2)
+    assert bench._time_steps(stub, tokens)["steps"] == 5
+    assert stub.steps == 2 + 3 * 5
+    with pytest.raises(RuntimeError, match="captures or compiles anew"):
+        bench._time_steps(Stub(captures=9), tokens)
+
+
+def test_slow_contenders_take_fewer_steps(monkeypatch):
+    bench = Bench(make_neox(), Timing(steps=100, warmup=4, max_sec=6.0, seed=0), "math")
+    monkeypatch.setattr(bench, "_seconds", lambda method, tokens: 0.5 * len(tokens))
+    method = SimpleNamespace(compile_sec=0.0)
+    assert bench._time_steps(method, [None] * 100) == {"tpot_ms": 500.0, "steps": 12}
+
+
+def test_a_stopped_benchmark_goes_on_and_ends_as_if_it_had_not_been(place):
+    assert place.run("--max-seconds", "0") == 0
+    assert any("9 runs left" in line for line in place.lines)
+    assert not place.result["complete"]
+    assert place.run() == 0
+    assert [len(row["runs"]) for row in place.result["rows"]] == [3, 3, 3]
+    before = place.output.read_bytes()
+    assert place.run() == 0
+    assert any("goes on with 9 finished runs" in line for line in place.lines)
+    assert json.loads(before)["rows"] == place.result["rows"]
+
+
+def test_an_interrupted_benchmark_keeps_its_finished_runs(place, monkeypatch):
+    run, count = Bench.run, []
+
+    def interrupted(self, cell):
+        count.append(cell)
+        if len(count) == 5:
+            raise KeyboardInterrupt
+        return run(self, cell)
+
+    monkeypatch.setattr(Bench, "run", interrupted)
+    assert place.run() == 130
+    kept = [len(row["runs"]) for row in place.result["rows"]]
+    assert kept == [2, 1, 1]
+    assert place.run() == 0
+    assert len(count) == 5 + 5
+    assert [len(row["runs"]) for row in place.result["rows"]] == [3, 3, 3]
+
+
+def test_results_of_another_configuration_are_set_aside(place):
+    assert place.run(contenders=["eager"]) == 0
+    before = place.output.read_bytes()
+    assert place.run("--seed", "1", contenders=["eager"]) == 0
+    (aside,) = (place.output.parent / "superseded").iterdir()
+    assert aside.read_bytes() == before
+    assert any("another configuration" in line for line in place.lines)
+    place.output.write_text("{")
+    assert place.run(contenders=["eager"]) == 0
+    assert place.result["complete"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--contenders", "graf"], ["graf", "graph"]),
+        (["--cache-sizes", "2"], ["cache-sizes", "3"]),
+        (["--backends", "cudnn"], ["cudnn", "CUDA devices only"]),
+        (["--contenders", "attention-sinks"], ["--peer-python"]),
+        (["--plot-only", "nowhere.json"], ["--figures"]),
+        (["--plot-only", "nowhere.json", "--figures", "f"], ["nowhere.json"]),
+        (["--steps", "0"], ["--steps"]),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_exit_code_2(place, options, words):
+    assert place.run(*options) == 2
+    assert len(place.errors.splitlines()) == 1
+    assert all(word in place.errors for word in words)
+    assert not place.output.exists()
+
+
+def test_the_overhead_is_what_the_decoder_adds_to_the_forward(monkeypatch):
+    model = make_neox()
+    times = {"decoder": [11e-3, 12e-3, 13e-3], "forward": [10e-3, 10e-3, 12e-3], "dynamic_cache": [9e-3] * 3}
+    monkeypatch.setattr(overhead, "_in_turns", lambda steps, tokens, device: times)
+    row = overhead.measure_overhead(model, MethodSettings(2, C - 2), "math", 3)
+    assert row["decoder_step_ms"] == pytest.approx(12)
+    assert row["overhead_ms"] == pytest.approx(1)
+    assert row["overhead_percent"] == pytest.approx(100 / 12)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_plain_forward_attends_to_as_many_keys_and_keeps_them():
+    model, ids = make_neox(), make_ids(C)
+    own = overhead.twin(model)
+    assert own.gpt_neox.embed_in.weight is model.gpt_neox.embed_in.weight
+    assert own.config is not model.config
+    lengths = []
+    with torch.inference_mode(), overhead.ReadyForward(own, MethodSettings(2, C - 2)) as method:
+        method.reset()
+        method.prefill(ids)
+        before = [t.clone() for t in method._tensors()]
+        method.step(ids[:, 0])
+        lengths = {t.shape[2] for t in method._tensors()}
+        assert lengths == {C + 1}
+        assert all(torch.equal(a, b) for a, b in zip(before, method._tensors(), strict=True))
+
+
+def make_row(model: str, contender: str, backend: str, time: float | None, **changes) -> dict:
+    cell = Cell("decode", model, 2048, 4, 1, 2048, contender, backend)
+    row = {"cell": cell.key, "label": CONTENDERS[contender].label, "group": CONTENDERS[contender].group}
+    if time is None:
+        return {**row, "status": "failed", "reason": "out of memory: 80 GB", "tpot_ms": None, "runs": []}
+    measured = {"status": "ok", "tpot_ms": time, "spread_ms": [0.9 * time, 1.2 * time], "floor_ms": 0.5}
+    return {**row, **measured, "runs": [{}] * 3, **changes}
+
+
+def test_the_figure_shows_what_the_file_says():
+    rows = [
+        make_row(model, contender, backend, time * size)
+        for model, size in (("random:pythia-70m", 1), ("random:pythia-2.8b", 20))
+        for contender, backend, time in (
+            ("recompute", "math", 30.0), ("recompute", "flash", 20.0), ("eager", "cudnn", 3.0),
+            ("fused", "flash", 0.7), ("fused-triton", "triton", 0.6),
+        )
+    ]  # fmt: skip
+    rows.append(make_row("random:pythia-2.8b", "kvpress", "flash", None))
+    result = {"rows": rows, "device": "a GPU", "dtype": "bfloat16", "models": {}}
+    (name, figure), *others = figures([result]).items()
+    assert not others
+    assert name == "decode_2048_batch_1"
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["pythia-70m", "pythia-2.8b"]
+    for ax, size in zip(figure.axes, (1, 20), strict=True):
+        assert ax.get_xscale() == "log"
+        points = {line.get_gid(): line for line in ax.lines if line.get_gid()}
+        assert {gid: line.get_xdata()[0] / size for gid, line in points.items()} == pytest.approx(
+            {"recompute|math": 30, "recompute|flash": 20, "eager|cudnn": 3, "fused|flash": 0.7,
+             "fused-triton|triton": 0.6}
+        )  # fmt: skip
+        labels = [text.get_text() for text in ax.get_yticklabels()]
+        for gid, line in points.items():
+            assert labels[line.get_ydata()[0]] == CONTENDERS[gid.split("|")[0]].label
+        low, high = ax.get_xlim()
+        assert low < 0.5 < high  # the floor
+        assert any(list(line.get_xdata()) == [0.5, 0.5] for line in ax.lines)
+    words = " ".join(text.get_text() for text in figure.texts)
+    assert "none: KVPress: out of memory: 80 GB" in words
+    assert "a\xa0GPU" in words
+
+
+def test_drawing_needs_no_torch(tmp_path):
+    result = {"benchmark": "decode", "rows": [make_row("m", "eager", "math", 2.0)], "device": "d", "dtype": "float32"}
+    (tmp_path / "r.json").write_text(json.dumps({**result, "models": {}}))
+    argv = ["--plot-only", str(tmp_path / "r.json"), "--figures", str(tmp_path)]
+    code = f"import sys; sys.path[:0] = [{str(ROOT / 'scripts')!r}, {str(ROOT)!r}]; import benchmark_decode; "
+    code += f"assert benchmark_decode.main({argv!r}) == 0; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert (tmp_path / "decode_2048_batch_1.png").stat().st_size > 1000
+
+
+def test_the_peer_runs_in_its_own_python(place, tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho loading\necho \'{"tpot_ms": 2.5, "steps": 3, "kv_cache_mb": 1.0}\'\n')
+    python.chmod(0o755)
+    options = ["--backends", "math", "flash", "--peer-python", str(python)]
+    assert place.run(*options, contenders=["recompute", "attention-sinks"]) == 0
+    by_backend = {row["cell"]["backend"]: row for row in place.rows("attention-sinks")}
+    assert by_backend["math"]["tpot_ms"] == 2.5
+    assert by_backend["flash"]["status"] == "skipped"
+    python.write_text("#!/bin/sh\necho 'ModuleNotFoundError: no attention_sinks' >&2\nexit 1\n")
+    place.output.unlink()
+    assert place.run(*options, contenders=["attention-sinks"]) == 0
+    assert "ModuleNotFoundError: no attention_sinks" in place.rows("attention-sinks")[0]["reason"]
