@@ -9,7 +9,6 @@ from pathlib import Path
 
 from experiments.config import DTYPES, EXPERIMENTS, SCORINGS, ExperimentConfig, SetupError
 from experiments.storage import SaveError
-from personal_adapters.sdpa import ATTN_BACKENDS
 
 EXIT_FAILED, EXIT_SETUP, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -90,7 +89,7 @@ def add_kernel_options(parser: argparse.ArgumentParser, several: bool) -> None:
         default=None,
         metavar="NAME",
         **many,
-        help=f"{', '.join(ATTN_BACKENDS)} (CUDA only), or auto (flash where it runs, else math); default: what "
+        help="math, flash, cudnn (CUDA only), or auto (flash where it runs, else math); default: what "
         "FLASH_SDPA says (1 flash, 0 math), else math",
     )
     add_dtype_and_device(group)

@@ -21,15 +21,12 @@ def plain_forward(model) -> Forward:
 
 
 def _fused_forward(model) -> Forward:
-    from streaming_llm.fused import fused_forward
+    from streaming_llm.fused import fused_forward, why_not_fused
 
-    forward = fused_forward(model)
-    if forward is None:
-        raise ValueError(
-            f"engine 'fused': there are no fused kernels for {type(model).__name__} in {model.dtype} on "
-            f"{model.device}; choose graph or eager"
-        )
-    return forward
+    reason = why_not_fused(model)
+    if reason is not None:
+        raise ValueError(f"engine 'fused' cannot run: {reason}; choose graph or eager")
+    return fused_forward(model)
 
 
 _FORWARDS: dict[str, Callable[[torch.nn.Module], Forward]] = {

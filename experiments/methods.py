@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from experiments.device import synchronise
-from experiments.engines import Forward, capture, forward_of, plain_forward
+from experiments.engines import Forward, capture, forward_of
 from experiments.kvpress_support import (
     PRESSES,
     import_adapter,
@@ -121,16 +121,15 @@ class Method(ABC):
 class Baseline(Method):
     """Sliding window with re-computation: each step is a forward over the last S + W tokens, the new one included.
 
-    The prefill is the plain model call, as every method's is; so are steps over fewer tokens. All other steps have
-    one shape, which the engine captures at the first of them.
+    Steps over S + W tokens have one shape, which the engine captures at the first of them. Its prefill, and steps
+    over fewer tokens, run the same forward uncaptured.
     """
 
     name, label = "baseline", "Baseline"
 
     def _attach(self, stack: ExitStack) -> None:
         super()._attach(stack)
-        self._plain = plain_forward(self.model)
-        self._uncaptured = forward_of(self.model, self.settings.engine)
+        self._forward = forward_of(self.model, self.settings.engine)
         self._captured: Forward | None = None
         self._compile_sec = 0.0
         stack.callback(setattr, self, "_captured", None)  # with the memory that it holds
@@ -148,12 +147,12 @@ class Baseline(Method):
 
     def prefill(self, ids: Tensor) -> Tensor:
         self._context = ids[:, -self.settings.cache_size :]
-        return self._plain(self._context)
+        return self._forward(self._context)
 
     def step(self, ids: Tensor) -> Tensor:
         self._context = torch.cat([self._context, ids[:, None]], dim=1)[:, -self.settings.cache_size :]
         if self.engine == "eager" or self._context.shape[1] < self.settings.cache_size:
-            return self._plain(self._context)
+            return self._forward(self._context)
         if self._captured is None:
             self._capture()
         return self._captured(self._context)
@@ -161,7 +160,7 @@ class Baseline(Method):
     def _capture(self) -> None:
         synchronise(self._context.device)
         start = time.perf_counter()
-        self._captured = capture(self._uncaptured, self._context)
+        self._captured = capture(self._forward, self._context)
         synchronise(self._context.device)
         self._compile_sec += time.perf_counter() - start
 
@@ -262,7 +261,7 @@ class Streaming(Method):
 
     @property
     def compile_sec(self) -> float:
-        return getattr(self._decoder, "compile_sec", 0.0)
+        return self._decoder.compile_sec
 
     def reset(self) -> None:
         self._decoder.reset()
