@@ -1,5 +1,6 @@
 # make results   install, run the evaluation of the demo with both attention kernels, draw the figures
 # make test      install, run the tests (test-slow: those that take long)
+# make test-matrix  the core tests under every version of Transformers from 4.56 on (installs each, takes long)
 #
 # Uses the virtual environment that is active, else makes one in .venv.
 
@@ -12,7 +13,7 @@ ifneq ($(shell cat $(INSTALLED) 2>/dev/null),$(CURDIR))
 .PHONY: $(INSTALLED)
 endif
 
-.PHONY: help install results figures test test-slow test-all lint format clean
+.PHONY: help install results figures test test-slow test-all test-matrix lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +41,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+test-matrix: $(INSTALLED)
+	$(BIN)/python scripts/test_matrix.py $(MATRIX)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest
