@@ -15,8 +15,9 @@ import torch
 from long_scoring.command_line import build_parser
 from long_scoring.figures import stream_figures, tail_figures, tail_length
 from long_scoring.job import Job, prepare
-from long_scoring.resumable import ResumableRun, Show, StoppedError, StopRequest
+from long_scoring.resumable import ResumableRun, Show, StoppedError
 from long_scoring.scorer import ScoringError, StreamScorer
+from stop_request import StopRequest
 from torch import Tensor
 from tqdm import tqdm
 

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model_setup import load_wrapped
+
 from experiments.config import ExperimentConfig, SetupError, at_least, settings_for
 from experiments.environment import what_matters
-from experiments.methods import head_dim
 from experiments.models import LoadedModel, ModelSource, find_model
 from experiments.results import hash_of
 from experiments.session import Machine, resolve_machine
 from experiments.texts import RANDOM_TOKENS
-from personal_adapters.neox_flash import wrap_attention
-from personal_adapters.sdpa import check_backend_available
 from streaming_llm import StreamingConfig
 from streaming_llm.model import default_block_size
 
@@ -105,8 +104,7 @@ def prepare(options: argparse.Namespace) -> Job:
     is_random = source.weights == "random"
     _check_random(options, is_random)
     corpus = None if is_random else open_corpus(options.datasets or ["demo_encyclopaedia"])
-    loaded = source.load(machine.dtype, machine.device)
-    _wrap(loaded, source, machine)
+    loaded = load_wrapped(source, machine)
     settings = settings_for(config, loaded.context_length, source.is_demo)
     stream, tail_start = _stream(options, loaded, corpus)
     return Job(
@@ -149,17 +147,6 @@ def _check_random(options: argparse.Namespace, is_random: bool) -> None:
     for name in ("fresh_tail", "save_token_nll", "bos_per_document"):
         if getattr(options, name):
             raise SetupError(f"--{name.replace('_', '-')} says nothing about random weights")
-
-
-def _wrap(loaded: LoadedModel, source: ModelSource, machine: Machine) -> None:
-    backend = machine.backends[0]
-    available = check_backend_available(backend, machine.dtype, machine.device, head_dim(loaded.model.config))
-    if not available:
-        raise SetupError(f"attention backend {backend!r} cannot run {source.name!r}: {available.reason}")
-    try:
-        wrap_attention(loaded.model, backend)
-    except ValueError as error:
-        raise SetupError(f"model {source.name!r} cannot be scored: {error}") from None
 
 
 def _stream(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import pickle
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from stop_request import StopRequest
 from torch import Tensor
 
 from experiments.config import SetupError
@@ -46,26 +46,6 @@ class StoppedError(Exception):
     def __init__(self, signal_number: int, position: int) -> None:
         super().__init__(f"interrupted at token {position:,}")
         self.signal_number = signal_number
-
-
-class StopRequest:
-    """Notes SIGINT and SIGTERM, for the loop to end between two blocks; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.signal_number is not None:
-            raise KeyboardInterrupt
-        self.signal_number = number
 
 
 @dataclass

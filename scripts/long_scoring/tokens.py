@@ -80,7 +80,7 @@ class DocumentTokenizer:
             )
         self.tokenizer = tokenizer
         self.window_characters, self.overlap_characters = window_characters, overlap_characters
-        self.own_start = _put_in_front(tokenizer)
+        self.own_start = put_in_front(tokenizer)
         bos = tokenizer.bos_token_id
         self.start = self.own_start or (None if bos is None else [bos])
 
@@ -139,7 +139,8 @@ class DocumentTokenizer:
         return Window(held.start, text, ids, spans, held.first)
 
 
-def _put_in_front(tokenizer) -> list[int]:
+def put_in_front(tokenizer) -> list[int]:
+    """The ids that a tokenizer puts in front of a text by itself."""
     plain = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids
     places = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
