@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .attention import refuse_padding
+from .drafts import OverwrittenSlots
 from .kv_cache import StreamingKVCache
 
 
@@ -26,26 +27,36 @@ class GenerationView(StreamingKVCache):
         self.__dict__.update(cache.__dict__)
         self.cache = cache
         self.first = first
+        self.overwritten: OverwrittenSlots | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen since ``first``."""
         return self.cache.get_seq_length(layer_idx) - self.first
 
     def crop(self, max_length: int) -> None:
-        """Forget the last tokens; see :meth:`StreamingLayer.crop`."""
-        self.cache.crop(max_length + self.first if max_length > 0 else max_length)
+        """Forget the last tokens: all but ``max_length``, or (newer Transformers) ``-max_length``."""
+        n_tokens = self.get_seq_length() - max_length if max_length > 0 else -max_length
+        if n_tokens <= 0:
+            return
+        if self.overwritten is None:
+            self.cache.crop(-n_tokens)
+        else:
+            self.overwritten.take_back(self.cache, n_tokens)
 
     def update(self, *args, **kwargs):
         raise RuntimeError("generate() gave a view of the cache to a model that is not in the StreamingLLMWrapper")
 
 
 @contextmanager
-def generation_view(model: nn.Module, cache: StreamingKVCache, first: int) -> Iterator[GenerationView]:
+def generation_view(
+    model: nn.Module, cache: StreamingKVCache, first: int, drafts: bool = False
+) -> Iterator[GenerationView]:
     """A view for ``generate``; until leaving, ``model`` replaces it by ``cache`` in its forward.
 
     Args:
         model: the Transformers model itself, attached.
         first: position in the stream of the first id that ``generate`` is given.
+        drafts: whether ``generate`` takes back some of the tokens that it feeds.
 
     Raises:
         ValueError: (in the forward) the mask of the prompt hides tokens, or embeddings come where ids should.
@@ -66,6 +77,9 @@ def generation_view(model: nn.Module, cache: StreamingKVCache, first: int) -> It
             )
         is_prompt = False
         own = {"past_key_values": cache, "attention_mask": None, "position_ids": None, "cache_position": None}
+        if drafts:  # the last token known and the draft; newer Transformers first pass what the cache has seen, too
+            own["input_ids"] = kwargs["input_ids"][:, -kwargs["logits_to_keep"] :]
+            view.overwritten = OverwrittenSlots(cache, own["input_ids"].shape[1])
         return args, kwargs | {name: value for name, value in own.items() if name in kwargs}
 
     def after(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
@@ -147,6 +161,12 @@ def take_prompt(inputs: Tensor | None, kwargs: dict[str, Any], n_seen: int, cont
     return Prompt(name, tokens, n_seen)
 
 
+def is_drafting(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether ``generate`` is asked for assisted decoding: a draft is fed and what was wrong is taken back."""
+    settings = (setting(model, kwargs, name) for name in ("prompt_lookup_num_tokens", "assistant_early_exit"))
+    return kwargs.get("assistant_model") is not None or any(settings)
+
+
 def rows_of_each_prompt(model: nn.Module, kwargs: dict[str, Any]) -> int:
     """How many rows ``generate`` makes of each: beams, or sequences to return."""
     return max(setting(model, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
@@ -163,6 +183,8 @@ def refuse_arguments(model: nn.Module, cache: Any, continues: bool, kwargs: dict
             raise ValueError(f"{name} must not be given: positions are the cache's")
     if setting(model, kwargs, "use_cache") is False:
         raise ValueError("use_cache=False would not stream: leave it out, or call model.generate")
+    if kwargs.get("inputs_embeds") is not None and is_drafting(model, kwargs):
+        raise ValueError("assisted decoding needs ids, got inputs_embeds")
     n_returned = setting(model, kwargs, "num_return_sequences") or 1
     if continues and n_returned > 1:
         raise ValueError(f"continues=True goes on with one sequence, got num_return_sequences={n_returned}")

@@ -13,7 +13,7 @@ from .attention import refuse_padding, switched_attention
 from .config import StreamingConfig, require_int
 from .families import family_of, module_angles, require_window_fits, rotaries_from_model, rotary_modules
 from .forwards import BlockForward, block_forward
-from .generation import generation_view, refuse_arguments, rows_of_each_prompt, take_prompt, with_rows
+from .generation import generation_view, is_drafting, refuse_arguments, rows_of_each_prompt, take_prompt, with_rows
 from .inner_model import transformers_model
 from .kv_cache import ATTACHED, StreamingKVCache
 from .rope_utils import ExactRotaryEmbedding
@@ -183,7 +183,8 @@ class StreamingLLMWrapper:
         copies them at every step; in calls of some thousand tokens with ``continues=True`` neither does.
 
         Beams, and several sequences for one prompt, run on a copy of a cache that was passed in: it remains that of
-        the one prompt, and can be continued with any of the results.
+        the one prompt, and can be continued with any of the results. Drafted tokens (an assistant model, prompt
+        lookup) that were wrong are taken back exactly; an assistant's own cache is an ordinary one and grows.
 
         Args:
             inputs: ids ``[batch, length]`` (or ``input_ids=``, ``inputs_embeds=``) of sequences of equal length. Rows
@@ -200,15 +201,16 @@ class StreamingLLMWrapper:
         refuse_arguments(model, cache, continues, kwargs)
         n_seen = cache.get_seq_length()
         prompt = take_prompt(inputs, kwargs, n_seen, continues)
-        n_rows, working = rows_of_each_prompt(model, kwargs), cache
+        n_rows, drafts, working = rows_of_each_prompt(model, kwargs), is_drafting(model, kwargs), cache
         if prompt is not None:
             kwargs[prompt.name] = prompt.tokens
-            if prompt.unseen.shape[1] > (self.streaming_config.cache_size if n_rows == 1 else 0):
+            in_one_forward = self.streaming_config.cache_size if n_rows == 1 and not drafts else 0
+            if prompt.unseen.shape[1] > in_one_forward:
                 refuse_padding(kwargs.get("attention_mask"))
                 self._feed(prompt.unseen, cache)
             if n_rows > 1:
                 working = with_rows(cache, n_rows)
-        with generation_view(model, working, n_seen if continues else 0) as view:
+        with generation_view(model, working, n_seen if continues else 0, drafts) as view:
             output = self.model.generate(past_key_values=view, **kwargs)
         if getattr(output, "past_key_values", None) is view:
             output.past_key_values = working

@@ -268,24 +268,53 @@ def test_a_cache_remains_that_of_the_prompt(stream, filled, arguments):
 
 # Drafted tokens
 
+DRAFTS = {
+    "prompt lookup": lambda: {"prompt_lookup_num_tokens": 5},
+    "another model": lambda: {"assistant_model": small(seed=3, eos_token_id=100)},
+    "a model like it": lambda: {"assistant_model": small(num_hidden_layers=1, eos_token_id=100)},
+    "the same model": lambda: {"assistant_model": small(eos_token_id=100)},
+}
 
-def drafting(stream) -> list[dict]:
-    return [{"prompt_lookup_num_tokens": 5}, {"assistant_model": small(seed=3)}, {"assistant_model": small()}]
+
+@pytest.fixture
+def drafting_stream():
+    with StreamingLLMWrapper(small(eos_token_id=100), SINKS, WINDOW) as stream:  # Transformers asks for an end
+        yield stream
 
 
-@pytest.mark.parametrize("method", range(3))
-def test_drafted_tokens_within_the_cache(method):
-    with StreamingLLMWrapper(small(eos_token_id=100), SINKS, 400) as stream:
-        ids = make_ids(8).repeat(1, 4)
-        arguments = {**GREEDY, **drafting(stream)[method]}
-        out = stream.generate(ids, **arguments)
-        cache = stream.new_cache()
-        stream.prefill(make_ids(30), cache)
-        continued = stream.generate(ids, past_key_values=cache, continues=True, **arguments)
-        plain = stream.generate(torch.cat((make_ids(30), ids), dim=1), **GREEDY)
-    n = min(out.shape[1], 72)  # some versions add one
-    assert torch.equal(out[:, :n], stream.model.generate(ids, **GREEDY)[:, :n])
-    assert torch.equal(continued[:, :n], plain[:, 30 : 30 + n])
+@pytest.mark.parametrize("prompt", [1, 16, 32, 160])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_drafted_tokens_are_taken_back(drafting_stream, draft, prompt):
+    stream, ids = drafting_stream, make_ids(8).repeat(1, 20)[:, :prompt]  # what follows a repetition is drafted
+    arguments = {"do_sample": False, "max_new_tokens": 60}
+    plain = stream.generate(ids, **arguments)
+    cache = stream.new_cache()
+    out = stream.generate(ids, past_key_values=cache, **arguments, **DRAFTS[draft]())
+    n = plain.shape[1]
+    assert torch.equal(out[:, :n], plain)
+    assert out.shape[1] - n <= 1  # some versions add one
+    assert cache.get_seq_length() == out.shape[1] - 1
+    if draft == "prompt lookup":
+        more = stream.generate(out[:, -1:], past_key_values=cache, continues=True, **arguments, **DRAFTS[draft]())
+        assert torch.equal(more[:, :50], stream.generate(out, **arguments)[:, n - 1 :][:, :50])
+
+
+def test_drafts_longer_than_the_window_are_refused(drafting_stream):
+    stream, ids = drafting_stream, make_ids(8, vocab=100).repeat(1, 20)
+    with pytest.raises(ValueError, match="window of 30"):
+        stream.generate(ids, prompt_lookup_num_tokens=40, do_sample=False, max_new_tokens=100)
+    embeddings = stream.model.get_input_embeddings()(ids)
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        stream.generate(inputs_embeds=embeddings, prompt_lookup_num_tokens=4, **GREEDY)
+
+
+def test_sampling_with_drafts_keeps_to_the_model(drafting_stream):
+    """At a temperature near zero, sampled drafts are judged as greedy ones are."""
+    stream, ids = drafting_stream, make_ids(60)
+    arguments = {"do_sample": True, "temperature": 1e-4, "top_k": 0, "max_new_tokens": 60}
+    out = stream.generate(ids, assistant_model=small(seed=3, eos_token_id=100), **arguments)
+    n = min(out.shape[1], 120)
+    assert is_greedy(stream.model, out[:, :n], 60)
 
 
 # What is refused
