@@ -114,7 +114,10 @@ class Method(ABC):
         return {}
 
     def score(self, ids: Tensor) -> Tensor:
-        """Losses of all tokens but the first without the token loop: ids [1, N] -> nats [1, N - 1], float32."""
+        """Losses of all tokens but the first without the token loop: ids [1, N] -> nats [1, N - 1], float32.
+
+        The engine's own kernels compute them where it has some, else the plain model call.
+        """
         raise NotImplementedError(f"{self.name} has no parallel scoring")
 
 
@@ -196,7 +199,7 @@ class Dense(Method):
         return [t for layer in self._cache.layers for t in (layer.keys, layer.values)]
 
     def score(self, ids: Tensor) -> Tensor:
-        return score_stream(self.model, ids, n_sink=0, window_size=ids.shape[1])
+        return score_stream(self.model, ids, n_sink=0, window_size=ids.shape[1], engine="eager")
 
 
 class KVPress(Dense):
@@ -281,7 +284,9 @@ class Streaming(Method):
         return self._token_nbytes
 
     def score(self, ids: Tensor) -> Tensor:
-        return score_stream(self.model, ids, n_sink=self.stream.n_sink, window_size=self.stream.window_size)
+        blocks = "fused" if self.settings.engine == "fused" else "eager"  # blocks have no graph
+        sizes = {"n_sink": self.stream.n_sink, "window_size": self.stream.window_size}
+        return score_stream(self.model, ids, **sizes, engine=blocks)
 
 
 class Window(Streaming):

@@ -38,6 +38,7 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
         raise
     if not finished:
         print(f"stopped after {time.monotonic() - start:.0f} s: {benchmark.left} runs left; the same command goes on")
+    print(benchmark.file.table())
     if arguments.figures is not None:
         _draw(arguments, [benchmark.file.contents(finished)])
     for failure in benchmark.file.failures:

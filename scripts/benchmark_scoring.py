@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """How fast streams are scored: block-parallel streaming attention against a plain dense forward over chunks.
 
-Both go over the same tokens with the same model, kernel, block length and loss, interleaved in one run. The dense
-forward sees each chunk by itself, so it is no alternative, but the speed that the model allows.
+Both go over the same tokens with the same model, engine, kernel, block length and loss, interleaved in one run. The
+dense forward sees each chunk by itself, so it is no alternative, but the speed that the model allows.
 
     python scripts/benchmark_scoring.py --model random:pythia-70m random:pythia-2.8b --attn-backend flash
 """
@@ -29,15 +29,26 @@ from personal_adapters.sdpa import resolve_attn_backend, select_dtype
 from streaming_llm import StreamingConfig, score_stream
 from streaming_llm.attention import maskless_attention
 from streaming_llm.blockwise import token_nll
+from streaming_llm.families import rotary_from_model
+from streaming_llm.forwards import resolve_block_engine
+from streaming_llm.fused import require_fused
+
+
+def dense_forward(model, engine: str) -> Callable[[Tensor], Tensor]:
+    """Ids ``[1, length]`` -> final hidden states ``[1, length, hidden]``, as the engine computes them."""
+    if engine == "fused":
+        return require_fused(model).BlockForward(model, rotary_from_model(model))
+    return lambda ids: model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
 @torch.no_grad()
-def score_dense_chunks(model, ids: Tensor, block_size: int) -> None:
+def score_dense_chunks(model, ids: Tensor, block_size: int, engine: str) -> None:
     """The dense forward over chunks ``[1, block_size]``, with the loss that scoring uses."""
+    forward = dense_forward(model, engine)
     with maskless_attention(model):
         for chunk in ids.split(block_size, dim=1):
             block = chunk.to(model.device)
-            hidden = model.base_model(input_ids=block, use_cache=False).last_hidden_state
+            hidden = forward(block)
             token_nll(model, hidden[:, :-1], block[:, 1:])
 
 
@@ -63,12 +74,13 @@ def measure(model, arguments: argparse.Namespace, stream: StreamingConfig) -> di
     """Tokens per second of both, medians of interleaved repeats, for one model."""
     device, vocab = model.device, model.config.vocab_size
     ids = torch.randint(vocab, (1, arguments.tokens), generator=torch.Generator().manual_seed(arguments.seed))
-    size = arguments.block_size
+    size, engine = arguments.block_size, resolve_block_engine(model, arguments.engine)
 
     def streaming(tokens: int = arguments.tokens) -> None:
-        score_stream(model, ids[:, :tokens], stream.n_sink, stream.window_size, size, on_block=lambda *_: None)
+        sizes = (stream.n_sink, stream.window_size, size)
+        score_stream(model, ids[:, :tokens], *sizes, engine=engine, on_block=lambda *_: None)
 
-    calls = {"streaming": streaming, "dense_chunks": lambda: score_dense_chunks(model, ids, size)}
+    calls = {"streaming": streaming, "dense_chunks": lambda: score_dense_chunks(model, ids, size, engine)}
     for call in calls.values():
         call()
     runs: dict[str, list[float]] = {name: [] for name in calls}
@@ -78,6 +90,7 @@ def measure(model, arguments: argparse.Namespace, stream: StreamingConfig) -> di
     medians = {name: statistics.median(values) for name, values in runs.items()}
     tenth = max(2, arguments.tokens // 10)
     return {
+        "engine": engine,
         "toks_per_sec": medians,
         "streaming_to_dense": medians["streaming"] / medians["dense_chunks"],
         "runs_toks_per_sec": runs,
@@ -92,6 +105,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["demo"], help="as in run_final_experiments.py")
     parser.add_argument("--attn-backend", default=None, help="math, flash or auto (default: FLASH_SDPA, then math)")
+    parser.add_argument("--engine", default="auto", help="eager, fused or auto (default: fused where it runs)")
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--n-sink", type=int, default=4)

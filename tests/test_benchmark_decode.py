@@ -91,6 +91,9 @@ def test_all_contenders_run_or_say_why_not(place, tmp_path):
     for name in ("graph", "graph+compile", "fused", "recompute-graph"):
         assert all("CUDA" in row["reason"] and row["tpot_ms"] is None for row in place.rows(name)[:1])
     assert [row["cell"]["backend"] for row in place.rows("fused-triton")] == ["triton", "triton"]
+    line = next(line for line in place.lines if line.endswith("batch 2 | eager (flash)") and "x  " in line)
+    row = next(row for row in eager if row["cell"]["batch_size"] == 2 and row["cell"]["backend"] == "flash")
+    assert float(line.split()[0]) == pytest.approx(row["tpot_ms"], abs=1e-3)
     assert [row["backend"] for row in result["overhead"]] == ["math", "flash"]
     assert sorted(path.name for path in figures_folder.iterdir()) == [
         "decode_16_batch_1.png", "decode_16_batch_2.png", "prefill_40_batch_1.png", "prefill_40_batch_2.png",

@@ -152,6 +152,18 @@ def test_capturing_is_over_before_the_measurement_also_without_warm_up(captured,
     assert len(captured) == (1 if name == "baseline" else 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "engine", "blocks"),
+    [("streaming", "eager", "eager"), ("window", "graph", "eager"), ("streaming", "fused", "fused"),
+     ("dense", "fused", "eager")],
+)  # fmt: skip
+def test_parallel_scoring_runs_the_engine_s_own_blocks(monkeypatch, name, engine, blocks):
+    asked = []
+    monkeypatch.setattr(methods, "score_stream", lambda *args, engine, **sizes: asked.append(engine))
+    METHODS[name](make_neox(), MethodSettings(S, W, engine=engine)).score(make_ids(N))
+    assert asked == [blocks]
+
+
 def test_recomputation_is_captured_at_its_full_length_only(captured):
     model, ids = make_neox(), make_ids(N)
     with METHODS["baseline"](model, MethodSettings(S, W, engine="graph")) as method:

@@ -77,7 +77,8 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=None,
         metavar="PATH",
-        help=f"the Python of an environment with attention_sinks and transformers 4.34, for {PEER}",
+        help=f"the Python (3.11 or older) of an environment with attention_sinks, einops, torch and "
+        f"transformers==4.34.1, for {PEER}",
     )
     add_dtype_and_device(group)
 
@@ -107,7 +108,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how it is measured")
     group.add_argument("--steps", type=int, default=100, metavar="N", help="steps of a run; default: 100")
-    group.add_argument("--warmup-steps", type=int, default=16, metavar="N", help="before them; default: 16")
+    group.add_argument("--warmup-steps", type=int, default=8, metavar="N", help="before them; default: 8")
     group.add_argument("--repeats", type=int, default=3, metavar="N", help="interleaved runs; default: 3")
     group.add_argument(
         "--max-run-seconds",

@@ -11,13 +11,10 @@ import time
 def main() -> None:
     order = json.loads(sys.argv[1])
     import torch
-    from attention_sinks import GPTNeoXForCausalLM
-    from transformers import GPTNeoXConfig
 
     device, dtype = torch.device(order["device"]), getattr(torch, order["dtype"])
     torch.manual_seed(order["seed"])
-    model = build(GPTNeoXForCausalLM, GPTNeoXConfig(**order["config"], max_position_embeddings=2048), order)
-    model = model.to(dtype).to(device).eval()
+    model = build(order, device, dtype)
     cache_size = order["n_sink"] + order["window_size"]
     count = max(order["steps"], order["warmup_steps"])
     ids = torch.randint(order["config"]["vocab_size"], (order["batch_size"], cache_size + count), device=device)
@@ -49,17 +46,19 @@ def main() -> None:
     )
 
 
-def build(model_class, config, order):
-    """A model with random weights; attention_sinks sets itself up when a model is loaded, so it is saved first."""
-    import tempfile
+def build(order, device, dtype):
+    """A GPT-NeoX with random weights, set up as `attention_sinks` does with a model that it loads."""
+    import torch
+    from attention_sinks.inject_mixin import InjectAttentionSinksMixin
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from transformers import GPTNeoXForCausalLM as Plain
-
-    with tempfile.TemporaryDirectory() as folder:
-        Plain(config).save_pretrained(folder)
-        return model_class.from_pretrained(
-            folder, attention_sink_size=order["n_sink"], attention_sink_window_size=order["window_size"]
-        )
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**order["config"], max_position_embeddings=2048)).eval()
+    sizes = {"attention_sink_size": order["n_sink"], "attention_sink_window_size": order["window_size"]}
+    InjectAttentionSinksMixin._inject_pos_shift_attention(model)
+    InjectAttentionSinksMixin._inject_attention_sink_kv_cache(model, **sizes)
+    return model
 
 
 if __name__ == "__main__":

@@ -131,6 +131,16 @@ class ResultFile:
                 row |= self._speedup(cell, row, rows)
         return list(rows.values())
 
+    def table(self) -> str:
+        """What a person reads at the end: the decode steps, in the order of the file."""
+        lines = [f"{'ms/step':>9} {'x floor':>8} {'speedup':>8}"]
+        for row in self.rows():
+            if row["cell"]["kind"] == DECODE and row["status"] == "ok":
+                speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
+                figures = f"{row['tpot_ms']:9.3f} {row['ratio_to_floor']:8.2f} {speedup:>8}"
+                lines.append(f"{figures}  {Cell(**row['cell'])}")
+        return "\n".join(lines)
+
     def _row(self, cell: Cell, runs: Sequence[dict]) -> dict:
         contender = CONTENDERS[cell.contender]
         row = {"cell": cell.key, "label": contender.label, "group": contender.group, "status": "ok"}

@@ -96,7 +96,8 @@ class DecodeBenchmark:
         }
 
     def _run_groups(self, groups: Sequence[Sequence[Cell]], model, copy_speed: float) -> None:
-        bench = Bench(model, self.job.timing, self.plan.backends[-1])
+        prefill_backend = "flash" if "flash" in self.plan.backends else self.plan.backends[0]
+        bench = Bench(model, self.job.timing, prefill_backend)
         for group in groups:
             for repeat, cell in in_turns(group, self.repeats):
                 if self.file.has(cell, repeat):
