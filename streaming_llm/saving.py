@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import StreamingConfig
+from .inner_model import transformers_model
 from .stream_state import StreamState, put
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def load(
     state = read(path)
     config = StreamingConfig(state.facts["n_sink"], state.facts["window_size"])
     if isinstance(model, nn.Module):
-        cache = new_cache(model, config)
+        cache = new_cache(transformers_model(model), config)
     else:
         cache = StreamingKVCache(model, config.n_sink, config.window_size)
     _restore(cache, path, state, model, device, dtype)
@@ -135,6 +136,7 @@ def restore(
 
 def _restore(cache: StreamingKVCache, path, state: StreamState, model, device, dtype: torch.dtype | None) -> None:
     if isinstance(model, nn.Module):
+        model = transformers_model(model)
         _require_dtype(path, model, state.facts["dtype"], dtype)
         where = layer_devices(model, len(cache.layers)) if device is None else torch.device(device)
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_ids, make_neox
+from family_models import CASES, VOCAB, available, make_family
 from safetensors.torch import load_file, safe_open, save_file
 
 from streaming_llm import StreamingDecoder, StreamingKVCache, StreamingLLMWrapper
@@ -73,6 +74,30 @@ def test_after_batch_operations_and_crop(tmp_path, seen):
     same_after_saving(model, cache, tmp_path / "stream.safetensors", ids[[1, 1, 0, 0], seen:])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_streams_of_every_family(tmp_path, case):
+    if not available(case):
+        pytest.skip("this Transformers has no such family")
+    model, ids = make_family(case), make_ids(150, vocab=VOCAB)
+    with StreamingLLMWrapper(model, S, W) as stream:
+        cache = stream.new_cache()
+        stream.prefill(ids[:, :100], cache)
+        same_after_saving(model, cache, tmp_path / "stream.safetensors", ids[:, 100:])
+
+
+def test_the_model_may_be_wrapped(tmp_path):
+    class Around(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+    model, ids = make_neox(), make_ids(150)
+    with StreamingLLMWrapper(model, S, W) as stream:
+        cache = stream.new_cache()
+        stream.prefill(ids[:, :100], cache)
+        same_after_saving(model, cache, tmp_path / "stream.safetensors", ids[:, 100:], load_from=Around(model))
+
+
 def test_a_stream_of_growing_buffers_allocates_as_before(tmp_path):
     model, ids = make_neox(), make_ids(400)
     cache = StreamingKVCache(model.config, 4, 10_000)
@@ -134,6 +159,7 @@ CHILD = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 from conftest import make_ids, make_neox
+from family_models import CASES, VOCAB, available, make_family
 from streaming_llm import StreamingKVCache
 from streaming_llm.saving import read_metadata
 model = make_neox()
