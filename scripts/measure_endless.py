@@ -90,8 +90,8 @@ def measure(options: argparse.Namespace, machine: Machine, loaded: LoadedModel, 
         engine, cache_bytes = decoder.engine, decoder.cache_nbytes
     whole = torch.tensor([start + ids.tolist()])
     nll = score_stream(model, whole, settings.n_sink, settings.window_size)[0, -len(ids) :].cpu().numpy()
-    tenth = len(ids) // 10
-    first, last = quality(nll[:tenth], ids[:tenth]), quality(nll[-tenth:], ids[-tenth:])
+    tenths = [quality(*parts) for parts in zip(np.array_split(nll, 10), np.array_split(ids, 10), strict=True)]
+    first, last = tenths[0], tenths[-1]
     warm = next(sample for sample in samples if sample["tokens"] == WARM_UP)
     return {
         "experiment": "endless",
@@ -108,8 +108,7 @@ def measure(options: argparse.Namespace, machine: Machine, loaded: LoadedModel, 
         "memory_kind": "CUDA memory allocated" if device.type == "cuda" else "resident size of the process",
         "memory_growth": samples[-1]["memory_bytes"] / warm["memory_bytes"] - 1,
         "toks_per_sec": len(ids) / samples[-1]["sec"],
-        "first_tenth": first,
-        "last_tenth": last,
+        "tenths": tenths,
         "perplexity_ratio": last["perplexity"] / first["perplexity"],
         "distinct_4grams_ratio": last["distinct_4grams"] / first["distinct_4grams"],
         "samples": samples,
@@ -118,14 +117,16 @@ def measure(options: argparse.Namespace, machine: Machine, loaded: LoadedModel, 
 
 def summary(value: dict) -> str:
     """The result in a few lines."""
-    samples, first, last = value["samples"], value["first_tenth"], value["last_tenth"]
+    samples, tenths = value["samples"], value["tenths"]
+    first, last = tenths[0], tenths[-1]
     warm = next(sample for sample in samples if sample["tokens"] == WARM_UP)
     return (
         f"{value['tokens']:,} tokens at {value['toks_per_sec']:,.0f} tokens/s ({value['decode_engine']})\n"
         f"{value['memory_kind']}: {warm['memory_bytes'] / 1e6:,.2f} MB after {WARM_UP:,} tokens, "
         f"{samples[-1]['memory_bytes'] / 1e6:,.2f} MB at the end ({value['memory_growth']:+.3%})\n"
         f"perplexity of the first and last {first['tokens']:,} tokens: {first['perplexity']:.2f}, "
-        f"{last['perplexity']:.2f} ({value['perplexity_ratio']:.3f} times)\n"
+        f"{last['perplexity']:.2f} ({value['perplexity_ratio']:.3f} times); by tenths: "
+        f"{' '.join(format(row['perplexity'], '.1f') for row in tenths)}\n"
         f"distinct 4-grams: {first['distinct_4grams']:,}, {last['distinct_4grams']:,} "
         f"({value['distinct_4grams_ratio']:.3f} times)"
     )
