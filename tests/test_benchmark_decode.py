@@ -309,6 +309,7 @@ def test_the_figure_shows_what_the_file_says():
         )
     ]  # fmt: skip
     rows.append(make_row("random:pythia-2.8b", "kvpress", "flash", None))
+    rows.append({**make_row("random:pythia-2.8b", "eager", "math", None), "reason": "it broke"})
     result = {"rows": rows, "device": "a GPU", "dtype": "bfloat16", "models": {}}
     (name, figure), *others = figures([result]).items()
     assert not others
@@ -329,6 +330,8 @@ def test_the_figure_shows_what_the_file_says():
         assert any(list(line.get_xdata()) == [0.5, 0.5] for line in ax.lines)
     words = " ".join(text.get_text() for text in figure.texts)
     assert "none: KVPress: out of memory: 80 GB" in words
+    assert "none: StreamingDecoder, eager (math, pythia-2.8b): it broke" in words
+    assert figure.axes[0].get_xlabel() == "time per step (ms)"
     assert "a\xa0GPU" in words
 
 

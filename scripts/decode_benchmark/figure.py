@@ -54,13 +54,13 @@ def plot(rows: Sequence[dict], results: Sequence[dict]) -> Figure:
     labels = list(dict.fromkeys(row["label"] for row in rows if _time(row) is not None))
     backends = list(dict.fromkeys(row["cell"]["backend"] for row in rows if _time(row) is not None))
     left = max(text_width(label, style.SIZE_TICK) for label in labels) * PT + 0.1
-    panels = [Panel(len(labels) * ROW_PT * PT, 0.22, 0.2, left, _RIGHT) for _ in models]
+    panels = [Panel(len(labels) * ROW_PT * PT, 0.34, 0.2, left, _RIGHT) for _ in models]
     decode = cell["kind"] == "decode"
     what = f"Decode step, cache {cell['cache_size']:,}" if decode else f"Prefill of {cell['length']:,} tokens"
     figure, axes = make_page(
         [panels],
         title=f"{what}, batch {cell['batch_size']}",
-        subtitle="milliseconds; lower is better; at the right the fastest of a row",
+        subtitle="lower is better; at the right the fastest of a row, in ms",
         legend=_legend(backends, decode),
         caption=[_caption(results, rows)],
         notes=_missing(rows),
@@ -68,6 +68,7 @@ def plot(rows: Sequence[dict], results: Sequence[dict]) -> Figure:
     )
     for ax, model in zip(axes, models, strict=True):
         _draw_panel(ax, [row for row in rows if row["cell"]["model"] == model], labels)
+        ax.set_xlabel("time per step (ms)" if decode else "prefill time (ms)")
         ax.set_title(model.removeprefix("random:"), loc="left", size=style.SIZE_LABEL, pad=3, weight="bold")
     return figure
 
@@ -149,9 +150,12 @@ def _caption(results: Sequence[dict], rows: Sequence[dict]) -> str:
 def _missing(rows: Sequence[dict], longest: int = 110) -> list[str]:
     """Why rows have no value: contenders with the same reason on one line."""
     reasons: dict[str, list[str]] = {}
+    drawn = {row["label"] for row in rows if _time(row) is not None}
     for row in rows:
         if _time(row) is None:
-            reasons.setdefault(row.get("reason", "not measured"), []).append(row["label"])
+            model, backend = row["cell"]["model"].removeprefix("random:"), row["cell"]["backend"]
+            name = f"{row['label']} ({backend}, {model})" if row["label"] in drawn else row["label"]
+            reasons.setdefault(row.get("reason", "not measured"), []).append(name)
     return [
         f"none: {', '.join(dict.fromkeys(names))}: {reason if len(reason) <= longest else reason[: longest - 1] + '…'}"
         for reason, names in reasons.items()
