@@ -57,5 +57,5 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache results/final results/fixed_eval results/.cells
+	rm -rf .venv .venv-matrix build *.egg-info .pytest_cache .ruff_cache results/final results/fixed_eval results/.cells
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

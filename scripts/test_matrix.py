@@ -159,8 +159,10 @@ def describe(environment: Path) -> Row:
     """The versions in an environment.
 
     Raises:
-        SetupError: PyTorch or Transformers does not work in it.
+        SetupError: it is none, or PyTorch or Transformers does not work in it.
     """
+    if not _python(environment).exists():
+        raise SetupError(f"{environment} holds no Python")
     code = "import platform, torch, transformers; print(transformers.__version__, torch.__version__, "
     done = _run([_python(environment), "-c", code + "platform.python_version())"])
     if done.returncode:
