@@ -1,9 +1,10 @@
 """Endless generation, measured: memory while it runs, and whether the text at the end is as good as at the beginning.
 
-Generates text with the model's own probabilities, then scores it by the same model in block-parallel form. Perplexity
-and distinct 4-grams of the last tenth stand beside those of the first.
+Generates with the model's own probabilities, then scores the text by the same model in block-parallel form: perplexity
+and distinct 4-grams of each tenth. The perplexity of a stretch varies by chance from stream to stream (for 10,000
+tokens of the demo model by 7%), so several streams say more than one.
 
-    python scripts/measure_endless.py --output results/cpu/endless.json
+    python scripts/measure_endless.py --streams 4 --output results/cpu/endless.json
 """
 
 from __future__ import annotations
@@ -20,21 +21,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from long_scoring.tokens import put_in_front
-from model_setup import load_wrapped
-from streaming_chat.token_stream import Sampler, SamplingSettings, TokenStream
+from model_setup import load_wrapped, make_decoder
+from torch import nn
 from tqdm import tqdm
 
 from experiments.cli import OneLineParser, add_cache_sizes, add_dtype_and_device, guarded
-from experiments.config import ExperimentConfig, ModelSettings, SetupError, at_least, settings_for
+from experiments.config import ExperimentConfig, SetupError, at_least, settings_for
 from experiments.environment import device_name, environment
 from experiments.models import LoadedModel, find_model
 from experiments.results import now
 from experiments.session import Machine, resolve_machine
 from experiments.storage import write_json
-from streaming_llm import StreamingDecoder, score_stream
+from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
 
 WARM_UP = 1000
-"""Tokens after which nothing is allocated any more."""
+"""Tokens after which nothing is allocated any more; memory is read whenever so many more have come."""
+
+STREAMS_AT_ONCE = 8
+"""Streams that are scored together."""
 
 
 def resident_bytes() -> int:
@@ -51,48 +55,63 @@ def memory_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
-def generate(stream: TokenStream, n: int, device: torch.device) -> tuple[np.ndarray, list[dict]]:
-    """Draw ``n`` tokens.
+def generate(decoder: StreamingDecoder, options: argparse.Namespace) -> tuple[torch.Tensor, list[dict]]:
+    """Draw tokens for each stream.
 
     Returns:
-        Their ids ``[n]``, and, a hundred times and after the warm-up, ``tokens``, ``memory_bytes`` and ``sec`` so far.
+        Their ids ``[streams, tokens]``, int32 on the CPU; and ``tokens``, ``memory_bytes`` and ``sec`` so far, after
+        every thousand.
     """
-    ids, samples = np.full(n, -1, dtype=np.int32), []
-    points = {WARM_UP, *range(max(1, n // 100), n + 1, max(1, n // 100)), n}
-    begin = time.perf_counter()
-    with tqdm(total=n, unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        for number, token in enumerate(stream.tokens(), start=1):
-            ids[number - 1] = token
-            if number in points:
-                sample = {"tokens": number, "memory_bytes": memory_bytes(device)}
-                samples.append(sample | {"sec": time.perf_counter() - begin})
-                bar.update(number - bar.n)
-            if number == n:
-                return ids, samples
-    raise AssertionError("tokens have no end")
+    ids = torch.full((options.streams, options.tokens), -1, dtype=torch.int32)  # written, so that it counts already
+    samples, begin = [], time.perf_counter()
+    with tqdm(total=options.tokens, unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, options.tokens, WARM_UP):
+            seed = None if start else options.seed
+            ids[:, start : start + WARM_UP] = decoder.generate(WARM_UP, temperature=options.temperature, seed=seed)
+            bar.update(WARM_UP)
+            sample = {"tokens": start + WARM_UP, "memory_bytes": memory_bytes(decoder.model.device)}
+            samples.append(sample | {"sec": time.perf_counter() - begin})
+    return ids, samples
+
+
+def score(model: nn.Module, ids: torch.Tensor, start: list[int], config: StreamingConfig) -> np.ndarray:
+    """Losses in nats ``[streams, tokens]`` of ids ``[streams, tokens]`` that were drawn after ``start``."""
+    rows = []
+    for part in ids.split(STREAMS_AT_ONCE):
+        whole = torch.cat((torch.tensor([start]).expand(len(part), -1), part.long()), dim=1)
+        rows.append(score_stream(model, whole, config.n_sink, config.window_size)[:, -ids.shape[1] :].cpu())
+    return torch.cat(rows).numpy()
 
 
 def quality(nll: np.ndarray, ids: np.ndarray) -> dict:
-    """Perplexity and distinct 4-grams of a stretch: losses ``[n]`` and ids ``[n]``."""
-    grams = {tuple(row) for row in np.lib.stride_tricks.sliding_window_view(ids, 4).tolist()}
-    return {"tokens": len(ids), "perplexity": math.exp(nll.mean(dtype=np.float64)), "distinct_4grams": len(grams)}
+    """Tenths of streams, losses and ids ``[streams, tokens]``: perplexity over all streams, distinct 4-grams of one on
+    average; and of each stream the last tenth's as multiples of the first's."""
+    means = np.stack([part.mean(axis=1, dtype=np.float64) for part in np.array_split(nll, 10, axis=1)])
+    grams = np.array([[_distinct_4grams(row) for row in part] for part in np.array_split(ids, 10, axis=1)])
+    return {
+        "perplexity_by_tenths": np.exp(means.mean(axis=1)).tolist(),
+        "distinct_4grams_by_tenths": grams.mean(axis=1).tolist(),
+        "perplexity_ratio": float(np.exp((means[-1] - means[0]).mean())),
+        "distinct_4grams_ratio": float(grams[-1].sum() / grams[0].sum()),
+        "perplexity_ratio_of_each": np.exp(means[-1] - means[0]).tolist(),
+        "distinct_4grams_ratio_of_each": (grams[-1] / grams[0]).tolist(),
+    }
 
 
-def measure(options: argparse.Namespace, machine: Machine, loaded: LoadedModel, settings: ModelSettings) -> dict:
+def _distinct_4grams(ids: np.ndarray) -> int:
+    return len({tuple(gram) for gram in np.lib.stride_tricks.sliding_window_view(ids, 4).tolist()})
+
+
+def measure(options: argparse.Namespace, machine: Machine, loaded: LoadedModel, config: StreamingConfig) -> dict:
     """Generate, score, compare."""
     model, device = loaded.model, loaded.model.get_input_embeddings().weight.device
     start = put_in_front(loaded.tokenizer) or [loaded.tokenizer.bos_token_id]
-    sampler = Sampler(SamplingSettings(options.temperature, 0, 1.0, options.seed), device)
-    with StreamingDecoder(model, settings.n_sink, settings.window_size, options.decode_engine) as decoder:
-        stream = TokenStream(decoder, sampler)
-        stream.pending += start
-        ids, samples = generate(stream, options.tokens, device)
+    if start == [None]:
+        raise SetupError("the tokenizer has no token that a text could begin with")
+    with make_decoder(loaded, config, options.decode_engine) as decoder:
+        decoder.prefill(torch.tensor([start] * options.streams, device=device))
+        ids, samples = generate(decoder, options)
         engine, cache_bytes = decoder.engine, decoder.cache_nbytes
-    whole = torch.tensor([start + ids.tolist()])
-    nll = score_stream(model, whole, settings.n_sink, settings.window_size)[0, -len(ids) :].cpu().numpy()
-    tenths = [quality(*parts) for parts in zip(np.array_split(nll, 10), np.array_split(ids, 10), strict=True)]
-    first, last = tenths[0], tenths[-1]
-    warm = next(sample for sample in samples if sample["tokens"] == WARM_UP)
     return {
         "experiment": "endless",
         "model": options.model,
@@ -100,42 +119,43 @@ def measure(options: argparse.Namespace, machine: Machine, loaded: LoadedModel, 
         "device": device_name(device),
         "backend": machine.backends[0],
         "decode_engine": engine,
-        "streaming_llm": {"n_sink": settings.n_sink, "window_size": settings.window_size},
-        "tokens": len(ids),
+        "streaming_llm": {"n_sink": config.n_sink, "window_size": config.window_size},
+        "streams": options.streams,
+        "tokens": options.tokens,
         "temperature": options.temperature,
         "seed": options.seed,
         "cache_bytes": cache_bytes,
         "memory_kind": "CUDA memory allocated" if device.type == "cuda" else "resident size of the process",
-        "memory_growth": samples[-1]["memory_bytes"] / warm["memory_bytes"] - 1,
-        "toks_per_sec": len(ids) / samples[-1]["sec"],
-        "tenths": tenths,
-        "perplexity_ratio": last["perplexity"] / first["perplexity"],
-        "distinct_4grams_ratio": last["distinct_4grams"] / first["distinct_4grams"],
+        "memory_growth": samples[-1]["memory_bytes"] / samples[0]["memory_bytes"] - 1,
+        "steps_per_sec": options.tokens / samples[-1]["sec"],
+        **quality(score(model, ids, start, config), ids.numpy()),
         "samples": samples,
     }
 
 
 def summary(value: dict) -> str:
     """The result in a few lines."""
-    samples, tenths = value["samples"], value["tenths"]
-    first, last = tenths[0], tenths[-1]
-    warm = next(sample for sample in samples if sample["tokens"] == WARM_UP)
+    first, last = value["samples"][0], value["samples"][-1]
+    within = sum(abs(ratio - 1) < 0.1 for ratio in value["perplexity_ratio_of_each"])
+    tenths = " ".join(f"{perplexity:.2f}" for perplexity in value["perplexity_by_tenths"])
     return (
-        f"{value['tokens']:,} tokens at {value['toks_per_sec']:,.0f} tokens/s ({value['decode_engine']})\n"
-        f"{value['memory_kind']}: {warm['memory_bytes'] / 1e6:,.2f} MB after {WARM_UP:,} tokens, "
-        f"{samples[-1]['memory_bytes'] / 1e6:,.2f} MB at the end ({value['memory_growth']:+.3%})\n"
-        f"perplexity of the first and last {first['tokens']:,} tokens: {first['perplexity']:.2f}, "
-        f"{last['perplexity']:.2f} ({value['perplexity_ratio']:.3f} times); by tenths: "
-        f"{' '.join(format(row['perplexity'], '.1f') for row in tenths)}\n"
-        f"distinct 4-grams: {first['distinct_4grams']:,}, {last['distinct_4grams']:,} "
-        f"({value['distinct_4grams_ratio']:.3f} times)"
+        f"{value['streams']} x {value['tokens']:,} tokens, {value['steps_per_sec']:,.0f} steps/s "
+        f"({value['decode_engine']})\n"
+        f"{value['memory_kind']}: {first['memory_bytes'] / 1e6:,.2f} MB after {first['tokens']:,} tokens, "
+        f"{last['memory_bytes'] / 1e6:,.2f} MB at the end ({value['memory_growth']:+.3%})\n"
+        f"perplexity by tenths: {tenths}; last / first {value['perplexity_ratio']:.3f}, within 10% for {within} of "
+        f"{value['streams']} streams by themselves\n"
+        f"distinct 4-grams, last / first tenth: {value['distinct_4grams_ratio']:.3f}"
     )
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="measure_endless.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", default="demo", metavar="NAME", help="demo (the default), a hub name, a folder")
-    parser.add_argument("--tokens", type=int, default=100_000, metavar="N", help="default: 100,000; at least 2,000")
+    parser.add_argument(
+        "--tokens", type=int, default=100_000, metavar="N", help="thousands, at least two; default: 100,000"
+    )
+    parser.add_argument("--streams", type=int, default=1, metavar="B", help="generated side by side; default: 1")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--attn-backend", default=None, metavar="NAME", help="math, flash, auto, ...; default: math")
@@ -151,7 +171,10 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
     at_least("--tokens", options.tokens, 2 * WARM_UP)
+    at_least("--streams", options.streams, 1)
     at_least("--seed", options.seed, 0)
+    if options.tokens % WARM_UP:
+        raise SetupError(f"--tokens must be a multiple of {WARM_UP}, got {options.tokens}")
     if not 0 < options.temperature < math.inf:
         raise SetupError(f"--temperature must be above 0, got {options.temperature}")
     config = ExperimentConfig(
@@ -168,7 +191,8 @@ def run(argv: list[str]) -> int:
     if source.weights == "random":
         raise SetupError(f"--model {options.model}: random weights have no text")
     loaded = load_wrapped(source, machine)
-    value = measure(options, machine, loaded, settings_for(config, loaded.context_length, source.is_demo))
+    settings = settings_for(config, loaded.context_length, source.is_demo)
+    value = measure(options, machine, loaded, StreamingConfig(settings.n_sink, settings.window_size))
     print(summary(value))
     if options.output is not None:
         command = shlex.join(["python", "scripts/measure_endless.py", *argv])

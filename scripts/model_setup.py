@@ -13,6 +13,7 @@ from experiments.models import LoadedModel, ModelSource
 from experiments.session import Machine
 from personal_adapters.neox_flash import wrap_attention
 from personal_adapters.sdpa import check_backend_available
+from streaming_llm import StreamingConfig, StreamingDecoder
 
 
 def load_wrapped(source: ModelSource, machine: Machine) -> LoadedModel:
@@ -30,6 +31,18 @@ def load_wrapped(source: ModelSource, machine: Machine) -> LoadedModel:
     except ValueError as error:
         raise SetupError(f"model {source.name!r} cannot be used: {error}") from None
     return loaded
+
+
+def make_decoder(loaded: LoadedModel, config: StreamingConfig, engine: str) -> StreamingDecoder:
+    """A decoder of a loaded model.
+
+    Raises:
+        SetupError: the model cannot stream so, or the engine cannot run it.
+    """
+    try:
+        return StreamingDecoder(loaded.model, config.n_sink, config.window_size, engine)
+    except ValueError as error:
+        raise SetupError(str(error)) from None
 
 
 def weights_fingerprint(model: nn.Module) -> str:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 from long_scoring.tokens import put_in_front
-from model_setup import load_wrapped, weights_fingerprint
+from model_setup import load_wrapped, make_decoder, weights_fingerprint
 from streaming_chat.command_line import CHAT, DEFAULT_LIMITS, ENDLESS, build_parser, check_options
 from streaming_chat.status import StatusLine
 from streaming_chat.talk import Talk, check_mode, read_messages
@@ -25,7 +25,7 @@ from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SETUP
 from experiments.config import ExperimentConfig, SetupError, settings_for
 from experiments.models import LoadedModel, find_model
 from experiments.session import Machine, resolve_machine
-from streaming_llm import StreamingDecoder
+from streaming_llm import StreamingConfig, StreamingDecoder
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def prepared(options: argparse.Namespace) -> Iterator[Talk]:
     sizes = {"n_sink": settings.n_sink, "window_size": settings.window_size}
     if notes is not None:
         sizes = _sizes_of(options, notes)
-    with _decoder(loaded, sizes, options.decode_engine) as decoder:
+    with make_decoder(loaded, StreamingConfig(**sizes), options.decode_engine) as decoder:
         talk = _talk(options, loaded, decoder, mode, sizes)
         if notes is not None:
             talk.resume(options.resume, notes)
@@ -71,13 +71,6 @@ def _sizes_of(options: argparse.Namespace, notes: dict) -> dict[str, int]:
             flag = f"--{name.replace('_', '-')}"
             raise SetupError(f"{flag} {getattr(options, name)}: the saved stream has {notes[name]}")
     return {name: notes[name] for name in ("n_sink", "window_size")}
-
-
-def _decoder(loaded: LoadedModel, sizes: dict[str, int], engine: str) -> StreamingDecoder:
-    try:
-        return StreamingDecoder(loaded.model, **sizes, engine=engine)
-    except ValueError as error:
-        raise SetupError(str(error)) from None
 
 
 def _talk(options: argparse.Namespace, loaded: LoadedModel, decoder: StreamingDecoder, mode: str, sizes: dict) -> Talk:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import math
 import os
 import pty
 import random
@@ -17,6 +18,7 @@ import termios
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_ids, make_neox
@@ -442,31 +444,37 @@ def test_in_a_terminal_it_shows_speed_and_cache_in_the_last_row(tmp_path):
 
 def test_measuring_endless_generation(folder, tmp_path, capsys):
     output = tmp_path / "endless.json"
-    given = ["--model", str(folder), *SIZES, "--tokens", "2000", "--output", str(output)]
+    given = ["--model", str(folder), *SIZES, "--tokens", "2000", "--streams", "2", "--output", str(output)]
     assert measure_endless.main(given) == 0
-    assert "tokens/s" in capsys.readouterr().out
+    assert "2 x 2,000 tokens" in capsys.readouterr().out
     value = json.loads(output.read_text())
-    assert [row["tokens"] for row in value["tenths"]] == [200] * 10
-    assert 1 < value["tenths"][0]["perplexity"] < 260
-    assert value["samples"][-1]["tokens"] == 2000
-    for wrong in (["--tokens", "99"], ["--temperature", "0"], ["--model", "random:pythia-70m"]):
+    assert len(value["perplexity_by_tenths"]) == 10
+    assert all(1 < perplexity < 260 for perplexity in value["perplexity_by_tenths"])
+    assert value["perplexity_ratio_of_each"][0] != value["perplexity_ratio_of_each"][1]
+    assert [sample["tokens"] for sample in value["samples"]] == [1000, 2000]
+    for wrong in (["--tokens", "99"], ["--tokens", "2500"], ["--streams", "0"], ["--model", "random:pythia-70m"]):
         assert measure_endless.main(wrong) == 2
 
 
-def test_figures_of_a_stretch():
-    ids = torch.tensor([1, 2, 3, 4, 1, 2, 3, 4, 1, 2]).numpy()
-    figures = measure_endless.quality(torch.tensor([0.0, 2.0] * 5).numpy(), ids)
-    assert figures == {"tokens": 10, "perplexity": pytest.approx(2.718281828), "distinct_4grams": 4}
+def test_figures_of_tenths():
+    ids = torch.arange(80).view(2, 40).numpy() % 6
+    nll = torch.linspace(0, 1, 80).view(2, 40).numpy()
+    value = measure_endless.quality(nll, ids)
+    assert value["perplexity_by_tenths"][0] == pytest.approx(math.exp((nll[0, :4].mean() + nll[1, :4].mean()) / 2))
+    assert value["perplexity_ratio_of_each"] == pytest.approx([math.exp(36 / 79)] * 2, rel=1e-5)
+    assert value["perplexity_ratio"] == pytest.approx(math.exp(36 / 79), rel=1e-5)
+    assert value["distinct_4grams_by_tenths"] == [1.0] * 10
+    assert measure_endless.quality(np.zeros((1, 100)), np.arange(100)[None] % 6)["distinct_4grams_by_tenths"][0] == 6
 
 
 @pytest.mark.slow
 def test_a_hundred_thousand_tokens_in_constant_memory_and_as_good_at_the_end_as_at_the_beginning(tmp_path):
     output = tmp_path / "endless.json"
-    run = [sys.executable, str(ROOT / "scripts" / "measure_endless.py"), "--device", "cpu", "--output", str(output)]
-    subprocess.run(run, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = [sys.executable, str(ROOT / "scripts" / "measure_endless.py"), "--device", "cpu", "--streams", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*run, "--output", str(output)], check=True, cwd=ROOT, env=environment)
     value = json.loads(output.read_text())
     assert value["tokens"] == 100_000
     assert abs(value["memory_growth"]) < 0.01
-    assert value["tenths"][0]["tokens"] == value["tenths"][-1]["tokens"] == 10_000
     assert 0.9 < value["perplexity_ratio"] < 1.1
-    assert value["distinct_4grams_ratio"] > 0.8
+    assert min(value["distinct_4grams_ratio_of_each"]) > 0.8
