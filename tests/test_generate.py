@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from personal_adapters.neox_flash import wrap_attention
 from streaming_llm import StreamingDecoder, StreamingKVCache, StreamingLLMWrapper
 
 SINKS, WINDOW = 4, 30
@@ -401,21 +402,45 @@ def test_a_bare_cache_goes_on_and_streams():
         model.generate(torch.cat((out, out), dim=1), past_key_values=cache, **GREEDY)
 
 
+# CUDA
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("backend", "dtype"), [("math", torch.float32), ("flash", torch.bfloat16)])
+@pytest.mark.parametrize("prompt", [20, 150])
+def test_on_cuda_no_mask_reaches_the_kernel(backend, dtype, prompt):
+    model = small(dtype=dtype, eos_token_id=100).to("cuda")
+    wrap_attention(model, backend)
+    ids = make_ids(prompt, vocab=100).to("cuda")
+    with StreamingLLMWrapper(model, SINKS, WINDOW) as stream:
+        greedy = stream.generate(ids, **GREEDY)
+        if backend == "math":
+            assert is_greedy(small(eos_token_id=100), greedy.cpu(), prompt)
+        for arguments in (BEAMS, SAMPLE, {"prompt_lookup_num_tokens": 5, **GREEDY}):
+            assert stream.generate(ids, **arguments).shape[1] > prompt
+        cache = stream.new_cache()
+        out = stream.generate(ids, past_key_values=cache, **GREEDY)
+        out = stream.generate(torch.cat((out[:, -1:], ids), dim=1), past_key_values=cache, continues=True, **GREEDY)
+        assert out.shape[1] > prompt + 1
+
+
 # Memory
 
 
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes."""
+class Allocations(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes, and of all of them."""
 
     def __init__(self):
         super().__init__()
-        self.largest = 0
+        self.largest = self.total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
+                self.total += tensor.numel()
         return out
 
 
@@ -424,7 +449,19 @@ def test_a_long_prompt_needs_no_memory_of_its_square(attention):
     model = small(attention=attention)
     largest = []
     for prompt in (1000, 4000):
-        with StreamingLLMWrapper(model, SINKS, WINDOW) as stream, LargestTensor() as mode:
+        with StreamingLLMWrapper(model, SINKS, WINDOW) as stream, Allocations() as mode:
             stream.generate(make_ids(prompt), do_sample=False, max_new_tokens=3)
         largest.append(mode.largest)
     assert largest[0] == largest[1] < 4000 * 64
+
+
+def test_a_stream_in_calls_of_one_length_costs_the_same_for_ever(stream):
+    cache, costs = stream.new_cache(), []
+    new = make_ids(1)
+    for _ in range(4):
+        with Allocations() as mode:
+            out = stream.generate(new, past_key_values=cache, continues=True, **GREEDY)
+        costs.append((mode.largest, mode.total))
+        new = out[:, -1:]
+    assert costs[0] != costs[1]  # the cache was filling
+    assert costs[1] == costs[2] == costs[3]
