@@ -77,8 +77,8 @@ def generation_view(
             )
         is_prompt = False
         own = {"past_key_values": cache, "attention_mask": None, "position_ids": None, "cache_position": None}
-        if drafts:  # the last token known and the draft; newer Transformers first pass what the cache has seen, too
-            own["input_ids"] = kwargs["input_ids"][:, -kwargs["logits_to_keep"] :]
+        if drafts:
+            own["input_ids"] = _last_and_draft(kwargs)
             view.overwritten = OverwrittenSlots(cache, own["input_ids"].shape[1])
         return args, kwargs | {name: value for name, value in own.items() if name in kwargs}
 
@@ -90,6 +90,14 @@ def generation_view(
         stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
         stack.callback(model.register_forward_hook(after, with_kwargs=True).remove)
         yield view
+
+
+def _last_and_draft(kwargs: dict[str, Any]) -> Tensor:
+    """The last known token and the draft ``[1, n]``; newer Transformers first pass what the cache has seen, too."""
+    n_kept = kwargs.get("logits_to_keep")
+    if not n_kept:
+        raise ValueError("assisted decoding of a stream needs a model that takes logits_to_keep")
+    return kwargs["input_ids"][:, -n_kept:]
 
 
 def setting(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:
