@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -172,6 +173,20 @@ def test_out_of_memory_is_a_reason_and_the_others_go_on(place, monkeypatch):
     assert len(place.rows("eager")[0]["runs"]) == 3
 
 
+def test_what_compiles_is_opened_once_and_says_that_it_took_no_turns(place, monkeypatch):
+    opened = []
+    own_open = Contender.open
+    monkeypatch.setattr(Contender, "open", lambda self, *args: opened.append(self.label) or own_open(self, *args))
+    entry = dataclasses.replace(CONTENDERS["eager"], label="Compiled", at_once=True)
+    monkeypatch.setitem(CONTENDERS, "graph+compile", entry)
+    assert place.run(contenders=["graph+compile", "dynamic-cache"]) == 0
+    assert opened.count("Compiled") == 1
+    assert opened.count("DynamicCache") == 3
+    (row,), (other,) = place.rows("graph+compile"), place.rows("dynamic-cache")
+    assert (row["interleaved"], other["interleaved"]) == (False, True)
+    assert len(row["runs"]) == len(other["runs"]) == 3
+
+
 class Stub:
     """A method that captures in its first runs."""
 
@@ -217,11 +232,11 @@ def test_a_stopped_benchmark_goes_on_and_ends_as_if_it_had_not_been(place):
 def test_an_interrupted_benchmark_keeps_its_finished_runs(place, monkeypatch):
     run, count = Bench.run, []
 
-    def interrupted(self, cell):
+    def interrupted(self, cell, runs):
         count.append(cell)
         if len(count) == 5:
             raise KeyboardInterrupt
-        return run(self, cell)
+        return run(self, cell, runs)
 
     monkeypatch.setattr(Bench, "run", interrupted)
     assert place.run() == 130

@@ -25,8 +25,9 @@ EPILOG = """examples:
     python scripts/benchmark_decode.py --plot-only decode.json more.json --figures figures/decode
 
 Every contender runs the same loop on the same seeded random tokens: a prompt of the cache's size, steps that warm up,
-then the steps that are timed. Repeats are interleaved; figures are medians, and the raw runs are kept. The logits of
-the StreamingLLM contenders are compared with those of the eager decoder with math before anything is timed.
+then the steps that are timed. Repeats are interleaved (but for graph+compile, which would compile anew); figures are
+medians, and the raw runs are kept. The logits of the StreamingLLM contenders are compared with those of the eager
+decoder with math before anything is timed.
 
 exit codes: 0 all is well (what cannot run here is named and skipped); 1 a contender failed; 2 something is wrong that
 was found before computing; 130 interrupted."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from experiments.methods import Baseline, Dense, KVPress, Method, MethodSettings, Streaming
@@ -53,6 +54,7 @@ class Contender:
         attention: "" where SDPA computes its attention, with each backend in turn; else the name of what does, which
             then stands in the backend's place (SDPA only prefills).
         compared_with: the re-computation with the same engine, which its speedup is relative to.
+        at_once: opening it takes so long (it compiles) that its runs follow each other instead of taking turns.
     """
 
     label: str
@@ -64,6 +66,7 @@ class Contender:
     prefills: bool = False
     attention: str = ""
     compared_with: str = ""
+    at_once: bool = False
 
     def open(self, model, settings: MethodSettings) -> Method:
         """The method object for a model; raises ValueError where it cannot run."""
@@ -71,6 +74,8 @@ class Contender:
         reason = getattr(self.method, "unavailable", lambda: None)()
         if reason is not None:
             raise ValueError(reason)
+        if self.at_once:
+            torch.compiler.reset()  # past a number of recompilations PyTorch goes on uncompiled, and only warns
         return self.method(model, settings, *extra)
 
 
@@ -78,7 +83,16 @@ def _decoder(label: str, engine: str, partner: str, attention: str = "", prefill
     if attention:
         options["attention"] = attention
     return Contender(
-        f"StreamingDecoder, {label}", "streaming", Decoder, engine, options, True, prefills, attention, partner
+        label=f"StreamingDecoder, {label}",
+        group="streaming",
+        method=Decoder,
+        engine=engine,
+        options=options,
+        checked=True,
+        prefills=prefills,
+        attention=attention,
+        compared_with=partner,
+        at_once=bool(options.get("compile")),
     )
 
 

@@ -44,14 +44,17 @@ class Bench:
         self.model, self.timing, self.prefill_backend = model, timing, prefill_backend
         self._references: dict[tuple, Tensor | str] = {}
 
-    def run(self, cell: Cell) -> dict:
-        """Run a cell once; its figures as JSON values. Raises what the contender raises, and CheckError."""
-        return self._run_prefill(cell) if cell.kind == PREFILL else self._run_decode(cell)
+    def run(self, cell: Cell, count: int = 1) -> list[dict]:
+        """Run a cell `count` times in one opening; the figures of each as JSON values.
+
+        Raises what the contender raises, and CheckError.
+        """
+        return self._run_prefill(cell, count) if cell.kind == PREFILL else self._run_decode(cell, count)
 
     # --- the two kinds of runs -------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _run_decode(self, cell: Cell) -> dict:
+    def _run_decode(self, cell: Cell, count: int) -> list[dict]:
         ids = self._ids(cell)
         check = self._reference(cell, ids) if CONTENDERS[cell.contender].checked else None
         with self._open(cell) as method:
@@ -63,42 +66,46 @@ class Bench:
             del rows, logits
             for token in tokens[CHECKED_STEPS : self.timing.warmup]:
                 method.step(token)
-            memory = PeakMemory(ids.device)
-            memory.start()
-            figures = self._time_steps(method, tokens)
-            peak = memory.stop()
-            return {
-                **figures,
-                "engine": method.engine,
-                "compile_sec": method.compile_sec,
-                "kv_cache_mb": method.kv_cache_nbytes / 1e6,
-                "peak_memory_mb": peak.peak_mb,
-                "peak_memory_kind": peak.kind,
-                "check": checked,
-            }
+            return [self._one_decode(method, tokens) | {"check": checked} for _ in range(count)]
+
+    def _one_decode(self, method: Method, tokens: list[Tensor]) -> dict:
+        memory = PeakMemory(tokens[0].device)
+        memory.start()
+        figures = self._time_steps(method, tokens)
+        peak = memory.stop()
+        return {
+            **figures,
+            "engine": method.engine,
+            "compile_sec": method.compile_sec,
+            "kv_cache_mb": method.kv_cache_nbytes / 1e6,
+            "peak_memory_mb": peak.peak_mb,
+            "peak_memory_kind": peak.kind,
+        }
 
     @torch.inference_mode()
-    def _run_prefill(self, cell: Cell) -> dict:
+    def _run_prefill(self, cell: Cell, count: int) -> list[dict]:
         ids = self._ids(cell)[:, : cell.length]
-        device = ids.device
         with self._open(cell) as method:
             method.reset()
             method.prefill(ids)  # warms up
-            memory = PeakMemory(device)
-            memory.start()
-            method.reset()
-            synchronise(device)
-            start = time.perf_counter()
-            method.prefill(ids)
-            synchronise(device)
-            seconds = time.perf_counter() - start
-            peak = memory.stop()
-            return {
-                "prefill_ms": 1e3 * seconds,
-                "engine": method.engine,
-                "peak_memory_mb": peak.peak_mb,
-                "peak_memory_kind": peak.kind,
-            }
+            return [self._one_prefill(method, ids) for _ in range(count)]
+
+    def _one_prefill(self, method: Method, ids: Tensor) -> dict:
+        memory = PeakMemory(ids.device)
+        memory.start()
+        method.reset()
+        synchronise(ids.device)
+        start = time.perf_counter()
+        method.prefill(ids)
+        synchronise(ids.device)
+        seconds = time.perf_counter() - start
+        peak = memory.stop()
+        return {
+            "prefill_ms": 1e3 * seconds,
+            "engine": method.engine,
+            "peak_memory_mb": peak.peak_mb,
+            "peak_memory_kind": peak.kind,
+        }
 
     def _time_steps(self, method: Method, tokens: list[Tensor]) -> dict:
         """Milliseconds per step; a run in which something was compiled or captured does not count."""

@@ -144,6 +144,7 @@ class ResultFile:
     def _row(self, cell: Cell, runs: Sequence[dict]) -> dict:
         contender = CONTENDERS[cell.contender]
         row = {"cell": cell.key, "label": contender.label, "group": contender.group, "status": "ok"}
+        row["interleaved"] = not contender.at_once
         if cell in self._failed:
             row["status"], row["reason"] = self._failed[cell]
         if not runs:

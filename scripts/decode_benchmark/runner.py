@@ -104,13 +104,14 @@ class DecodeBenchmark:
                     continue
                 if self._late():
                     raise OutOfTimeError
-                self._run_cell(bench, cell, copy_speed)
+                count = self.repeats - repeat if CONTENDERS[cell.contender].at_once else 1
+                self._run_cell(bench, cell, count, copy_speed)
 
-    def _run_cell(self, bench: Bench, cell: Cell, copy_speed: float) -> None:
-        """Run one cell once. This is the boundary at which a failure becomes a reason, and the others go on."""
+    def _run_cell(self, bench: Bench, cell: Cell, count: int, copy_speed: float) -> None:
+        """Run one cell. This is the boundary at which a failure becomes a reason, and the others go on."""
         status = reason = ""
         try:
-            run = self.job.peer(cell, bench.model) if cell.contender == PEER else bench.run(cell)
+            runs = [self.job.peer(cell, bench.model)] if cell.contender == PEER else bench.run(cell, count)
         except (ValueError, ImportError) as error:  # it says that it cannot run here
             status, reason = "skipped", str(error)
         except Exception as error:  # whatever it is, it concerns this cell
@@ -120,11 +121,12 @@ class DecodeBenchmark:
             self.file.fail(cell, status, reason)
             self.say(f"{cell}: {status}: {reason}")
             return
-        if cell.kind == DECODE:
-            run["step_nbytes"] = step_nbytes(bench.model, cell.cache_size, cell.batch_size)
-            run["copy_bytes_per_sec"] = copy_speed
-        self.file.add(cell, run)
-        self.say(f"{cell}: {run[FIGURE[cell.kind]]:.3f} ms")
+        for run in runs:
+            if cell.kind == DECODE:
+                run["step_nbytes"] = step_nbytes(bench.model, cell.cache_size, cell.batch_size)
+                run["copy_bytes_per_sec"] = copy_speed
+            self.file.add(cell, run)
+            self.say(f"{cell}: {run[FIGURE[cell.kind]]:.3f} ms")
 
     # --- overhead --------------------------------------------------------------------------------------------
 
