@@ -341,6 +341,7 @@ REFUSED = {
     "no cache": ({"generation_config": GenerationConfig(use_cache=False)}, "use_cache=False"),
     "a longer mask": ({"attention_mask": torch.ones(1, 90)}, "covers 90 tokens"),
     "sequences": ({"continues": True, "num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
+    "contrastive search": ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
     "another cache": ({"cache_implementation": "static"}, "cache_implementation"),
 }
 
