@@ -43,6 +43,7 @@ def _delegate(name: str, module: nn.Module) -> Callable:
 
 def _explicit(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **unused):
     """Eager attention of a layer whose model file has no function of it."""
+    key, value = repeat_heads(query, key, "math"), repeat_heads(query, value, "math")
     out, weights = explicit_attention(query, key, value, scaling)
     return out.transpose(1, 2).contiguous(), weights
 

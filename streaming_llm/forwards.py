@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .families import rotary_from_model
+from .families import decoder_of, rotary_from_model
 from .fused import require_fused, why_not_fused
 from .inner_model import transformers_model
 from .kv_cache import StreamingKVCache
@@ -40,7 +40,7 @@ def block_forward(model: nn.Module, engine: str = "auto") -> BlockForward:
     if resolve_block_engine(model, engine) == "fused":
         return require_fused(model).BlockForward(model, rotary_from_model(model))
 
-    decoder = transformers_model(model).base_model
+    decoder = decoder_of(transformers_model(model))
 
     def eager(input_ids: Tensor, cache: StreamingKVCache) -> Tensor:
         return decoder(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state

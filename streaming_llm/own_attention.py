@@ -233,8 +233,11 @@ def own_attention_replaced(model: nn.Module, refuse_padding: Callable[[Tensor | 
             )
             for layer in _own_layers(model)
         ]
-        if hasattr(model.base_model, "_update_causal_mask"):
-            replacements.append((model.base_model, "_update_causal_mask", _no_mask_at_all(refuse_padding)))
+        replacements += [
+            (module, "_update_causal_mask", _no_mask_at_all(refuse_padding))
+            for module in model.modules()
+            if hasattr(type(module), "_update_causal_mask")
+        ]
         for owner, name, value in replacements:
             _Replaced.change(owner, name, value, 1)
             stack.callback(_Replaced.change, owner, name, None, -1)

@@ -96,7 +96,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2-uncapped": ("Gemma2", {**GQA, **WIDE, **BOTH_LAYERS, "attn_logit_softcapping": None}),
     "gemma3": (
         "Gemma3",
-        {**GQA, **WIDE, **BOTH_LAYERS, "query_pre_attn_scalar": 20, "num_hidden_layers": 2},
+        {**GQA, **WIDE, **BOTH_LAYERS, "query_pre_attn_scalar": 20, "initializer_range": 0.1},
     ),
     "gptj": (
         "GPTJ",
@@ -130,9 +130,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> prefix of the classes, and what differs from ``_COMMON``."""
 
-EAGER_ONLY = {"gptj"}
-"""Families whose attention Transformers offers written out alone."""
-
 TEXT_CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 NAMES_OF_GPTJ = {
     "hidden_size",
@@ -149,7 +146,7 @@ def make_config(case: str, attention: str = "sdpa", **changes: Any):
     common = {k: v for k, v in _COMMON.items() if prefix != "GPTJ" or k not in NAMES_OF_GPTJ}
     config_class = getattr(transformers, TEXT_CONFIGS.get(prefix, f"{prefix}Config"))
     config = config_class(**{**common, **differences, **changes})
-    config._attn_implementation = "eager" if case in EAGER_ONLY else attention
+    config._attn_implementation = attention if takes_sdpa(case) else "eager"
     config._experts_implementation = "eager"  # newer Transformers' default takes no float64
     return config
 
@@ -159,13 +156,15 @@ def _weights(case: str) -> dict[str, torch.Tensor]:
     """Random weights, norms and biases too, with logits of a standard deviation of 1."""
     torch.manual_seed(0)
     model = getattr(transformers, f"{CASES[case][0]}ForCausalLM")(make_config(case)).eval()
-    for name, parameter in model.named_parameters():
-        with torch.no_grad():
+    torch.manual_seed(0)  # versions differ in what they draw, and in which order
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
             elif parameter.dim() == 1 or "norm" in name:
-                parameter.mul_(1 + 0.2 * torch.randn_like(parameter)).add_(0.1 * torch.randn_like(parameter))
-    with torch.no_grad():
+                parameter.normal_(0.0 if CASES[case][0].startswith("Gemma") else 1.0, 0.2)  # Gemma's add one
+            else:
+                parameter.normal_(std=model.config.initializer_range)
         logits = model(torch.randint(VOCAB, (1, 40))).logits
         model.get_output_embeddings().weight.div_(logits.std())
     return model.state_dict()
@@ -189,4 +188,11 @@ def to_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 def available(case: str) -> bool:
     """Whether the installed Transformers has the family of a case."""
+    if case == "stablelm-parallel" and transformers.__version__.startswith("4."):
+        return False  # cannot initialise the norms of queries and keys
     return hasattr(transformers, f"{CASES[case][0]}ForCausalLM")
+
+
+def takes_sdpa(case: str) -> bool:
+    """Whether Transformers offers the family of a case with SDPA: GPT-J never, Gemma 2 no longer."""
+    return getattr(transformers, f"{CASES[case][0]}ForCausalLM")._supports_sdpa

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from ..config import StreamingConfig
+
+TRANSFORMERS_MAJOR = int(transformers.__version__.partition(".")[0])
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class ModelFamily:
         refuses: ``config -> reason`` or ``None``, for configurations of the family that cannot stream.
         rotation_table: ``config -> positions`` of the finite table that it reads its rotations from.
         forces_mask: its model asks for a mask in every forward, though attention is plainly causal.
+        since: first major version of Transformers in which its attention can be replaced.
     """
 
     folder: str
@@ -42,6 +46,7 @@ class ModelFamily:
     refuses: Callable[[object], str | None] | None = None
     rotation_table: Callable[[object], int] | None = None
     forces_mask: bool = False
+    since: int = 4
 
     @property
     def module_name(self) -> str:
@@ -49,7 +54,9 @@ class ModelFamily:
 
     @property
     def is_installed(self) -> bool:
-        """Whether the installed Transformers has this family."""
+        """Whether the installed Transformers has this family, and in a form that can stream."""
+        if self.since > TRANSFORMERS_MAJOR:
+            return False
         try:
             return importlib.util.find_spec(self.module_name) is not None
         except ModuleNotFoundError:
@@ -130,7 +137,7 @@ FAMILIES: dict[str, ModelFamily] = {
     "phi": ModelFamily("phi", "Phi"),
     "phi3": ModelFamily("phi3", "Phi3"),
     "qwen2": ModelFamily("qwen2", "Qwen2"),
-    "qwen2_moe": ModelFamily("qwen2_moe", "Qwen2Moe"),
+    "qwen2_moe": ModelFamily("qwen2_moe", "Qwen2Moe", since=5),
     "qwen3": ModelFamily("qwen3", "Qwen3"),
     "qwen3_moe": ModelFamily("qwen3_moe", "Qwen3Moe"),
     "smollm3": ModelFamily("smollm3", "SmolLM3", rotated=_rotated_as_listed),
@@ -190,7 +197,8 @@ def family_of(config) -> ModelFamily:
         reason = REFUSED.get(model_type, "it is not in the table of models that are known to work")
     else:
         text = text_config(config)
-        reason = family.refuses(text) if family.refuses else None
+        reason = f"it needs Transformers {family.since}" if family.since > TRANSFORMERS_MAJOR else None
+        reason = reason or (family.refuses(text) if family.refuses else None)
         others = set(getattr(text, "layer_types", None) or ()) - set(LAYER_TYPES)
         reason = reason or (f"it has layers of type {', '.join(sorted(others))}" if others else None)
         if reason is None:
@@ -198,6 +206,12 @@ def family_of(config) -> ModelFamily:
     raise ValueError(
         f"model type {model_type!r} cannot stream: {reason}. Supported model types: {', '.join(supported_families())}"
     )
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The model without its output layer: embeddings in, final hidden states out."""
+    # Older Transformers calls Gemma 3's by the name that it has beside a vision tower.
+    return model.model if model.base_model is model else model.base_model
 
 
 def text_config(config):
