@@ -193,8 +193,8 @@ def refuse_arguments(model: nn.Module, cache: Any, continues: bool, kwargs: dict
         raise ValueError("use_cache=False would not stream: leave it out, or call model.generate")
     if setting(model, kwargs, "penalty_alpha") and (setting(model, kwargs, "top_k") or 0) > 1:
         raise ValueError(
-            "contrastive search (penalty_alpha) compares with the hidden states of all tokens, which a stream does not "
-            "keep: choose another way of decoding"
+            "contrastive search (penalty_alpha) compares with the hidden states of all tokens, which a stream does "
+            "not keep: choose another way of decoding"
         )
     if kwargs.get("inputs_embeds") is not None and is_drafting(model, kwargs):
         raise ValueError("assisted decoding needs ids, got inputs_embeds")
