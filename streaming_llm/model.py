@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attention import refuse_padding, switched_attention
 from .config import StreamingConfig, require_int
-from .families import family_of, module_angles, require_window_fits, rotaries_from_model, rotary_modules
+from .families import decoder_of, family_of, module_angles, require_window_fits, rotaries_from_model, rotary_modules
 from .forwards import BlockForward, block_forward
 from .generation import generation_view, is_drafting, refuse_arguments, rows_of_each_prompt, take_prompt, with_rows
 from .inner_model import transformers_model
@@ -228,4 +228,4 @@ class StreamingLLMWrapper:
             self.prefill(tokens, cache)
             return
         for block in tokens.split(default_block_size(cache.streaming_config.window_size, model), dim=1):
-            model.base_model(inputs_embeds=block, past_key_values=cache, use_cache=True)
+            decoder_of(model)(inputs_embeds=block, past_key_values=cache, use_cache=True)
