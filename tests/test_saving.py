@@ -200,6 +200,30 @@ def test_on_a_gpu_and_from_device_to_device(tmp_path, dtype):
     assert (on_gpu.cpu() - on_cpu).abs().max() < (1e-4 if dtype == torch.float32 else 0.2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("seen", [20, 150])
+@pytest.mark.parametrize("engine", ["eager", "graph", "fused"])
+def test_every_engine_goes_on_with_the_same_bits(tmp_path, engine, seen):
+    model, ids = make_neox(hidden_size=256, intermediate_size=512).to("cuda"), make_ids(seen + 100).to("cuda")
+    path = tmp_path / "stream.safetensors"
+
+    def steps(decoder) -> torch.Tensor:
+        return torch.stack([decoder.step(token).clone() for token in ids[:, seen:].unbind(1)])
+
+    with StreamingDecoder(model, S, W, engine) as decoder:
+        decoder.prefill(ids[:, :10])
+        for token in ids[:, 10:seen].unbind(1):
+            decoder.step(token)
+        decoder.cache.save(path)
+        expected = steps(decoder)
+        restore(decoder.cache, path, model)
+        assert torch.equal(steps(decoder), expected), "the decoder that was there"
+    with StreamingDecoder(model, S, W, engine) as decoder:
+        restore(decoder.cache, path, model)
+        assert torch.equal(steps(decoder), expected), "a new one"
+
+
 # ---------------------------------------------------------------------------------------------------------- refused
 
 
