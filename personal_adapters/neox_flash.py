@@ -12,6 +12,7 @@ from torch import nn
 
 from .recognition import attention_layers
 from .sdpa import backend_context, require_backend
+from .written_out import give_sdpa, is_written_out, take_sdpa
 
 
 class NeoXFlashAttentionAdapter(nn.Module):
@@ -87,7 +88,8 @@ def wrap_attention(model: nn.Module, backend: str) -> int:
     A model that is wrapped already is pointed at ``backend``. No weight and no state-dict key changes.
 
     Args:
-        model: a Transformers model of a family in ``recognition.ATTENTION_CLASSES``, with ``sdpa`` attention.
+        model: a Transformers model of a family in ``recognition.ATTENTION_CLASSES``, with ``sdpa`` attention
+            (GPT-J has none, and is given it).
         backend: see ``sdpa.ATTN_BACKENDS``; not ``auto`` (``sdpa.resolve_attn_backend`` resolves that).
 
     Returns:
@@ -97,17 +99,19 @@ def wrap_attention(model: nn.Module, backend: str) -> int:
         ValueError: unknown backend or model family, or attention that does not go through SDPA.
     """
     require_backend(backend)
+    layers = attention_layers(model)
     implementation = getattr(model.config, "_attn_implementation", None) or ""
-    if not implementation.endswith("sdpa"):
+    written_out = all(is_written_out(getattr(layer, "wrapped", layer)) for _, _, layer in layers)
+    if not implementation.endswith("sdpa") and not written_out:
         raise ValueError(
             f"the model's attention implementation is {implementation!r}, which takes no SDPA kernel: "
             "load it with attn_implementation='sdpa'"
         )
-    layers = attention_layers(model)
     for parent, name, layer in layers:
         if isinstance(layer, NeoXFlashAttentionAdapter):
             layer.backend = backend
         else:
+            give_sdpa(layer)
             setattr(parent, name, NeoXFlashAttentionAdapter(layer, backend))
     return len(layers)
 
@@ -120,5 +124,6 @@ def unwrap_attention(model: nn.Module) -> int:
     """
     layers = [found for found in attention_layers(model) if isinstance(found[2], NeoXFlashAttentionAdapter)]
     for parent, name, adapter in layers:
+        take_sdpa(adapter.wrapped)
         setattr(parent, name, adapter.wrapped)
     return len(layers)

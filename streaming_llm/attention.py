@@ -171,7 +171,8 @@ class _Switch:
         cls._of_config[id(config)] = switch
         switch.users[prefix] += users
         in_force = next((name for name, count in switch.users.items() if count), "")
-        config._attn_implementation = in_force + switch.original
+        # The public name would set those of nested configurations too, which have a switch each.
+        config._attn_implementation_internal = in_force + switch.original
         if not in_force:
             del cls._of_config[id(config)]
 

@@ -64,6 +64,8 @@ class StreamingLayer(CacheLayerMixin):
                 new = torch.zeros((*old.shape[:2], size, old.shape[3]), dtype=old.dtype, device=old.device)
                 new[:, :, :allocated].copy_(old)
                 setattr(self, name, new)
+        if self.model_window is not None:
+            self.keys.streaming_plan = None
 
     def _store(self, segments: list[Segment], key_states: Tensor, value_states: Tensor, start: int) -> None:
         for segment in segments:

@@ -144,7 +144,7 @@ def test_generate_on_a_bare_cache(case):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("case", [case for case in HERE if takes_sdpa(case)])
+@pytest.mark.parametrize("case", [case for case in HERE if takes_sdpa(case) or case == "gptj"])
 def test_the_adapter_wraps_every_family(case, kernel):
     model = make_family(case)
     state = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
