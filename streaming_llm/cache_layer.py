@@ -249,6 +249,7 @@ class StreamingLayer(CacheLayerMixin):
         Raises:
             ValueError: the tokens that would come back into the window have been evicted.
         """
+        max_length = int(max_length)  # some versions pass a tensor
         length = max_length - self.position_offset if max_length > 0 else self.n_seen + max_length
         if length >= self.n_seen:
             return

@@ -35,6 +35,7 @@ class GenerationView(StreamingKVCache):
 
     def crop(self, max_length: int) -> None:
         """Forget the last tokens: all but ``max_length``, or (newer Transformers) ``-max_length``."""
+        max_length = int(max_length)  # some versions pass a tensor
         n_tokens = self.get_seq_length() - max_length if max_length > 0 else -max_length
         if n_tokens <= 0:
             return

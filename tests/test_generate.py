@@ -382,6 +382,16 @@ def test_an_error_leaves_no_hook_behind(stream):
 # A bare cache
 
 
+def test_a_bare_cache_takes_drafts_back_while_it_fills():
+    model, ids = small(eos_token_id=100), make_ids(8, vocab=100).repeat(1, 4)
+    cache = StreamingKVCache(model.config, SINKS, 100)
+    arguments = {**GREEDY, "prompt_lookup_num_tokens": 5}
+    out = model.generate(ids, past_key_values=cache, **arguments)
+    assert torch.equal(out[:, :72], model.generate(ids, **GREEDY))  # nothing has been evicted
+    with pytest.raises(ValueError, match=r"has evicted|StreamingLLMWrapper"):
+        model.generate(out, past_key_values=cache, **arguments | {"max_new_tokens": 100})
+
+
 @pytest.mark.parametrize("arguments", [GREEDY, SAMPLE, {"do_sample": True, **BEAMS}, {"do_sample": False, **BEAMS}])
 def test_a_bare_cache_generates_what_the_wrapper_does(stream, arguments):
     model, ids = small(), make_ids(30, batch=2)
