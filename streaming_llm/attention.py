@@ -82,7 +82,7 @@ def _attention_forward(delegate: str) -> Callable:
                 key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
         written_out = softcap is not None and delegate != "eager"
         if plan is None and not written_out and (q_len == 1 or (q_len == kv_len and delegate != "eager")):
-            if not hasattr(module, "num_key_value_groups"):  # nor would the delegate repeat them
+            if key.shape[1] != query.shape[1] and not hasattr(module, "num_key_value_groups"):  # nothing else repeats
                 key, value = repeat_heads(query, key, "math"), repeat_heads(query, value, "math")
             capping = {} if softcap is None else {"softcap": softcap}
             return _delegate(delegate, module)(

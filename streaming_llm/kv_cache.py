@@ -60,7 +60,9 @@ class StreamingKVCache(Cache):
     by a cache: sequences of a batch have to be of equal length. The frequencies have to be those of the
     configuration, which they no longer are once ``model.half()`` has rounded them; where Transformers hands a cache
     cosine and sine (older versions do) that raises ``ValueError``, elsewhere a cache cannot notice. Load the model
-    with ``dtype=``, or use the wrapper, which takes the frequencies from the model.
+    with ``dtype=``, or use the wrapper, which takes the frequencies from the model. The model's own masks and scores
+    stay in force: its sliding layers have to see the whole cache, GPT-J's table of rotations ends a stream, and scores
+    that the model would soft-cap must not go through ``sdpa``. Each raises ``ValueError``; the wrapper is free of it.
 
     Args:
         config: the model's Transformers configuration.
