@@ -79,7 +79,7 @@ def block_attention(
 
     Args:
         query: rotated to the tokens' positions in the stream.
-        key, value: all tokens from ``plan.first_key`` on.
+        key, value: of the new tokens; those that ``plan.previous`` lacks precede them.
         plan: made by the cache; marked as consumed.
         scale: factor on the scores.
         softcap: bound of the scores, see :func:`explicit_attention`.
@@ -91,6 +91,11 @@ def block_attention(
     kernel = kernel_for(query, softcap)
     key, value = key.to(query.dtype), value.to(query.dtype)  # under autocast a cache may hold another dtype
     key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
+    if _continues(query, plan, kernel):
+        return _continued_band(query, key, value, plan, scale)
+    if plan.previous:
+        before = (repeat_heads(query, x.to(query.dtype), kernel) for x in plan.previous)
+        key, value = (torch.cat(parts, dim=2) for parts in zip(before, (key, value), strict=True))
     config = plan.layout.config
     # Queries up to token S + W have lost nothing yet: plain causal attention over every token so far.
     n_dense = min(max(config.cache_size + 1 - plan.first_query, 0), query.shape[2])
@@ -104,6 +109,23 @@ def block_attention(
         band = (query[:, :, n_dense:], key[:, :, first_key:], value[:, :, first_key:])
         parts.append(_streaming_band(*band, plan, plan.first_query + n_dense, scale, kernel, softcap))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _continues(query: Tensor, plan: BlockPlan, kernel: str) -> bool:
+    """Whether most of a block can be attended to where its keys lie, by CUDA's windowed flash kernel."""
+    config = plan.layout.config
+    full = plan.first_query > config.cache_size and query.shape[2] > config.window_size
+    return full and kernel == "flash" and query.device.type == "cuda"
+
+
+def _continued_band(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float) -> Tensor:
+    """A block longer than the window: only its first ``W`` queries see tokens of the blocks before it."""
+    window = plan.layout.config.window_size
+    early = [torch.cat((x[:, :, -window:], new[:, :, :window]), dim=2)
+             for x, new in zip(plan.previous, (key, value), strict=True)]  # fmt: skip
+    first = _streaming_band(query[:, :, :window], *early, plan, plan.first_query, scale, "flash", None)
+    rest = _streaming_band(query[:, :, window:], key, value, plan, plan.first_query + window, scale, "flash", None)
+    return torch.cat((first, rest), dim=2)
 
 
 def repeat_heads(query: Tensor, x: Tensor, kernel: str) -> Tensor:
@@ -206,17 +228,16 @@ def _streaming_band(
             return band_math(query, None, key, value, plan, scale, softcap)
         return _band_fused(query, key, value, config.window_size, scale, kernel)[0]
     # Queries are turned from token t to position S + W, where the sinks in their first rotation see them.
-    cos, sin = plan.rotation.turns(config.cache_size - first_query, query.shape[2], query.device)
-    rotary = plan.rotation.rotary
+    rotation, rotary = plan.rotation, plan.rotation.rotary
+    turns = (config.cache_size - first_query, query.shape[2], query.device)
     if kernel == "math":
-        return band_math(query, rotate(query, cos, sin, rotary), key, value, plan, scale, softcap)
+        return band_math(query, rotate(query, *rotation.turns(*turns), rotary), key, value, plan, scale, softcap)
     out, lse = _band_fused(query, key, value, config.window_size, scale, kernel)
     if rotary.rotary_dim and triton_kernels is not None and triton_kernels.available(query):
-        pairs = slice(None, None, 2) if rotary.interleaved else slice(rotary.rotary_dim // 2)
-        cos, sin = (x[:, pairs].float().contiguous() for x in (cos, sin))
+        cos, sin = rotation.turns(*turns, paired=True)
         sinks = (plan.sink_keys, plan.sink_values)
         return triton_kernels.merge_sinks(query, out, lse, cos, sin, *sinks, scale, rotary.interleaved)
-    return _merge_sinks(out, lse, rotate(query, cos, sin, rotary), plan, scale)
+    return _merge_sinks(out, lse, rotate(query, *rotation.turns(*turns), rotary), plan, scale)
 
 
 def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scale: float) -> Tensor:

@@ -79,6 +79,14 @@ def _require_ids(ids: Tensor) -> None:
         raise ValueError(f"input_ids must be integer token ids [batch, length], got {ids.dtype} {list(ids.shape)}")
 
 
+def _to_device(ids: Tensor, device: torch.device) -> Tensor:
+    """Ids as int64 on ``device``, without waiting for what runs there."""
+    ids = ids.to(torch.int64)
+    if device.type == "cuda" and ids.device.type == "cpu":
+        ids = ids.pin_memory()
+    return ids.to(device, non_blocking=True)
+
+
 class BlockScorer:
     """Losses of one stream, block after block.
 
@@ -104,7 +112,7 @@ class BlockScorer:
             Losses in nats ``[batch, n]``, or ``[batch, n - 1]`` of a stream's first block, whose first token nothing
             predicts (float32, or float64 for a float64 model), and final hidden states ``[batch, n, hidden]``.
         """
-        block = block.to(self.device, torch.int64)
+        block = _to_device(block, self.device)
         hidden = self.forward(block, self.cache)
         # Each state predicts the next token: a block's first is predicted by the state before it.
         if self.last_hidden is None:
@@ -177,21 +185,32 @@ def score_stream(
 
 
 class _Collector:
-    """Gathers blocks on the device of the ids, one block late, so that the copy waits for nothing."""
+    """Gathers blocks on the device of the ids, one block late, so that a copy waits for nothing."""
 
     def __init__(self, keep_hidden: bool) -> None:
         self.keep_hidden = keep_hidden
         self.home = torch.device("cpu")
-        self._pending: tuple[Tensor, ...] | None = None
+        self._pending: tuple[torch.cuda.Event, tuple[Tensor, ...]] | None = None
         self._done: list[tuple[Tensor, ...]] = []
 
     def _flush(self) -> None:
         if self._pending is not None:
-            self._done.append(tuple(x.to(self.home) for x in self._pending))
+            event, pinned = self._pending
+            event.synchronize()
+            self._done.append(tuple(x.clone() for x in pinned))  # pinned memory is scarce
+            self._pending = None
 
     def __call__(self, start: int, nll: Tensor, hidden: Tensor) -> None:
+        block = (nll.float(), hidden) if self.keep_hidden else (nll.float(),)
         self._flush()
-        self._pending = (nll.float(), hidden) if self.keep_hidden else (nll.float(),)
+        if nll.device.type != "cuda" or self.home.type != "cpu":
+            self._done.append(tuple(x.to(self.home) for x in block))
+            return
+        # Copied behind this block's kernels and before those of the next one, and waited for while that one runs.
+        pinned = tuple(torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in block)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(nll.device))
+        self._pending = event, pinned
 
     def result(self) -> Tensor | tuple[Tensor, Tensor]:
         self._flush()

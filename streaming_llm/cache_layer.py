@@ -156,7 +156,7 @@ class StreamingLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def _block(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Several tokens, some of which evict others: returns all keys that any of them attends to."""
+        """Several tokens, some of which evict others: returns them, with those before them in their plan."""
         if not self.attends_blocks:
             raise ValueError(
                 f"{key_states.shape[2]} tokens at once do not fit: {self.n_seen} have been seen and the cache keeps "
@@ -168,18 +168,17 @@ class StreamingLayer(CacheLayerMixin):
         end = start + key_states.shape[2]
         first_key = 0 if start <= layout.capacity else start - layout.config.window_size
         stored = [slice(s.slot, s.slot + s.length) for s in layout.segments(range(first_key, start))]
-        keys = torch.cat([*(self.keys[:, :, s] for s in stored), key_states], dim=2)
-        values = torch.cat([*(self.values[:, :, s] for s in stored), value_states], dim=2)
+        previous = tuple(torch.cat([x[:, :, s] for s in stored], dim=2) for x in (self.keys, self.values) if stored)
 
         self.reserve(layout.capacity)
         for tokens in layout.survivors(start, end):
             self._store(layout.segments(tokens), key_states, value_states, start)
         self._keep_sinks()
         self.n_seen = end
-        keys.streaming_plan = self._plan(first_key, start)
-        return keys, values
+        key_states.streaming_plan = self._plan(first_key, start, previous)
+        return key_states, value_states
 
-    def _plan(self, first_key: int, first_query: int) -> BlockPlan:
+    def _plan(self, first_key: int, first_query: int, previous: tuple[Tensor, ...] = ()) -> BlockPlan:
         moves = self.n_seen > self.layout.capacity and self.layout.config.n_sink > 0
         return BlockPlan(
             self.layout,
@@ -188,6 +187,7 @@ class StreamingLayer(CacheLayerMixin):
             first_query,
             self._keep_sinks() if moves else None,
             self.values[:, :, : self.layout.config.n_sink] if moves else None,
+            previous,
         )
 
     def get_seq_length(self) -> int:

@@ -21,10 +21,13 @@ class BlockPlan:
     Args:
         layout: the stream's layout.
         rotation: the turns of the stream's sinks.
-        first_key: token number of the first key; keys and values are consecutive tokens from there on.
+        first_key: token number of the first key; keys and values are consecutive tokens from there on, first those
+            of ``previous``, then those that ``update`` returned.
         first_query: token number of the first query.
         sink_keys, sink_values: ``[batch, num_kv_heads, n_sink, head_dim]``, the keys as first rotated; ``None``
             where no query is far enough into the stream to see a sink at other than its true distance.
+        previous: keys and values ``[batch, num_kv_heads, n, head_dim]`` of tokens before what ``update`` returned;
+            empty where that returned all of them.
         consumed: set by the attention function, so that a plan that nobody reads is noticed.
     """
 
@@ -34,6 +37,7 @@ class BlockPlan:
     first_query: int
     sink_keys: Tensor | None
     sink_values: Tensor | None
+    previous: tuple[Tensor, ...] = ()
     consumed: bool = False
 
 
@@ -51,7 +55,7 @@ class SinkRotation:
         self.exact_angles = False
         self._on_device: dict[torch.device, Rotary] = {}
         self._last: dict[tuple[torch.device, torch.dtype], tuple[tuple[int, int, bool], Tensor, Tensor]] = {}
-        self._last_turns: tuple[tuple[int, int, torch.device], Tensor, Tensor] | None = None
+        self._turns: dict[tuple[int, int, torch.device, bool], tuple[Tensor, Tensor]] = {}
 
     def on(self, device: torch.device) -> Rotary:
         """The rotation with its frequencies on ``device``."""
@@ -72,16 +76,26 @@ class SinkRotation:
             last = self._last[device, dtype] = (key, cos.to(dtype), sin.to(dtype))
         return last[1], last[2]
 
-    def turns(self, first: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, each ``[count, rotary_dim]`` in float64, of turns by ``first``, ``first - 1``, ...
+    def turns(self, first: int, count: int, device: torch.device, paired: bool = False) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of turns by ``first``, ``first - 1``, ..., computed once for all layers.
 
         They bring the queries of a block to where the sinks in their first rotation see them.
+
+        Returns:
+            Two tensors ``[count, rotary_dim]`` in float64, or if ``paired`` ``[count, rotary_dim / 2]`` in float32,
+            contiguous, with one angle for each pair of dimensions.
         """
-        key = (first, count, device)
-        if self._last_turns is None or self._last_turns[0] != key:
-            positions = torch.arange(first, first - count, -1, device=device)
-            self._last_turns = (key, *self.on(device).cos_sin(positions))
-        return self._last_turns[1:]
+        key = (first, count, device, paired)
+        if key not in self._turns:
+            angles = torch.arange(first, first - count, -1, device=device)
+            turns = self.on(device).cos_sin(angles)
+            if paired:
+                one_of_each = slice(None, None, 2) if self.rotary.interleaved else slice(self.rotary.rotary_dim // 2)
+                turns = tuple(x[:, one_of_each].float().contiguous() for x in turns)
+            while len(self._turns) > 1:  # a block needs two at most: the queries that see the one before, and the rest
+                del self._turns[next(iter(self._turns))]
+            self._turns[key] = turns
+        return self._turns[key]
 
 
 def sink_rotations(rotaries: Iterable[Rotary]) -> list[SinkRotation]:

@@ -19,16 +19,11 @@ CONFIGS = [
     triton.Config({"BLOCK_R": rows, "BLOCK_K": columns}, num_warps=warps)
     for rows, columns, warps in (
         (1, 2048, 4),
+        (2, 512, 2),
         (2, 1024, 4),
         (2, 2048, 4),
-        (2, 512, 2),
-        (4, 512, 4),
-        (4, 1024, 4),
-        (4, 1024, 8),
         (8, 512, 4),
-        (8, 1024, 8),
         (16, 256, 4),
-        (16, 512, 8),
     )
 ]
 """Rows and columns of a tile, and warps, that are tried for each shape, once in a process."""
