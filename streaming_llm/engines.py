@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .cache_layer import StreamingLayer
 from .families import rotary_from_model
@@ -304,17 +304,20 @@ class FusedEngine(GraphEngine):
     Args:
         attention: ``sdpa``: the SDPA kernel that is allowed, for a full cache (eager until then); ``triton``: this
             library's kernel, for a cache filled to any degree.
-        fork: run attention and MLP on two streams.
+        fork: run attention and MLP on two streams. Pays where attention leaves most of the device idle, as PyTorch's
+            kernels do with one query; this library's kernel is better off in one chain with programmatic dependent
+            launch. Chosen so when ``None``.
     """
 
     name = "fused"
 
     def __init__(
-        self, model: nn.Module, cache: StreamingKVCache, attention: str = "sdpa", fork: bool = True, pdl: bool = True
+        self, model: nn.Module, cache: StreamingKVCache, attention: str = "sdpa", fork: bool | None = None
     ) -> None:
         self._module = require_fused(model)
         super().__init__(model, cache)
-        self.attention, self.fork, self.pdl = attention, fork, pdl
+        self.attention = attention
+        self.fork = attention == "sdpa" if fork is None else fork
 
     def _ready(self) -> bool:
         layer = self.cache.layers[0]
@@ -327,7 +330,6 @@ class FusedEngine(GraphEngine):
             rotary_from_model(self.model),
             own_attention=self.attention == "triton",
             fork=self.fork,
-            pdl=self.pdl,
         )
         return self._forward
 
@@ -336,14 +338,15 @@ class FusedEngine(GraphEngine):
         self._forward.load(layer.n_seen, layer.position_offset)
 
 
-class DeviceLayer:
+class DeviceLayer(CacheLayerMixin):
     """A full layer of a stream for single tokens whose slot and position only the device knows."""
 
     is_compileable = False
     is_sliding = False
-    is_initialized = True
 
     def __init__(self, layer: StreamingLayer, cache: DeviceCache) -> None:
+        super().__init__()
+        self.is_initialized = True
         self.layer, self.cache = layer, cache
         self.keys, self.values = layer.keys, layer.values
         self.n_sink = layer.layout.config.n_sink
@@ -351,6 +354,9 @@ class DeviceLayer:
         rotated = self.keys[:, :, : self.n_sink, : self.rotary.rotary_dim]
         self.turned = torch.zeros_like(rotated, dtype=compute_dtype(self.keys.dtype))
         self.quarter = torch.zeros_like(self.turned)
+
+    def lazy_initialization(self, *states: Tensor) -> None:
+        """Nothing to do: the ring is there."""
 
     def load(self) -> None:
         """Take the sinks as first rotated from the layer."""
@@ -374,6 +380,9 @@ class DeviceLayer:
         return self.layer.layout.capacity, 0
 
     def get_max_cache_shape(self) -> int:
+        return self.layer.layout.capacity
+
+    def get_max_length(self) -> int:
         return self.layer.layout.capacity
 
 

@@ -76,7 +76,7 @@ def new_cache(model: nn.Module, config: StreamingConfig) -> StreamingKVCache:
 def default_block_size(window_size: int, model: nn.Module) -> int:
     """Tokens to process at a time: enough to keep the device busy, a multiple of the window where that is larger."""
     weight = model.get_input_embeddings().weight
-    least = max(8192, (1 << 24) // weight.shape[1]) if weight.device.type == "cuda" else 512
+    least = max(16384, (1 << 24) // weight.shape[1]) if weight.device.type == "cuda" else 512
     return max(1, -(-least // window_size)) * window_size
 
 

@@ -220,9 +220,7 @@ def _ring_attention(
             peaks = tl.load(partial + part * width + DIM_P, exists, float("-inf"), cache_modifier=".cg")
             sums = tl.load(partial + part * width + DIM_P + 1, exists, 0.0, cache_modifier=".cg")
             share = tl.exp(peaks - tl.max(peaks, 0))
-            accs = tl.load(
-                partial + part[:, None] * width + dims[None, :], exists[:, None], 0.0, cache_modifier=".cg"
-            )
+            accs = tl.load(partial + part[:, None] * width + dims[None, :], exists[:, None], 0.0, cache_modifier=".cg")
             out = tl.sum(accs * share[:, None], 0) / tl.sum(sums * share, 0)
             tl.store(out_ptr + head * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), inside)
             tl.store(arrived_ptr + head, 0)

@@ -129,16 +129,16 @@ class StepForward:
         rotary: its rotation.
         own_attention: attention by :class:`RingAttention`, for a ring filled to any degree, instead of the SDPA kernel
             that is allowed, for a full ring.
-        fork: run the MLP beside the attention, on a second stream.
-        pdl: use programmatic dependent launch where it is available.
+        fork: run the MLP beside the attention, on a second stream; else everything in one chain, with programmatic
+            dependent launch where there is such a thing.
     """
 
     def __init__(
-        self, model: nn.Module, cache: StreamingKVCache, rotary: Rotary, *, own_attention: bool, fork: bool, pdl: bool
+        self, model: nn.Module, cache: StreamingKVCache, rotary: Rotary, *, own_attention: bool, fork: bool
     ) -> None:
         self.model, self.layers, self.own_attention = model, list(model.gpt_neox.layers), own_attention
         self.caches, device = cache.layers, model.device
-        self.pdl = pdl and not fork and pdl_available(device)
+        self.pdl = not fork and pdl_available(device)
         config, dtype = model.config, model.dtype
         batch, hidden = self.caches[0].batch_size, config.hidden_size
         self.num_heads, self.head_dim = config.num_attention_heads, hidden // config.num_attention_heads
@@ -176,7 +176,7 @@ class StepForward:
             x, add = step(index, x, add)
         head, norm = self.model.get_output_embeddings(), self.model.gpt_neox.final_layer_norm
         if tokens.shape[0] == 1:
-            norm_gemv(x[0], (norm, head, self.logits[0], False), pdl=self.pdl)
+            norm_gemv(x[0], (norm, head, self.logits[0], False), alone=True, pdl=self.pdl)
         else:
             torch.mm(sum_and_norms(x, add, (norm,))[1][0], head.weight.T, out=self.logits)
         return self.logits
@@ -198,7 +198,7 @@ class StepForward:
         to_qkv = (layer.input_layernorm, attention.query_key_value, self.qkv.view(-1), False)
         to_inner = (layer.post_attention_layernorm, mlp.dense_h_to_4h, self.inner[0], True)
         if self.side is None:
-            norm_gemv(x[0], to_qkv, to_inner, pdl=self.pdl)
+            norm_gemv(x[0], to_qkv, to_inner, alone=True, pdl=self.pdl)
             attended = self._attend(index, self.qkv)
             outputs = (attention.dense, attended[0]), (mlp.dense_4h_to_h, self.inner[0])
             gemv_sum(*outputs, y[0], residual=x[0], pdl=self.pdl)
