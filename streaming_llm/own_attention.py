@@ -204,11 +204,24 @@ def uses_attention_functions(model: nn.Module) -> bool:
     return hasattr(family_of(model.config).load_module(), "ALL_ATTENTION_FUNCTIONS")
 
 
+def _forwards(model: nn.Module) -> list[tuple[nn.Module, str, Callable]]:
+    """The forward for each attention layer, as ``(layer, attribute, value)``."""
+    model_type = model.config.model_type
+    if model_type not in OWN_ATTENTION:
+        raise ValueError(f"model type {model_type!r} can stream under Transformers 5.0 and later only")
+    forward = OWN_ATTENTION[model_type](model)
+    return [
+        # accelerate keeps the forward that its hooks call under another name
+        (layer, "_old_forward" if "_old_forward" in layer.__dict__ else "forward", functools.partial(forward, layer))
+        for layer in _own_layers(model)
+    ]
+
+
 @contextmanager
 def own_attention_replaced(model: nn.Module, refuse_padding: Callable[[Tensor | None], None]) -> Iterator[None]:
     """The model's attention layers go through the attention function that its configuration names, until leaving.
 
-    Nothing is done to a model whose file does so anyway.
+    The layers of a model whose file does so anyway stay; masks that a model makes itself are not made.
 
     Args:
         refuse_padding: called with the two-dimensional mask of a forward, where a model makes its masks itself.
@@ -216,24 +229,9 @@ def own_attention_replaced(model: nn.Module, refuse_padding: Callable[[Tensor | 
     Raises:
         ValueError: the layers of this family cannot be replaced under the installed Transformers.
     """
-    if uses_attention_functions(model):
-        yield
-        return
-    model_type = model.config.model_type
-    if model_type not in OWN_ATTENTION:
-        raise ValueError(f"model type {model_type!r} can stream under Transformers 5.0 and later only")
-    forward = OWN_ATTENTION[model_type](model)
+    replacements = [] if uses_attention_functions(model) else _forwards(model)
     with ExitStack() as stack:
-        replacements = [
-            # accelerate keeps the forward that its hooks call under another name
-            (
-                layer,
-                "_old_forward" if "_old_forward" in layer.__dict__ else "forward",
-                functools.partial(forward, layer),
-            )
-            for layer in _own_layers(model)
-        ]
-        replacements += [
+        replacements += [  # a file may go through the functions and make its own mask still
             (module, "_update_causal_mask", _no_mask_at_all(refuse_padding))
             for module in model.modules()
             if hasattr(type(module), "_update_causal_mask")
