@@ -123,9 +123,15 @@ def _continued_band(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, 
     window = plan.layout.config.window_size
     early = [torch.cat((x[:, :, -window:], new[:, :, :window]), dim=2)
              for x, new in zip(plan.previous, (key, value), strict=True)]  # fmt: skip
-    first = _streaming_band(query[:, :, :window], *early, plan, plan.first_query, scale, "flash", None)
-    rest = _streaming_band(query[:, :, window:], key, value, plan, plan.first_query + window, scale, "flash", None)
-    return torch.cat((first, rest), dim=2)
+    batch, num_heads, q_len, head_dim = query.shape
+    out = query.new_empty((batch, q_len, num_heads, head_dim))
+    for part, of_part in ((slice(window), early), (slice(window, None), (key, value))):
+        first_query = plan.first_query + (part.start or 0)
+        given = query[:, :, part], *of_part, plan, first_query, scale, "flash", None
+        found = _streaming_band(*given, out=out[:, part])
+        if found.data_ptr() != out[:, part].data_ptr():  # there was nothing to merge
+            out[:, part] = found.transpose(1, 2)
+    return out.transpose(1, 2)
 
 
 def repeat_heads(query: Tensor, x: Tensor, kernel: str) -> Tensor:
@@ -220,8 +226,12 @@ def _streaming_band(
     scale: float,
     kernel: str,
     softcap: float | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Attention of queries that are all past the cache size; keys begin ``W`` tokens before the first of them."""
+    """Attention of queries that are all past the cache size; keys begin ``W`` tokens before the first of them.
+
+    ``out`` ``[batch, q_len, num_heads, head_dim]`` is where to write the result, if sinks are merged by a kernel.
+    """
     config = plan.layout.config
     if not config.n_sink:
         if kernel == "math":
@@ -232,12 +242,12 @@ def _streaming_band(
     turns = (config.cache_size - first_query, query.shape[2], query.device)
     if kernel == "math":
         return band_math(query, rotate(query, *rotation.turns(*turns), rotary), key, value, plan, scale, softcap)
-    out, lse = _band_fused(query, key, value, config.window_size, scale, kernel)
+    found, lse = _band_fused(query, key, value, config.window_size, scale, kernel)
     if rotary.rotary_dim and triton_kernels is not None and triton_kernels.available(query):
         cos, sin = rotation.turns(*turns, paired=True)
         sinks = (plan.sink_keys, plan.sink_values)
-        return triton_kernels.merge_sinks(query, out, lse, cos, sin, *sinks, scale, rotary.interleaved)
-    return _merge_sinks(out, lse, rotate(query, *rotation.turns(*turns), rotary), plan, scale)
+        return triton_kernels.merge_sinks(query, found, lse, cos, sin, *sinks, scale, rotary.interleaved, out)
+    return _merge_sinks(found, lse, rotate(query, *rotation.turns(*turns), rotary), plan, scale)
 
 
 def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scale: float) -> Tensor:

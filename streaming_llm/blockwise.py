@@ -8,6 +8,7 @@ gives the logits of the token-by-token loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -79,12 +80,31 @@ def _require_ids(ids: Tensor) -> None:
         raise ValueError(f"input_ids must be integer token ids [batch, length], got {ids.dtype} {list(ids.shape)}")
 
 
+@contextmanager
+def _beside(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+    """Copies made inside wait only for each other, not for the kernels that a CUDA ``device`` has been given."""
+    if device.type != "cuda":
+        yield None
+        return
+    if device not in _COPIES:
+        _COPIES[device] = torch.cuda.Stream(device)
+    with torch.cuda.stream(_COPIES[device]):
+        yield _COPIES[device]
+
+
+_COPIES: dict[torch.device, torch.cuda.Stream] = {}
+
+
 def _to_device(ids: Tensor, device: torch.device) -> Tensor:
     """Ids as int64 on ``device``, without waiting for what runs there."""
-    ids = ids.to(torch.int64)
-    if device.type == "cuda" and ids.device.type == "cpu":
-        ids = ids.pin_memory()
-    return ids.to(device, non_blocking=True)
+    if ids.device == device or device.type != "cuda":
+        return ids.to(device, torch.int64)
+    main = torch.cuda.current_stream(device)
+    with _beside(device) as stream:
+        ids = ids.to(device, torch.int64)
+    main.wait_stream(stream)
+    ids.record_stream(main)
+    return ids
 
 
 class BlockScorer:
@@ -185,32 +205,31 @@ def score_stream(
 
 
 class _Collector:
-    """Gathers blocks on the device of the ids, one block late, so that a copy waits for nothing."""
+    """Gathers blocks on the device of the ids, one block late, so that a copy waits for nothing but its own block."""
 
     def __init__(self, keep_hidden: bool) -> None:
         self.keep_hidden = keep_hidden
         self.home = torch.device("cpu")
-        self._pending: tuple[torch.cuda.Event, tuple[Tensor, ...]] | None = None
+        self._pending: tuple[tuple[Tensor, ...], torch.cuda.Event | None] | None = None
         self._done: list[tuple[Tensor, ...]] = []
 
     def _flush(self) -> None:
-        if self._pending is not None:
-            event, pinned = self._pending
-            event.synchronize()
-            self._done.append(tuple(x.clone() for x in pinned))  # pinned memory is scarce
-            self._pending = None
+        if self._pending is None:
+            return
+        block, ready = self._pending
+        with _beside(block[0].device) as stream:
+            if stream is not None:
+                stream.wait_event(ready)
+            self._done.append(tuple(x.to(self.home) for x in block))
+        self._pending = None
 
     def __call__(self, start: int, nll: Tensor, hidden: Tensor) -> None:
-        block = (nll.float(), hidden) if self.keep_hidden else (nll.float(),)
         self._flush()
-        if nll.device.type != "cuda" or self.home.type != "cpu":
-            self._done.append(tuple(x.to(self.home) for x in block))
-            return
-        # Copied behind this block's kernels and before those of the next one, and waited for while that one runs.
-        pinned = tuple(torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in block)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(nll.device))
-        self._pending = event, pinned
+        on_cuda = nll.device.type == "cuda" and self.home.type == "cpu"
+        block = (nll.float(), hidden) if self.keep_hidden else (nll.float(),)
+        self._pending = block, torch.cuda.current_stream(nll.device).record_event() if on_cuda else None
+        if not on_cuda:
+            self._flush()
 
     def result(self) -> Tensor | tuple[Tensor, Tensor]:
         self._flush()

@@ -12,7 +12,7 @@ from torch import Tensor
 def _merge_sinks(
     q_ptr, out_ptr, lse_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, result_ptr,
     q_len, num_heads, groups, scale,
-    q_b, q_h, q_m, out_b, out_h, out_m, k_b, k_h, k_s, v_b, v_h, v_s,
+    result_b, q_b, q_h, q_m, out_b, out_h, out_m, k_b, k_h, k_s, v_b, v_h, v_s,
     N_SINK: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
     HALF_P: tl.constexpr, PASS_P: tl.constexpr, DIM_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def _merge_sinks(
         largest = new_largest
 
     # [batch, q_len, num_heads, head_dim]
-    result = result_ptr + ((batch * q_len + rows[:, None]) * num_heads + head) * HEAD_DIM
+    result = result_ptr + batch * result_b + (rows[:, None] * num_heads + head) * HEAD_DIM
     tl.store(
         result + dims[None, :], (acc / total[:, None]).to(result_ptr.dtype.element_ty), in_rows & in_dims[None, :]
     )
@@ -73,6 +73,7 @@ def merge_sinks(
     sink_values: Tensor,
     scale: float,
     interleaved: bool,
+    result: Tensor | None = None,
 ) -> Tensor:
     """Turn the query, score the sinks and add them to the attention over the window, reading everything once.
 
@@ -83,18 +84,20 @@ def merge_sinks(
         sink_keys, sink_values: ``[batch, num_kv_heads, n_sink, head_dim]``.
         scale: factor on the scores.
         interleaved: rotation pairs neighbours instead of halves.
+        result: where to write, ``[batch, q_len, num_heads, head_dim]``, the last three dimensions contiguous.
 
     Returns:
         ``[batch, num_heads, q_len, head_dim]`` like ``out``, a view of ``[batch, q_len, num_heads, head_dim]``.
     """
     batch, num_heads, q_len, head_dim = query.shape
     half = cos.shape[1]
-    result = out.new_empty((batch, q_len, num_heads, head_dim))
+    if result is None:
+        result = out.new_empty((batch, q_len, num_heads, head_dim))
     block = 32
     _merge_sinks[(triton.cdiv(q_len, block), batch * num_heads)](
         query, out, lse, cos, sin, sink_keys, sink_values, result,
         q_len, num_heads, num_heads // sink_keys.shape[1], scale,
-        *query.stride()[:3], *out.stride()[:3], *sink_keys.stride()[:3], *sink_values.stride()[:3],
+        result.stride(0), *query.stride()[:3], *out.stride()[:3], *sink_keys.stride()[:3], *sink_values.stride()[:3],
         N_SINK=sink_keys.shape[2], HALF=half, HEAD_DIM=head_dim, INTERLEAVED=interleaved,
         HALF_P=triton.next_power_of_2(half), PASS_P=triton.next_power_of_2(max(1, head_dim - 2 * half)),
         DIM_P=triton.next_power_of_2(head_dim), BLOCK=block,

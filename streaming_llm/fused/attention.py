@@ -118,19 +118,22 @@ def _rotate_and_store(
     N_SINK: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_input(PDL)
-    head = tl.program_id(0).to(tl.int64)  # of batch * num_heads
+    head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)  # of batch * num_heads; the token or a sink
     dims = tl.arange(0, DIM_P)
     inside = dims < HEAD_DIM
-    qkv = qkv_ptr + head * 3 * HEAD_DIM
-    slot = tl.load(counters_ptr + 3)
     dtype = k_ptr.dtype.element_ty
-    tl.store(q_ptr + head * HEAD_DIM + dims, _turn(qkv, dims, angles_ptr, HALF, HEAD_DIM).to(dtype), inside)
-    key = _turn(qkv + HEAD_DIM, dims, angles_ptr, HALF, HEAD_DIM)
     ring = head * capacity * HEAD_DIM
-    tl.store(k_ptr + ring + slot * HEAD_DIM + dims, key.to(dtype), inside)
-    value = tl.load(qkv + 2 * HEAD_DIM + dims, inside, 0.0)
-    tl.store(v_ptr + ring + slot * HEAD_DIM + dims, value.to(dtype), inside)
-    for sink in tl.static_range(N_SINK):
+    if part == 0:
+        qkv = qkv_ptr + head * 3 * HEAD_DIM
+        slot = tl.load(counters_ptr + 3)
+        query = _turn(qkv, dims, angles_ptr, HALF, HEAD_DIM)
+        tl.store(q_ptr + head * HEAD_DIM + dims, query.to(dtype), inside)
+        key = _turn(qkv + HEAD_DIM, dims, angles_ptr, HALF, HEAD_DIM)
+        tl.store(k_ptr + ring + slot * HEAD_DIM + dims, key.to(dtype), inside)
+        value = tl.load(qkv + 2 * HEAD_DIM + dims, inside, 0.0)
+        tl.store(v_ptr + ring + slot * HEAD_DIM + dims, value.to(dtype), inside)
+    else:
+        sink = part - 1
         moved = _turn(sinks_ptr + (head * N_SINK + sink) * HEAD_DIM, dims, angles_ptr + 4 * HALF, HALF, HEAD_DIM)
         tl.store(k_ptr + ring + sink * HEAD_DIM + dims, moved.to(dtype), inside & (dims < 2 * HALF))
 
@@ -149,10 +152,10 @@ def rotate_and_store(
         sinks: the sinks' keys as first rotated, ``[batch, num_heads, n_sink, head_dim]``.
     """
     batch, num_heads, capacity, head_dim = keys.shape
-    _rotate_and_store[(batch * num_heads,)](
+    _rotate_and_store[(batch * num_heads, 1 + state.layout.config.n_sink)](
         qkv, q, keys, values, sinks, state.counters, state.angles, num_heads, capacity,
         N_SINK=state.layout.config.n_sink, HALF=state.half, HEAD_DIM=head_dim,
-        DIM_P=triton.next_power_of_2(head_dim), PDL=pdl, num_warps=2, **({"launch_pdl": True} if pdl else {}),
+        DIM_P=triton.next_power_of_2(head_dim), PDL=pdl, num_warps=1, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 

@@ -8,8 +8,6 @@ With programmatic dependent launch that first tile is requested before the kerne
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -17,14 +15,10 @@ from torch import Tensor
 
 from .launch import wait_for_input
 
-TILE_OF_NORM = {"BLOCK_R": 16, "BLOCK_K": 256, "num_warps": 8}
-TILE_OF_SHORT_NORM = {"BLOCK_R": 8, "BLOCK_K": 512, "num_warps": 4}
+TILE_OF_NORM = {"BLOCK_R": 4, "BLOCK_K": 512, "num_warps": 2}
 TILE_OF_SUM = {"BLOCK_R": 2, "BLOCK_K": 512, "num_warps": 2}
-STREAMED = {"BLOCK_R": 2, "STAGES": 3, "num_warps": 4}
-"""Rows and columns of a tile, and warps: the fastest of a dozen on an H200 for the sizes of Pythia-70m to 6.9b."""
-
-STREAMED_PER_SM = 4
-"""Programs of the streamed kernel on each multiprocessor."""
+"""Rows and columns of a tile, and warps: the fastest, or within 4% of it, of a dozen tried on an H200 for the sizes of
+Pythia-70m, 2.8b and 6.9b."""
 
 
 @triton.jit
@@ -93,88 +87,26 @@ def _norm_gemv(
         )
 
 
-@triton.jit
-def _stream_rows(
-    x, columns, inside, program, programs, w_ptr, bias_ptr, y_ptr,
-    N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
-    BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Every ``programs``-th block of whole rows, the next ones on their way while one is summed."""
-    for block in tl.range(program, (N + BLOCK_R - 1) // BLOCK_R, programs, num_stages=STAGES):
-        rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
-        in_rows = rows < N
-        tile = tl.load(
-            w_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :], in_rows[:, None] & inside[None, :], 0.0
-        )
-        y = tl.sum(tile.to(tl.float32) * x[None, :], 1)
-        if BIAS:
-            y += tl.load(bias_ptr + rows, in_rows, 0.0).to(tl.float32)
-        if GELU:
-            y = gelu(y)
-        tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), in_rows)
-
-
-@triton.jit
-def _affine(x, columns, inside, w_ptr, b_ptr):
-    w = tl.load(w_ptr + columns, inside, 0.0).to(tl.float32)
-    return x * w + tl.load(b_ptr + columns, inside, 0.0).to(tl.float32)
-
-
-@triton.jit
-def _streamed_norm_gemv(
-    x_ptr, norm1_w, norm1_b, w1, bias1, y1, norm2_w, norm2_b, w2, bias2, y2, eps,
-    N1: tl.constexpr, N2: tl.constexpr, K: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
-    GELU1: tl.constexpr, GELU2: tl.constexpr, PDL: tl.constexpr, K_P: tl.constexpr,
-    BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    columns = tl.arange(0, K_P)
-    inside = columns < K
-    wait_for_input(PDL)
-    x = tl.load(x_ptr + columns, inside, 0.0)
-    x = tl.where(inside, x - tl.sum(x, 0) / K, 0.0)
-    x = x / tl.sqrt(tl.sum(x * x, 0) / K + eps)
-    first = _affine(x, columns, inside, norm1_w, norm1_b)
-    _stream_rows(first, columns, inside, program, programs, w1, bias1, y1, N1, K, BIAS1, GELU1, BLOCK_R, STAGES)
-    if N2 > 0:
-        second = _affine(x, columns, inside, norm2_w, norm2_b)
-        _stream_rows(second, columns, inside, program, programs, w2, bias2, y2, N2, K, BIAS2, GELU2, BLOCK_R, STAGES)
-
-
-def norm_gemv(x: Tensor, first: tuple, second: tuple | None = None, *, alone: bool = False, pdl: bool = False) -> None:
+def norm_gemv(x: Tensor, first: tuple, second: tuple | None = None, *, pdl: bool = False) -> None:
     """``y = act(linear(layer_norm(x)))`` for one matrix or for two over the same input, in one launch.
 
     Args:
         x: ``[K]``, float32.
         first, second: ``(norm, linear, y, with_gelu)``: an ``nn.LayerNorm``, an ``nn.Linear`` of ``K`` columns, the
             output ``[rows]`` of any floating dtype, and whether GELU follows.
-        alone: nothing runs beside it, so that a few programs may keep the device for themselves.
         pdl: launched with programmatic dependence on the kernel in front.
     """
     norm1, linear1, y1, gelu1 = first
     norm2, linear2, y2, gelu2 = (norm1, None, y1, False) if second is None else second
-    k, n1, n2 = x.shape[0], linear1.weight.shape[0], 0 if linear2 is None else linear2.weight.shape[0]
+    n1, n2 = linear1.weight.shape[0], 0 if linear2 is None else linear2.weight.shape[0]
     linear2 = linear1 if linear2 is None else linear2
-    arguments = (
+    rows = TILE_OF_NORM["BLOCK_R"]
+    _norm_gemv[(triton.cdiv(n1, rows) + triton.cdiv(n2, rows),)](
         x, norm1.weight, norm1.bias, linear1.weight, _or(linear1.bias, x), y1,
         norm2.weight, norm2.bias, linear2.weight, _or(linear2.bias, x), y2, norm1.eps,
+        N1=n1, N2=n2, K=x.shape[0], BIAS1=linear1.bias is not None, BIAS2=linear2.bias is not None,
+        GELU1=gelu1, GELU2=gelu2, PDL=pdl, **TILE_OF_NORM, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    constants = {
-        "N1": n1, "N2": n2, "K": k, "BIAS1": linear1.bias is not None, "BIAS2": linear2.bias is not None,
-        "GELU1": gelu1, "GELU2": gelu2, "PDL": pdl, **({"launch_pdl": True} if pdl else {}),
-    }  # fmt: skip
-    programs = STREAMED_PER_SM * _multiprocessors(x.device)
-    if alone and k <= 8192 and (n1 + n2) // STREAMED["BLOCK_R"] >= 8 * programs:
-        _streamed_norm_gemv[(programs,)](*arguments, **constants, K_P=triton.next_power_of_2(k), **STREAMED)
-        return
-    tile = TILE_OF_SHORT_NORM if k <= 1024 and n1 + n2 < 16384 else TILE_OF_NORM
-    blocks = triton.cdiv(n1, tile["BLOCK_R"]) + triton.cdiv(n2, tile["BLOCK_R"])
-    _norm_gemv[(blocks,)](*arguments, **constants, **tile)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _or(bias: Tensor | None, other: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ class StepForward:
             x, add = step(index, x, add)
         head, norm = self.model.get_output_embeddings(), self.model.gpt_neox.final_layer_norm
         if tokens.shape[0] == 1:
-            norm_gemv(x[0], (norm, head, self.logits[0], False), alone=True, pdl=self.pdl)
+            norm_gemv(x[0], (norm, head, self.logits[0], False), pdl=self.pdl)
         else:
             torch.mm(sum_and_norms(x, add, (norm,))[1][0], head.weight.T, out=self.logits)
         return self.logits
@@ -198,7 +198,7 @@ class StepForward:
         to_qkv = (layer.input_layernorm, attention.query_key_value, self.qkv.view(-1), False)
         to_inner = (layer.post_attention_layernorm, mlp.dense_h_to_4h, self.inner[0], True)
         if self.side is None:
-            norm_gemv(x[0], to_qkv, to_inner, alone=True, pdl=self.pdl)
+            norm_gemv(x[0], to_qkv, to_inner, pdl=self.pdl)
             attended = self._attend(index, self.qkv)
             outputs = (attention.dense, attended[0]), (mlp.dense_4h_to_h, self.inner[0])
             gemv_sum(*outputs, y[0], residual=x[0], pdl=self.pdl)
