@@ -1,0 +1,285 @@
+"""Checks of the fused kernels, one by one, against PyTorch in float64; `test_fused_kernels.py` runs them in a process
+of their own, in Triton's interpreter on a CPU or compiled on a CUDA device.
+
+`TRITON_INTERPRET=1 python -m pytest tests/kernel_checks.py` runs them by hand.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from reference import rotated
+
+from streaming_llm.config import StreamingConfig
+from streaming_llm.fused import attention, elementwise, gemv
+from streaming_llm.positions import StreamLayout
+from streaming_llm.rope_utils import Rotary
+
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+HIDDEN = 72
+SCALE = 0.3
+
+
+@triton.jit
+def _count(out_ptr, n):
+    total = 0
+    for _ in range(0, n, 2):
+        total += 1
+    tl.store(out_ptr, total)
+
+
+@pytest.fixture
+def loops() -> None:
+    """For kernels that loop as often as an argument says: some interpreters cannot, with the NumPy that is there."""
+    out = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    try:
+        _count[(1,)](out, 5)
+    except Exception as error:  # as this Triton wraps it
+        if "0-dimensional arrays can be converted" not in str(error):
+            raise
+        pytest.skip(f"this Triton's interpreter and this NumPy do not go together: {error}")
+    assert out.item() == 3
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+TILES = [(4, 32), (1, 128)]
+"""Rows and columns: one that divides no size, one that holds a whole row."""
+
+
+@pytest.fixture(params=TILES, ids=str)
+def tiles(request, monkeypatch) -> None:
+    """Every kernel with a small tile in place of its own."""
+    rows, columns = request.param
+    for name in [name for name in vars(gemv) if name.startswith("TILE_OF_")]:
+        monkeypatch.setitem(getattr(gemv, name), "BLOCK_R", rows)
+        monkeypatch.setitem(getattr(gemv, name), "BLOCK_K", columns)
+
+
+def linear(columns: int, rows: int, bias: bool = True) -> torch.nn.Linear:
+    return torch.nn.Linear(columns, rows, bias=bias, device=DEVICE)
+
+
+def norm(hidden: int = HIDDEN) -> torch.nn.LayerNorm:
+    layer = torch.nn.LayerNorm(hidden, device=DEVICE)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    return layer
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def exact(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer or a norm in float64."""
+    weight, bias = (None if p is None else p.double() for p in (module.weight, module.bias))
+    if isinstance(module, torch.nn.Linear):
+        return F.linear(x.double(), weight, bias)
+    return F.layer_norm(x.double(), module.normalized_shape, weight, bias, module.eps)
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
+    assert got.isfinite().all()
+    assert (got.double() - expected.double()).abs().max() < tolerance
+
+
+# ------------------------------------------------------------------------------------------- matrix-vector products
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("gelu", [(False, True), (True, False)])
+def test_norm_and_two_matrices(gelu):
+    x, norms, layers = randn(HIDDEN) * 3 + 1, (norm(), norm()), (linear(HIDDEN, 54), linear(HIDDEN, 33, bias=False))
+    outs = [torch.full((layer.out_features,), torch.nan, device=DEVICE) for layer in layers]
+    gemv.norm_gemv(x, *zip(norms, layers, outs, gelu, strict=True))
+    for first, layer, out, with_gelu in zip(norms, layers, outs, gelu, strict=True):
+        expected = exact(layer, exact(first, x))
+        close(out, F.gelu(expected) if with_gelu else expected)
+
+
+@pytest.mark.usefixtures("tiles")
+def test_norm_and_one_matrix():
+    x, first, layer, out = randn(HIDDEN), norm(), linear(HIDDEN, 54), randn(54, dtype=torch.float16)
+    gemv.norm_gemv(x, (first, layer, out, False))
+    close(out, exact(layer, exact(first, x)), 1e-2)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("two", [True, False])
+@pytest.mark.parametrize("residuals", [0, 1, 2])
+def test_sum_of_products(two, residuals):
+    pairs = [(linear(40, 54), randn(40)), (linear(HIDDEN, 54, bias=residuals == 1), randn(HIDDEN))]
+    added, out = [randn(54) for _ in range(residuals)], torch.full((54,), torch.nan, device=DEVICE)
+    gemv.gemv_sum(pairs[0], pairs[1] if two else None, out, *added)
+    used = pairs if two else pairs[:1]
+    close(out, sum(exact(layer, x) for layer, x in used) + sum(x.double() for x in added))
+
+
+# ------------------------------------------------------------------------------------------------------ elementwise
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("adds", [True, False])
+def test_sum_and_norms(count, adds):
+    x, norms = randn(3, 5, HIDDEN), tuple(norm() for _ in range(count))
+    add = (randn(3, 5, HIDDEN), randn(3, 5, HIDDEN)) if adds else None
+    total = x.double() + sum(y.double() for y in add or ())
+    new_x, outs = elementwise.sum_and_norms(x, add, norms)
+    close(new_x, total)
+    assert len(outs) == count
+    for layer, out in zip(norms, outs, strict=True):
+        close(out, exact(layer, total))
+
+
+def test_gelu():
+    x = randn(1000) * 4
+    close(elementwise.gelu_(x.clone()), F.gelu(x.double()), 1e-6)
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("vocab", [101, 5000])
+def test_cross_entropy(vocab):
+    logits = randn(7, vocab) * 5
+    targets = torch.randint(vocab, (7,), device=DEVICE)
+    expected = F.cross_entropy(logits.double(), targets, reduction="none")
+    close(elementwise.cross_entropy(logits, targets), expected)
+
+
+def frequencies(rotary_dim: int) -> torch.Tensor:
+    return torch.logspace(0, -3, rotary_dim // 2, dtype=torch.float64, device=DEVICE)
+
+
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(20, 6), (16, 16)])
+def test_queries_and_keys_are_rotated_in_place(head_dim, rotary_dim):
+    qkv, positions, inv_freq = (
+        randn(2, 9, 3, 3 * head_dim),
+        torch.arange(5, 14, device=DEVICE),
+        frequencies(rotary_dim),
+    )
+    by_head = qkv.transpose(1, 2).double().split(head_dim, dim=-1)
+    turned = [*(rotated(x, positions, inv_freq) for x in by_head[:2]), by_head[2]]
+    angles = positions.double()[:, None] * inv_freq
+    elementwise.rotate_qk_(qkv, angles.cos().float(), angles.sin().float())
+    close(qkv.transpose(1, 2), torch.cat(turned, dim=-1))
+
+
+# -------------------------------------------------------------------------------------------- attention over a ring
+
+
+class Ring:
+    """A stream of random tokens, and what the cache holds of it before token ``now``."""
+
+    def __init__(self, sizes: tuple[int, ...], now: int, offset: int, dtype: torch.dtype) -> None:
+        self.head_dim, rotary_dim, self.heads, self.batch, self.n_sink, self.window = sizes
+        self.now, self.offset, self.dtype = now, offset, dtype
+        self.layout = StreamLayout(StreamingConfig(self.n_sink, self.window))
+        self.inv_freq = frequencies(rotary_dim)
+        self.state = attention.RingState(self.layout, Rotary(self.inv_freq), DEVICE)
+        self.state.set(now, offset)
+        self.qkv = randn(self.batch, self.heads, now + 1, 3 * self.head_dim, dtype=dtype)
+        _, keys, self.stream_values = self.qkv.split(self.head_dim, dim=-1)
+        positions = torch.arange(now + 1, device=DEVICE) + offset
+        self.stream_keys = rotated(keys.double(), positions, self.inv_freq).to(dtype)
+        ring = self.batch, self.heads, self.layout.capacity, self.head_dim
+        self.keys, self.values = (torch.full(ring, 9.0, dtype=dtype, device=DEVICE) for _ in range(2))
+        for token in range(now):  # later tokens overwrite earlier ones
+            self.keys[:, :, self.slot(token)] = self.stream_keys[:, :, token]
+            self.values[:, :, self.slot(token)] = self.stream_values[:, :, token]
+
+    def slot(self, token: int) -> int:
+        return token if token < self.n_sink else self.n_sink + (token - self.n_sink) % (self.window + 1)
+
+    @property
+    def last(self) -> torch.Tensor:
+        """What the projection gives for the token at hand."""
+        return self.qkv[:, :, -1].contiguous()
+
+    def attended(self) -> torch.Tensor:
+        """From the definition, in float64: ``[batch, heads, head_dim]``."""
+        query = self.qkv[:, :, -1:, : self.head_dim].double()
+        in_cache = min(self.now, self.n_sink + self.window)
+        by_distance, to_sinks = (
+            (rotated(query, torch.tensor([at], device=DEVICE), self.inv_freq) * self.stream_keys.double()).sum(-1)
+            for at in (self.now + self.offset, in_cache + self.offset)
+        )
+        token = torch.arange(self.now + 1, device=DEVICE)
+        is_sink = token < self.n_sink
+        scores = torch.where(is_sink, to_sinks, by_distance) * SCALE
+        scores = scores.masked_fill(~is_sink & (token < self.now - self.window), -torch.inf)
+        return (scores.softmax(-1).unsqueeze(-1) * self.stream_values.double()).sum(2)
+
+
+def begin(ring: Ring) -> None:
+    """Run the kernel that opens a step, and check what it leaves."""
+    table, tokens = randn(11, HIDDEN, dtype=ring.dtype), torch.randint(11, (ring.batch,), device=DEVICE)
+    x = torch.full((ring.batch, HIDDEN), torch.nan, device=DEVICE)
+    attention.begin_step(tokens, table, x, ring.state)
+    assert torch.equal(x, table[tokens].float())
+    assert ring.state.counters.tolist() == [ring.now + 1, ring.offset, ring.now, ring.slot(ring.now)]
+
+
+# head_dim, rotary_dim, heads, batch, n_sink, window_size
+SIZES = [(20, 6, 4, 2, 4, 21), (16, 16, 3, 1, 0, 40), (80, 20, 2, 1, 3, 70)]
+MOMENTS = {
+    "first": lambda s, w: 0,
+    "among the sinks": lambda s, w: s // 2,
+    "one to go": lambda s, w: s + w - 1,
+    "full": lambda s, w: s + w,
+    "evicting": lambda s, w: s + w + 1,
+    "turned": lambda s, w: 3 * (s + w + 1) + 2,
+}
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_ring_attention(monkeypatch, sizes, moment, offset):
+    monkeypatch.setattr(attention.RingAttention, "BLOCK", 16)
+    ring = Ring(sizes, moment(*sizes[-2:]), offset, torch.float32)
+    begin(ring)
+    attend = attention.RingAttention(ring.keys, ring.state, SCALE)
+    assert attend.splits > 1
+    for _ in range(2):  # nothing is left over from a call to the next
+        out = torch.full((ring.batch, ring.heads, ring.head_dim), torch.nan, device=DEVICE)
+        attend(ring.last, ring.keys, ring.values, out)
+        close(out, ring.attended())
+    slot = ring.slot(ring.now)
+    close(ring.keys[:, :, slot], ring.stream_keys[:, :, -1])
+    assert torch.equal(ring.values[:, :, slot], ring.stream_values[:, :, -1])
+
+
+@pytest.mark.usefixtures("loops")
+def test_ring_attention_by_one_program_in_half_precision():
+    ring = Ring(SIZES[0], 60, 0, torch.float16)
+    begin(ring)
+    attend = attention.RingAttention(ring.keys, ring.state, SCALE)
+    assert attend.splits == 1
+    out = randn(ring.batch, ring.heads, ring.head_dim, dtype=torch.float16)
+    attend(ring.last.float(), ring.keys, ring.values, out)
+    close(out, ring.attended(), 5e-3)
+
+
+@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize("moment", ["full", "evicting", "turned"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_full_ring_is_made_ready_for_pytorch_s_attention(sizes, moment, offset):
+    ring = Ring(sizes, MOMENTS[moment](*sizes[-2:]), offset, torch.float32)
+    begin(ring)
+    sinks = ring.keys[:, :, : ring.n_sink].contiguous()
+    query = torch.full((ring.batch, ring.heads, 1, ring.head_dim), torch.nan, device=DEVICE)
+    for _ in range(2):
+        attention.rotate_and_store(ring.last, query, ring.keys, ring.values, sinks, ring.state)
+        out = F.scaled_dot_product_attention(query.double(), ring.keys.double(), ring.values.double(), scale=SCALE)
+        close(out[:, :, 0], ring.attended())

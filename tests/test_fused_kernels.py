@@ -1,0 +1,33 @@
+"""The fused kernels, each against PyTorch in float64: interpreted on a CPU, compiled on a CUDA device.
+
+Triton takes the choice between the two when it is imported, so `kernel_checks.py` runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+CHECKS = Path(__file__).with_name("kernel_checks.py")
+COMPILED = pytest.param(
+    "0",
+    id="compiled",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+
+
+@pytest.mark.parametrize("interpret", [pytest.param("1", id="interpreted"), COMPILED])
+def test_each_kernel_is_exact(interpret):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)]
+    environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=CHECKS.parents[1], env=environment, capture_output=True, text=True, timeout=300)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
