@@ -24,6 +24,7 @@ from experiments.kvpress_support import (
 )
 from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
 from streaming_llm.attention import maskless_attention
+from streaming_llm.families import text_config
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Method(ABC):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes by which one more kept token lets the held keys and values grow."""
+        """Bytes by which one more kept token lets the held keys and values grow; known once some are held."""
         return 0
 
     @property
@@ -252,7 +253,6 @@ class Streaming(Method):
 
     def _attach(self, stack: ExitStack) -> None:
         self._decoder = stack.enter_context(StreamingDecoder(self.model, **self._decoder_options()))
-        self._token_nbytes = kv_token_nbytes(self.model)
 
     def _decoder_options(self) -> dict:
         sizes = {"n_sink": self.stream.n_sink, "window_size": self.stream.window_size}
@@ -281,7 +281,8 @@ class Streaming(Method):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return self._token_nbytes
+        held = self._decoder.cache
+        return held.nbytes // max(1, held.layers[0].n_stored)
 
     def score(self, ids: Tensor) -> Tensor:
         blocks = "fused" if self.settings.engine == "fused" else "eager"  # blocks have no graph
@@ -301,14 +302,8 @@ class Window(Streaming):
 
 def head_dim(config) -> int:
     """Size of an attention head, which not every configuration states."""
+    config = text_config(config)
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def kv_token_nbytes(model) -> int:
-    """Bytes of the keys and values of one token, in all layers, in the model's dtype."""
-    config = model.config
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * kv_heads * head_dim(config) * model.dtype.itemsize
 
 
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Baseline, Streaming, KVPress, Window, Dense)}

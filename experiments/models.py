@@ -10,7 +10,7 @@ import torch
 
 from experiments.config import DEMO_MODEL, SetupError, unknown_name
 from experiments.hub import ask_hub
-from streaming_llm.families import family_of
+from streaming_llm.families import family_of, text_config
 
 DEMO_FOLDER = Path(__file__).resolve().parent / "assets" / "demo_model"
 RANDOM_PREFIX = "random:"
@@ -70,7 +70,11 @@ class LoadedModel:
     @property
     def context_length(self) -> int:
         """Tokens of context that the model was made for; 2,048 where its configuration does not say."""
-        return getattr(self.model.config, "max_position_embeddings", None) or 2048
+        return getattr(text_config(self.model.config), "max_position_embeddings", None) or 2048
+
+    @property
+    def vocab_size(self) -> int:
+        return text_config(self.model.config).vocab_size
 
 
 def find_model(name: str, seed: int = 0) -> ModelSource:
@@ -145,7 +149,11 @@ def _from_pretrained(name, where, dtype, device, **options) -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         with _no_loading_bar():
             model, report = AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **options
+                where,
+                dtype=dtype,
+                attn_implementation=_attention(model_config),
+                output_loading_info=True,
+                **options,
             )
     except Exception as error:  # a file is missing, or is not what it should be: each reader has its own errors
         raise SetupError(f"model {name!r} could not be loaded: {_first_line(error)}") from None
@@ -153,6 +161,17 @@ def _from_pretrained(name, where, dtype, device, **options) -> LoadedModel:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise SetupError(f"model {name!r} could not be loaded: weights are missing ({missing}, ...)")
     return LoadedModel(model.to(device).eval().requires_grad_(False), tokenizer)
+
+
+def _attention(model_config) -> str:
+    """SDPA where Transformers has it for this model, else the attention that its file writes out.
+
+    The latter is given a kernel, or refused one, by `wrap_attention`: GPT-J goes through SDPA once wrapped, and what
+    Gemma 2 soft-caps is math.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]._supports_sdpa else "eager"
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from experiments.memory import MemoryFigure, PeakMemory
 from experiments.methods import Method
 from experiments.progress import LossDisplay
 from streaming_llm.attention import maskless_attention
+from streaming_llm.families import text_config
 
 _LOGITS_NBYTES = 512 * 2**20  # float32 logits of the prompt that are held at a time
 _CAPTURING_STEPS = 4  # within which an engine that captures or compiles has done so
@@ -237,7 +238,7 @@ def prompt_losses(model, ids: Tensor) -> Tensor:
     """
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     n_losses = ids.shape[1] - 1
-    part = max(1, _LOGITS_NBYTES // (model.config.vocab_size * dtype.itemsize))
+    part = max(1, _LOGITS_NBYTES // (text_config(model.config).vocab_size * dtype.itemsize))
     losses = torch.empty(n_losses, dtype=dtype, device=ids.device)
     with maskless_attention(model):
         for positions in torch.arange(n_losses, device=ids.device).split(part):

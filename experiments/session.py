@@ -138,7 +138,7 @@ class ModelSession:
         """The first `limit` tokens of a text."""
         if (key, limit) not in self._streams:
             text, tokenizer = self.texts[key], self.loaded.tokenizer
-            vocab_size = self.model.config.vocab_size
+            vocab_size = self.loaded.vocab_size
             if tokenizer is None:
                 ids = random_tokens(text, vocab_size, limit, self.config.seed)
             elif text.text is None:

@@ -89,20 +89,28 @@ def wrap_attention(model: nn.Module, backend: str) -> int:
 
     Args:
         model: a Transformers model of a family in ``recognition.ATTENTION_CLASSES``, with ``sdpa`` attention
-            (GPT-J has none, and is given it).
+            (GPT-J has none, and is given it). Where scores are soft-capped (Gemma 2), ``eager`` too, and ``math``
+            is the only backend: no SDPA kernel caps scores, so that they have to be written out.
         backend: see ``sdpa.ATTN_BACKENDS``; not ``auto`` (``sdpa.resolve_attn_backend`` resolves that).
 
     Returns:
         The number of layers wrapped.
 
     Raises:
-        ValueError: unknown backend or model family, or attention that does not go through SDPA.
+        ValueError: unknown backend or model family, attention that does not go through SDPA, or scores that the
+            backend does not soft-cap.
     """
     require_backend(backend)
     layers = attention_layers(model)
     implementation = getattr(model.config, "_attn_implementation", None) or ""
     written_out = all(is_written_out(getattr(layer, "wrapped", layer)) for _, _, layer in layers)
-    if not implementation.endswith("sdpa") and not written_out:
+    cap = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    if cap is not None and backend != "math":
+        raise ValueError(
+            f"the model soft-caps its attention scores (at {cap}), which the kernel of backend {backend!r} does not: "
+            "use math, which writes them out"
+        )
+    if not implementation.endswith("sdpa") and not written_out and cap is None:
         raise ValueError(
             f"the model's attention implementation is {implementation!r}, which takes no SDPA kernel: "
             "load it with attn_implementation='sdpa'"

@@ -29,7 +29,7 @@ from personal_adapters.sdpa import resolve_attn_backend, select_dtype
 from streaming_llm import StreamingConfig, score_stream
 from streaming_llm.attention import maskless_attention
 from streaming_llm.blockwise import token_nll
-from streaming_llm.families import rotary_from_model
+from streaming_llm.families import rotary_from_model, text_config
 from streaming_llm.forwards import resolve_block_engine
 from streaming_llm.fused import require_fused
 
@@ -72,7 +72,7 @@ def peak_memory_mb(call: Callable[[], object], device: torch.device) -> float | 
 
 def measure(model, arguments: argparse.Namespace, stream: StreamingConfig) -> dict:
     """Tokens per second of both, medians of interleaved repeats, for one model."""
-    device, vocab = model.device, model.config.vocab_size
+    device, vocab = model.device, text_config(model.config).vocab_size
     ids = torch.randint(vocab, (1, arguments.tokens), generator=torch.Generator().manual_seed(arguments.seed))
     size, engine = arguments.block_size, resolve_block_engine(model, arguments.engine)
 

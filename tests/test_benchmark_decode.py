@@ -22,7 +22,7 @@ from decode_benchmark import contenders, measuring, overhead, runner  # isort: s
 from decode_benchmark.command_line import CONTENDER_NAMES  # isort: skip
 from decode_benchmark.contenders import CONTENDERS, ConstantDense, Contender, Decoder  # isort: skip
 from decode_benchmark.figure import figures  # isort: skip
-from decode_benchmark.floor import copy_bytes_per_sec, step_nbytes, weight_nbytes  # isort: skip
+from decode_benchmark.floor import copy_bytes_per_sec, kv_token_nbytes, step_nbytes, weight_nbytes  # isort: skip
 from decode_benchmark.measuring import Bench, Timing  # isort: skip
 from decode_benchmark.plan import Cell, Plan, in_turns  # isort: skip
 
@@ -130,7 +130,8 @@ def test_floor_counts_what_a_step_reads():
     everything = sum(p.numel() for p in model.parameters())
     assert weight_nbytes(model) == 4 * (everything - vocab * hidden)
     per_token = 2 * layers * hidden * 4
-    assert step_nbytes(model, 20, 3) == weight_nbytes(model) + 3 * 21 * per_token
+    assert kv_token_nbytes(model) == per_token
+    assert step_nbytes(1000, per_token, 20, 3) == 1000 + 3 * 21 * per_token
     tied = make_neox(tie_word_embeddings=True)
     tied.tie_weights()
     assert weight_nbytes(tied) == 4 * (everything - vocab * hidden)  # the one table is read as the output layer

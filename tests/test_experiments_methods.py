@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_ids, make_neox
 from evaluation_support import no_collection  # noqa: F401 - a fixture
+from family_models import VOCAB, make_family
 from reference import reference_logits
 
 from experiments import perplexity as perplexity_module
@@ -223,6 +224,13 @@ def test_the_running_perplexity_is_that_of_the_losses_so_far():
         display.step(nll[:n])
     assert [steps for steps, _ in shown] == [32, 32]
     assert shown[1][1] == pytest.approx(math.exp(nll[:64].mean()))
+
+
+@pytest.mark.parametrize("case", ["falcon", "falcon-new"])
+def test_a_token_takes_as_many_bytes_in_a_stream_as_in_a_dense_cache(case):
+    model, ids = make_family(case), make_ids(N) % VOCAB
+    results = [compute_perplexity(model, ids, METHODS[name](model, settings())) for name in ("streaming", "dense")]
+    assert results[0].kv_bytes_per_token == results[1].kv_bytes_per_token > 0
 
 
 def test_held_bytes_are_those_of_keys_and_values():

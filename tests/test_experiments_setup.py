@@ -8,10 +8,12 @@ import json
 import pytest
 import torch
 from evaluation_support import END, TEXT, make_model_folder, make_text, make_tokenizer
+from family_models import POSITIONS, VOCAB, make_family, takes_sdpa
 
 from experiments.config import ExperimentConfig, SetupError, settings_for, window_ladder
 from experiments.models import RANDOM_SIZES, find_model, random_model
 from experiments.texts import Text, load_texts, random_tokens, tokenise
+from personal_adapters.neox_flash import wrap_attention
 
 CPU = torch.device("cpu")
 
@@ -87,6 +89,16 @@ def test_a_folder_is_loaded_with_its_tokenizer_and_known_by_its_weights(tmp_path
     assert loaded.context_length == 64
     assert loaded.tokenizer("ab").input_ids[0] == 0
     assert (one.slug, one.weights) == ("one", "trained")
+
+
+@pytest.mark.parametrize("case", ["gptj", "gemma2"])
+def test_a_family_without_sdpa_is_loaded_with_the_attention_that_it_has(tmp_path, case):
+    folder = make_model_folder(tmp_path / case)  # for its tokenizer
+    make_family(case).save_pretrained(folder)
+    loaded = find_model(str(folder)).load(torch.float32, CPU)
+    assert loaded.model.config._attn_implementation == ("sdpa" if takes_sdpa(case) else "eager")
+    assert (loaded.vocab_size, loaded.context_length) == (VOCAB, POSITIONS)
+    assert wrap_attention(loaded.model, "math") == 2
 
 
 def test_random_weights_are_a_function_of_the_seed():

@@ -10,9 +10,9 @@ import statistics
 import time
 
 import torch
+from transformers import DynamicCache
 
 from experiments.device import synchronise
-from experiments.methods import kv_token_nbytes
 
 _COPIES = 10
 _CUDA_NBYTES, _CPU_NBYTES = 2**30, 2**28
@@ -26,9 +26,24 @@ def weight_nbytes(model) -> int:
     return total if tied else total - table.numel() * table.element_size()
 
 
-def step_nbytes(model, cache_size: int, batch_size: int) -> int:
-    """Bytes that a step reads: weights, and the keys and values of a full cache and the new token."""
-    return weight_nbytes(model) + batch_size * (cache_size + 1) * kv_token_nbytes(model)
+@torch.inference_mode()
+def kv_token_nbytes(model) -> int:
+    """Bytes of the keys and values of one token in all layers, as the model hands them to a cache.
+
+    Configurations do not say: Falcon stores its shared heads once or repeated, by version.
+    """
+    cache = DynamicCache(config=model.config)
+    model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache, use_cache=True)
+    return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def step_nbytes(weights: int, token: int, cache_size: int, batch_size: int) -> int:
+    """Bytes that a step reads: weights, and the keys and values of a full cache and the new token.
+
+    Args:
+        weights, token: bytes, see :func:`weight_nbytes` and :func:`kv_token_nbytes`.
+    """
+    return weights + batch_size * (cache_size + 1) * token
 
 
 def copy_bytes_per_sec(device: torch.device, repeats: int = 5) -> float:

@@ -15,6 +15,7 @@ from experiments.memory import PeakMemory
 from experiments.methods import Method, MethodSettings
 from personal_adapters.neox_flash import wrap_attention
 from personal_adapters.sdpa import ATTN_BACKENDS
+from streaming_llm.families import text_config
 
 CHECKED_STEPS = 8
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -139,7 +140,9 @@ class Bench:
         count = max(self.timing.steps, self.timing.warmup, CHECKED_STEPS)
         generator = torch.Generator().manual_seed(self.timing.seed)
         shape = (cell.batch_size, cell.length + count)
-        return torch.randint(self.model.config.vocab_size, shape, generator=generator).to(self.model.device)
+        return torch.randint(text_config(self.model.config).vocab_size, shape, generator=generator).to(
+            self.model.device
+        )
 
     # --- the check -------------------------------------------------------------------------------------------
 

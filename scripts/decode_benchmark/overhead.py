@@ -23,6 +23,7 @@ from decode_benchmark.contenders import ConstantDense
 from experiments.device import synchronise
 from experiments.methods import MethodSettings, Streaming
 from personal_adapters.neox_flash import wrap_attention
+from streaming_llm.families import text_config
 
 _WARM_UP = 10
 
@@ -70,7 +71,9 @@ _STEPS: dict[str, type] = {"decoder": Streaming, "forward": ReadyForward, "dynam
 def measure_overhead(model, settings: MethodSettings, backend: str, rounds: int, seed: int = 0) -> dict:
     """Medians over `rounds` turns of one step each, in milliseconds, and the decoder's overhead in per cent."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(model.config.vocab_size, (1, settings.cache_size), generator=generator).to(model.device)
+    ids = torch.randint(text_config(model.config).vocab_size, (1, settings.cache_size), generator=generator).to(
+        model.device
+    )
     with ExitStack() as stack:
         steps: dict[str, Callable[[Tensor], Tensor]] = {}
         for name, method_class in _STEPS.items():

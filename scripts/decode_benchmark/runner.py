@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from decode_benchmark.contenders import CONTENDERS, PEER
-from decode_benchmark.floor import copy_bytes_per_sec, step_nbytes, weight_nbytes
+from decode_benchmark.floor import copy_bytes_per_sec, kv_token_nbytes, step_nbytes, weight_nbytes
 from decode_benchmark.measuring import Bench, Timing
 from decode_benchmark.overhead import measure_overhead
 from decode_benchmark.plan import DECODE, Cell, Plan, in_turns
 from decode_benchmark.results import FIGURE, ResultFile
-from experiments.methods import MethodSettings, kv_token_nbytes
+from experiments.methods import MethodSettings
 from experiments.model_run import describe
 from experiments.models import ModelSource
 
@@ -123,7 +123,9 @@ class DecodeBenchmark:
             return
         for run in runs:
             if cell.kind == DECODE:
-                run["step_nbytes"] = step_nbytes(bench.model, cell.cache_size, cell.batch_size)
+                noted = self.file.models[cell.model]
+                nbytes = (noted["weight_bytes_per_step"], noted["kv_bytes_per_token"])
+                run["step_nbytes"] = step_nbytes(*nbytes, cell.cache_size, cell.batch_size)
                 run["copy_bytes_per_sec"] = copy_speed
             self.file.add(cell, run)
             self.say(f"{cell}: {run[FIGURE[cell.kind]]:.3f} ms")

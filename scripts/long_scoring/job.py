@@ -153,7 +153,7 @@ def _stream(
     options: argparse.Namespace, loaded: LoadedModel, corpus: Corpus | None
 ) -> tuple[TokenStream | RandomStream, list[int]]:
     if corpus is None:
-        return RandomStream(loaded.model.config.vocab_size, options.max_tokens, options.seed), []
+        return RandomStream(loaded.vocab_size, options.max_tokens, options.seed), []
     tokenizer = DocumentTokenizer(loaded.tokenizer)
     if options.fresh_tail is not None and tokenizer.start is None:
         raise SetupError("--fresh-tail: the tokenizer has no token that a fresh stream could begin with")

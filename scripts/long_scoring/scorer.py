@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from streaming_llm import StreamingKVCache
 from streaming_llm.blockwise import BlockScorer
+from streaming_llm.families import text_config
 from streaming_llm.stream_state import StreamState
 
 
@@ -41,7 +42,7 @@ class StreamScorer:
             the model's device, float32 (float64 for a float64 model).
         """
         largest = int(block.max())
-        if largest >= self._scorer.model.config.vocab_size:
+        if largest >= text_config(self._scorer.model.config).vocab_size:
             raise ScoringError(f"token id {largest} is outside the model's vocabulary")
         nll, _ = self._scorer.score(block)
         self.n_seen += block.shape[1]
