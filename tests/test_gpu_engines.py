@@ -1,0 +1,402 @@
+"""Every engine and backend on a CUDA device against float64: exact, for as long as one likes, and in constant memory.
+
+One small model in three dtypes serves all tests, since each new shape costs the compilation of some kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_ids, make_neox
+from family_models import VOCAB, available, make_family
+from family_reference import family_reference_logits
+from reference import reference_logits
+
+from personal_adapters.neox_flash import wrap_attention
+from personal_adapters.sdpa import check_backend_available
+from streaming_llm import StreamingDecoder, score_stream
+from streaming_llm.engines import best_engine
+from streaming_llm.forwards import resolve_block_engine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DEVICE = "cuda"
+S, W = 4, 60
+LENGTH = 300  # the ring turns more than four times
+MANY = 10_000
+HALF = [torch.bfloat16, torch.float16]
+BACKENDS = ["math", "flash", "cudnn"]
+SIZES = {"hidden_size": 160, "intermediate_size": 320, "num_hidden_layers": 3}  # heads of 40, of which 20 rotate
+
+VARIANTS = {
+    "eager": {"engine": "eager"},
+    "graph": {"engine": "graph"},
+    "fused": {"engine": "fused"},
+    "fused-triton": {"engine": "fused", "attention": "triton"},
+}
+"""Arguments of StreamingDecoder."""
+RECORDED = list(VARIANTS)[1:]
+
+
+@functools.cache
+def exact_model(dtype: torch.dtype):
+    """The float64 twin, on the CPU, of the model in ``dtype``."""
+    exact = make_neox(torch.float64, **SIZES)
+    exact.load_state_dict(make_neox(dtype, **SIZES).state_dict())
+    return exact
+
+
+@functools.cache
+def _model(dtype: torch.dtype):
+    model = make_neox(dtype, **SIZES)
+    model.gpt_neox.rotary_emb = make_neox(**SIZES).gpt_neox.rotary_emb  # float32 frequencies, as when loaded
+    return model.to(DEVICE)
+
+
+def model_with(dtype: torch.dtype, backend: str = "math"):
+    """The model in ``dtype``; tests share it."""
+    model = _model(dtype)
+    wrap_attention(model, backend)
+    return model
+
+
+@functools.cache
+def exact_logits(dtype: torch.dtype, batch: int, n_sink: int) -> torch.Tensor:
+    return reference_logits(exact_model(dtype), make_ids(LENGTH, batch), n_sink, W)
+
+
+@functools.cache
+def exact_losses(dtype: torch.dtype, length: int = MANY) -> torch.Tensor:
+    """Losses of tokens 1 to ``length - 1`` in float64, block-parallel on the CPU."""
+    return score_stream(exact_model(dtype), make_ids(length), S, W)[0]
+
+
+def backends(dtype: torch.dtype) -> list[str]:
+    return [name for name in BACKENDS if check_backend_available(name, dtype, DEVICE, head_dim=40)]
+
+
+def decoder_of(model, variant: str, n_sink: int = S) -> StreamingDecoder:
+    return StreamingDecoder(model, n_sink, W, **VARIANTS[variant])
+
+
+def stepped(decoder: StreamingDecoder, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits ``[batch, length - prompt + 1, vocab]``: after the prompt, and after each token that follows it."""
+    ids = ids.to(DEVICE)
+    logits = [decoder.prefill(ids[:, :prompt]), *(decoder.step(token) for token in ids[:, prompt:].unbind(1))]
+    return torch.stack(logits, dim=1).cpu()
+
+
+def far(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item()
+
+
+def mean_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.double() - b.double()).abs().mean().item()
+
+
+# ------------------------------------------------------------------------------------------------- against float64
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("batch", "n_sink", "prompt"), [(1, 4, 2), (1, 0, 30), (3, 4, 30), (3, 0, 100), (8, 4, 100)]
+)  # prompts shorter than the sinks, than the cache, and longer
+def test_float32_is_exact(variant, batch, n_sink, prompt):
+    with decoder_of(model_with(torch.float32), variant, n_sink) as decoder:
+        logits = stepped(decoder, make_ids(LENGTH, batch), prompt)
+        assert decoder.engine == VARIANTS[variant]["engine"]
+        assert (decoder.compile_sec > 0) == (variant in RECORDED)
+        assert decoder.cache.get_seq_length() == LENGTH
+    assert far(logits, exact_logits(torch.float32, batch, n_sink)[:, prompt - 1 :]) < 1e-4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_costs_no_more_than_the_plain_call_with_math(dtype, batch):
+    ids, exact, errors = make_ids(LENGTH, batch), exact_logits(dtype, batch, S)[:, 9:], {}
+    for backend in backends(dtype):
+        for variant in VARIANTS:
+            with decoder_of(model_with(dtype, backend), variant) as decoder:
+                errors[variant, backend] = mean_error(stepped(decoder, ids, 10), exact)
+    assert ("fused", "flash") in errors
+    assert max(errors.values()) < 1.1 * errors["eager", "math"], errors
+
+
+def test_our_attention_is_recorded_from_the_first_token_and_others_when_the_cache_is_full():
+    ids, counts = make_ids(S + W + 1).to(DEVICE), {}
+    for variant in RECORDED:
+        with decoder_of(model_with(torch.float32), variant) as decoder:
+            for count, token in enumerate(ids.unbind(1)):
+                decoder.step(token)
+                if decoder.compile_sec and variant not in counts:
+                    counts[variant] = count
+    assert counts == {"graph": S + W, "fused": S + W, "fused-triton": 1}  # the very first makes the cache
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ten_thousand_steps_in_float32(variant):
+    ids = make_ids(MANY).to(DEVICE)
+    with decoder_of(model_with(torch.float32), variant) as decoder:
+        decoder.prefill(ids[:, :30])
+        losses = decoder.score(ids[:, 30:])[0].cpu()
+    assert far(losses, exact_losses(torch.float32)[29:]) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_ten_thousand_steps_in_half_precision(dtype):
+    """Rounding does not add up: the last thousand tokens are no further off than the plain call's first ones."""
+    ids, exact, errors = make_ids(MANY).to(DEVICE), exact_losses(dtype)[29:], {}
+    for variant, n in (("eager", 2000), *((name, MANY) for name in RECORDED)):
+        with decoder_of(model_with(dtype, "math" if variant == "eager" else "flash"), variant) as decoder:
+            decoder.prefill(ids[:, :30])
+            losses = decoder.score(ids[:, 30:n])[0].cpu()
+        errors[variant] = mean_error(losses, exact[: n - 30]), mean_error(losses[-1000:], exact[n - 1030 : n - 30])
+    for variant in RECORDED:
+        assert max(errors[variant]) < 1.1 * max(errors["eager"]), errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(("batch", "block_size"), [(1, None), (2, 100), (1, 37)])
+def test_blocks_of_fused_kernels(dtype, batch, block_size):
+    ids = make_ids(LENGTH, batch)
+    for n_sink in (4, 0):
+        exact = F.cross_entropy(exact_logits(dtype, batch, n_sink)[:, :-1].mT, ids[:, 1:], reduction="none")
+        errors = {}
+        for backend in backends(dtype):
+            model = model_with(dtype, backend)
+            assert resolve_block_engine(model) == "fused"
+            for engine in ("eager", "fused"):
+                nll = score_stream(model, ids, n_sink, W, block_size, engine=engine)
+                assert nll.device.type == "cpu"
+                errors[engine, backend] = mean_error(nll, exact)
+                assert far(nll, exact) < 1e-4 or dtype != torch.float32
+        assert max(errors.values()) < max(1.1 * errors["eager", "math"], 1e-6), errors
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3", "gptj", "falcon", "phi", "qwen3"])
+def test_other_families_are_recorded(case):
+    if not available(case):
+        pytest.skip("not in the installed Transformers")
+    model, ids = make_family(case), torch.randint(VOCAB, (2, 200), generator=torch.Generator().manual_seed(1))
+    exact = family_reference_logits(model, ids, 4, 48)[:, 29:]
+    model = model.to(DEVICE)
+    wrap_attention(model, "math")
+    assert best_engine(model) == "graph"
+    with StreamingDecoder(model, 4, 48, "auto") as decoder:
+        assert far(stepped(decoder, ids, 30), exact) < 1e-4
+        assert decoder.engine == "graph"
+        assert decoder.compile_sec > 0
+
+
+@pytest.mark.slow  # the compiler takes its time
+def test_the_compiled_graph_is_exact():
+    with StreamingDecoder(model_with(torch.float32), S, W, "graph", compile=True) as decoder:
+        logits = stepped(decoder, make_ids(LENGTH), 30)
+        assert decoder.engine == "graph+compile"
+    assert far(logits, exact_logits(torch.float32, 1, S)[:, 29:]) < 1e-4
+
+
+def test_the_fastest_engine_is_found():
+    assert best_engine(model_with(torch.bfloat16)) == "fused"
+    assert best_engine(make_neox(use_parallel_residual=False).to(DEVICE)) == "graph"
+
+
+# ------------------------------------------------------------------------------------------ recordings and the stream
+
+
+@pytest.mark.parametrize("variant", RECORDED)
+def test_a_second_stream_uses_the_recordings_of_the_first(variant):
+    ids = make_ids(LENGTH, 3).to(DEVICE)
+    with decoder_of(model_with(torch.float32), variant) as decoder:
+
+        def stream() -> tuple[torch.Tensor, ...]:
+            decoder.reset()
+            first = stepped(decoder, ids[:, :150], 20)
+            return first, decoder.score(ids[:, 150:]), decoder.generate(50, seed=0)
+
+        outputs, compile_sec = stream(), decoder.compile_sec
+        for _ in range(2):
+            for before, now in zip(outputs, stream(), strict=True):
+                assert torch.equal(before, now)
+        assert decoder.compile_sec == compile_sec > 0
+
+
+@pytest.mark.parametrize("variant", RECORDED)
+def test_blocks_and_steps_take_turns(variant):
+    ids, exact = make_ids(LENGTH, 3), exact_logits(torch.float32, 3, S)
+    on_device, compile_sec = ids.to(DEVICE), 0.0
+    with decoder_of(model_with(torch.float32), variant) as decoder:
+        decoder.prefill(on_device[:, :70])
+        for start in range(70, LENGTH - 46, 46):
+            for t in range(start, start + 23):
+                assert far(decoder.step(on_device[:, t]).cpu(), exact[:, t]) < 1e-4
+            compile_sec = compile_sec or decoder.compile_sec
+            block = on_device[:, start + 23 : start + 46]
+            assert far(decoder.prefill(block, block_size=11).cpu(), exact[:, start + 45]) < 1e-4
+            assert decoder.cache.get_seq_length() == start + 46
+        assert decoder.compile_sec == compile_sec > 0
+
+
+@pytest.mark.parametrize("filled", [30, 200])
+@pytest.mark.parametrize("variant", RECORDED)
+def test_far_into_a_stream(variant, filled):
+    ids, exact = make_ids(LENGTH).to(DEVICE), exact_logits(torch.float32, 1, S)
+    with decoder_of(model_with(torch.float32), variant) as decoder:
+        decoder.prefill(ids[:, : filled - 10])
+        for t in range(filled - 10, filled):
+            decoder.step(ids[:, t])
+        decoder.move_to(10_000_000)
+        logits = torch.stack([decoder.step(token) for token in ids[:, filled:].unbind(1)], dim=1).cpu()
+        assert decoder.cache.get_seq_length() == 10_000_000 + LENGTH - filled
+    assert far(logits, exact[:, filled:]) < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["graph", "fused"])
+def test_another_backend_is_recorded_anew(variant):
+    ids, outputs = make_ids(LENGTH).to(DEVICE), {}
+    with decoder_of(model_with(torch.bfloat16, "math"), variant) as decoder:
+        for backend in ("math", "flash", "math"):
+            wrap_attention(decoder.model, backend)
+            compile_sec = decoder.compile_sec
+            decoder.reset()
+            logits = stepped(decoder, ids, 100)
+            assert decoder.compile_sec > compile_sec
+            assert torch.equal(outputs.setdefault(backend, logits), logits)
+    assert not torch.equal(outputs["math"], outputs["flash"])
+    with decoder_of(model_with(torch.bfloat16, "flash"), variant) as fresh:
+        assert torch.equal(stepped(fresh, ids, 100), outputs["flash"])
+
+
+@pytest.mark.parametrize("variant", RECORDED)
+def test_another_batch_size_after_a_reset_and_none_before(variant):
+    with decoder_of(model_with(torch.float32), variant) as decoder:
+        for batch in (3, 1):
+            decoder.reset()
+            logits = stepped(decoder, make_ids(LENGTH, batch), 100)
+            assert far(logits, exact_logits(torch.float32, batch, S)[:, 99:]) < 1e-4
+        for call in (decoder.step, lambda ids: decoder.score(ids[:, None])):
+            with pytest.raises((ValueError, RuntimeError)):
+                call(torch.tensor([1, 2], device=DEVICE))
+        decoder.reset()
+        stepped(decoder, make_ids(LENGTH, 3), 100)
+        for call in (decoder.step, lambda ids: decoder.score(ids[:, None])):
+            with pytest.raises((ValueError, RuntimeError)):  # one token for three streams
+                call(torch.tensor([1], device=DEVICE))
+
+
+def test_two_decoders_of_one_model_take_turns():
+    ids, exact = make_ids(LENGTH).to(DEVICE), exact_logits(torch.float32, 1, S)
+    model = model_with(torch.float32)
+    with decoder_of(model, "fused") as one, decoder_of(model, "fused-triton") as other:
+        one.prefill(ids[:, :100])
+        other.prefill(ids[:, :80])
+        for t in range(100, 160):
+            first, second = one.step(ids[:, t]), other.step(ids[:, t - 20])
+            assert far(first[0].cpu(), exact[0, t]) < 1e-4
+            assert far(second[0].cpu(), exact[0, t - 20]) < 1e-4
+
+
+@pytest.mark.parametrize("variant", RECORDED)
+def test_a_stream_begun_in_inference_mode_goes_on_outside(variant):
+    ids, exact = make_ids(LENGTH).to(DEVICE), exact_logits(torch.float32, 1, S)
+    with decoder_of(model_with(torch.float32), variant) as decoder:
+        with torch.inference_mode():
+            decoder.prefill(ids[:, :100])
+            decoder.step(ids[:, 100])
+        for t in range(101, 130):
+            assert far(decoder.step(ids[:, t])[0].cpu(), exact[0, t]) < 1e-4
+
+
+# ----------------------------------------------------------------------------------------------- samples and memory
+
+
+@pytest.mark.parametrize("variant", RECORDED)
+def test_a_seed_gives_the_same_tokens_again(variant):
+    prompt = make_ids(100, 3).to(DEVICE)
+    with decoder_of(model_with(torch.float32), variant) as decoder:
+
+        def generated(*seeds: int | None, **controls) -> torch.Tensor:
+            decoder.reset()
+            decoder.prefill(prompt)
+            return torch.cat([decoder.generate(40, seed=seed, **controls) for seed in seeds], dim=1)
+
+        for controls in ({}, {"top_k": 5, "temperature": 0.8}, {"top_p": 0.7}):
+            first = generated(1, None, **controls)  # recorded here, replayed below
+            assert torch.equal(generated(1, None, **controls), first)
+            assert not torch.equal(generated(2, None, **controls), first)
+            assert not torch.equal(generated(1, 1, **controls), first)
+            assert first.unique().numel() > 5
+            assert not torch.equal(first[0], first[1])
+
+
+def test_greedy_tokens_are_those_of_every_engine():
+    prompt, tokens = make_ids(30, 3).to(DEVICE), {}
+    for variant in VARIANTS:
+        with decoder_of(model_with(torch.float32), variant) as decoder:
+            decoder.prefill(prompt)
+            tokens[variant] = decoder.generate(200, temperature=0)
+    for variant in RECORDED:
+        assert torch.equal(tokens[variant], tokens["eager"]), variant
+
+
+@pytest.mark.parametrize("variant", RECORDED)
+def test_what_is_drawn_in_a_recording_has_the_model_s_probabilities(variant):
+    model, prompt = model_with(torch.float32), make_ids(100, 8).to(DEVICE)
+    with decoder_of(model, variant) as decoder:
+        decoder.prefill(prompt)
+        free = decoder.generate(1500, seed=0)
+        few = decoder.generate(500, seed=0, top_k=3)
+    ids = torch.cat([prompt, free, few], dim=1)
+    _, hidden = score_stream(model, ids, S, W, engine="eager", return_hidden=True)
+    log_p = model.get_output_embeddings()(hidden[:, 99:-1].to(DEVICE)).double().log_softmax(-1)
+    drawn = log_p.gather(-1, ids[:, 100:, None])[..., 0]
+    surplus = drawn[:, :1500] + torch.special.entr(log_p[:, :1500].exp()).sum(-1)  # 0 on average
+    assert surplus.mean().abs() < 4.5 * surplus.std() / surplus.numel() ** 0.5
+    third = log_p[:, 1500:].topk(3).values[..., -1]
+    assert (drawn[:, 1500:] > third - 1e-3).all()
+    assert (drawn[:, 1500:] < log_p[:, 1500:].amax(-1) - 1e-3).any()
+
+
+@pytest.mark.parametrize("variant", RECORDED)
+def test_memory_is_constant_to_the_byte(variant):
+    ids = make_ids(1200).to(DEVICE)
+    with decoder_of(model_with(torch.bfloat16, "flash"), variant) as decoder:
+        decoder.prefill(ids[:, :100])
+
+        def use() -> int:
+            for token in ids[:, :200].unbind(1):
+                decoder.step(token)
+            decoder.score(ids)
+            decoder.generate(600, seed=0)
+            torch.cuda.synchronize()
+            return torch.cuda.memory_allocated()
+
+        use()
+        warm = use()
+        assert [use(), use()] == [warm, warm]  # 2,000 steps each
+
+
+@pytest.mark.parametrize("variant", RECORDED)
+def test_nothing_recorded_waits_for_the_device(variant):
+    ids = make_ids(400).to(DEVICE)
+    with decoder_of(model_with(torch.bfloat16, "flash"), variant) as decoder:
+        decoder.prefill(ids[:, :100])
+
+        def use() -> None:
+            for token in ids[:, :20].unbind(1):
+                decoder.step(token)
+            decoder.score(ids)
+            decoder.generate(50)
+
+        use()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            use()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
