@@ -21,6 +21,7 @@ from kvpress import DecodingPress, KeyRerotationPress, ScorerPress
 
 from experiments.kvpress_support import PRESSES
 from personal_adapters.neox_flash import NeoXFlashAttentionAdapter
+from streaming_llm.families import family_of, layer_windows, rotaries_from_model
 
 
 class _PartialKeyRerotationPress(KeyRerotationPress):
@@ -117,12 +118,29 @@ def build_press(name: str, cache_size: int, n_sink: int) -> DecodingPress:
     return DecodingPress(press, compression_interval=1, target_size=cache_size)
 
 
+def _not_rerotated(model) -> str | None:
+    """Why kvpress would re-rotate or keep other keys than the model's attention means; None if it does neither."""
+    family = family_of(model.config)
+    if not hasattr(model.base_model, "layers"):
+        return "it finds no layers under the names that it knows"
+    if family.interleaved:
+        return "it re-rotates halves of a head, and this family rotates pairs of neighbours"
+    if any(layer_windows(model.config)):
+        return "layers have sliding windows of their own, and its cache is cut by slot"
+    if len(set(map(id, rotaries_from_model(model)))) > 1:
+        return "it re-rotates the keys of all layers alike, and those of this model differ"
+    return None
+
+
 @contextmanager
 def attach(press: DecodingPress, model, press_name: str) -> Iterator[None]:
     """Within it, the model's forwards compress the cache that they are given. The model is restored on leaving.
 
     Raises ValueError where the press needs what the model's family does not have.
     """
+    reason = _not_rerotated(model)
+    if reason is not None:
+        raise ValueError(f"kvpress cannot run on {type(model).__name__} and be right: {reason}")
     view = _ModelView(model)
     attention = view.model.layers[0].self_attn
     if PRESSES[press_name].needs_queries and not (hasattr(attention, "q_proj") or hasattr(attention, "qkv_proj")):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import make_ids, make_neox
+from family_models import VOCAB, make_family
 
 from experiments import kvpress_support
 from experiments.kvpress_support import PRESSES, import_adapter, kvpress_unavailable
@@ -138,3 +139,20 @@ def test_absence_and_versions_are_told_from_metadata(monkeypatch):
     assert "5.17.0" in reason
     versions["kvpress"] = "0.4.0"
     assert "0.5 or newer" in kvpress_unavailable()
+
+
+@needs_kvpress
+@pytest.mark.parametrize("case", ["llama", "phi", "qwen3_moe"])
+def test_families_that_it_rerotates_rightly_give_what_the_stream_gives(case):
+    model, ids = make_family(case), make_ids(N) % VOCAB
+    assert (run(model, ids) - run(model, ids, method="streaming")).abs().max() < 2e-5
+
+
+@needs_kvpress
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [("glm", "pairs"), ("mistral", "sliding windows"), ("smollm3", "alike"), ("falcon", "no layers")],
+)
+def test_families_that_it_would_get_wrong_are_refused(case, reason):
+    with pytest.raises(ValueError, match=reason):
+        run(make_family(case), make_ids(N) % VOCAB)
