@@ -86,7 +86,7 @@ def _read(path: str | os.PathLike, with_tensors: bool) -> tuple[dict[str, str], 
 
 def _facts(path: str | os.PathLike, header: dict[str, str]) -> dict[str, Any]:
     kinds = {"model": dict, "n_sink": int, "window_size": int, "rotary": list, "rotary_of_layer": list}
-    kinds |= {"n_seen": int, "position_offset": int, "slots": list}
+    kinds |= {"n_seen": int, "position_offset": int, "slots": list, "dtype": str | None}
     try:
         facts = json.loads(header["facts"])
         broken = [name for name, kind in kinds.items() if not isinstance(facts[name], kind)]

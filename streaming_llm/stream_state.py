@@ -128,6 +128,9 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
         for name in MODEL_FACTS
         if name in there and name in here and there[name] != here[name]
     ]
+    for name in ("rotary_of_layer", "slots"):
+        if not found and len(theirs[name]) != len(ours["rotary_of_layer"]):
+            found.append(f"layers in {name}: {len(theirs[name])} there, {len(ours['rotary_of_layer'])} here")
     for name in ("n_sink", "window_size"):
         if theirs[name] != ours[name]:
             found.append(f"{name}: {theirs[name]} there, {ours[name]} here")

@@ -286,8 +286,13 @@ def rewrite(path: Path, drop: str | None = None, **header: str) -> None:
     save_file(tensors, path, {**metadata, **header})
 
 
+def changed_facts(path: Path, **changes) -> str:
+    with safe_open(path, "pt") as file:
+        return json.dumps(json.loads(file.metadata()["facts"]) | changes)
+
+
 def test_files_that_are_no_stream_or_not_whole(saved, tmp_path):
-    model, content = make_neox(), saved.read_bytes()
+    model, content, short = make_neox(), saved.read_bytes(), changed_facts(saved, slots=[17])
 
     def refused(message: str) -> None:
         with pytest.raises(ValueError, match=message) as caught:
@@ -305,6 +310,7 @@ def test_files_that_are_no_stream_or_not_whole(saved, tmp_path):
         ({"version": "99"}, "version 99"),
         ({"facts": "{"}, "not a whole"),
         ({"facts": "{}"}, "n"),
+        ({"facts": short}, "layers in slots: 1 there, 4 here"),
     ):
         saved.write_bytes(content)
         rewrite(saved, **header)
