@@ -197,6 +197,12 @@ def refuse_arguments(model: nn.Module, cache: Any, continues: bool, kwargs: dict
             "contrastive search (penalty_alpha) compares with the hidden states of all tokens, which a stream does "
             "not keep: choose another way of decoding"
         )
+    guidance = setting(model, kwargs, "guidance_scale")
+    if guidance is not None and guidance != 1:
+        raise ValueError(
+            f"guidance_scale={guidance} would run a second stream in an ordinary cache, which forgets nothing and "
+            "grows: leave it out"
+        )
     if kwargs.get("inputs_embeds") is not None and is_drafting(model, kwargs):
         raise ValueError("assisted decoding needs ids, got inputs_embeds")
     n_returned = setting(model, kwargs, "num_return_sequences") or 1

@@ -342,6 +342,7 @@ REFUSED = {
     "a longer mask": ({"attention_mask": torch.ones(1, 90)}, "covers 90 tokens"),
     "sequences": ({"continues": True, "num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
     "contrastive search": ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
+    "guidance": ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
     "another cache": ({"cache_implementation": "static"}, "cache_implementation"),
 }
 
