@@ -142,9 +142,13 @@ def main(argv: list[str] | None = None) -> int:
         "models": {},
     }
     for source in sources:
-        model = source.load(dtype, device).model
-        wrap_attention(model, backend)
-        figures = measure(model, arguments, stream)
+        try:
+            model = source.load(dtype, device).model
+            wrap_attention(model, backend)
+            figures = measure(model, arguments, stream)
+        except (SetupError, ValueError) as error:
+            print(f"benchmark_scoring.py: {source.name}: {error}", file=sys.stderr)
+            return 2
         result["models"][source.name] = {"weights": source.weights, **figures}
         speed, peak = figures["toks_per_sec"], figures["peak_memory_mb"]
         print(

@@ -31,7 +31,7 @@ from experiments.environment import device_name, environment
 from experiments.models import LoadedModel, find_model
 from experiments.results import now
 from experiments.session import Machine, resolve_machine
-from experiments.storage import write_json
+from experiments.storage import check_writable, write_json
 from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
 
 WARM_UP = 1000
@@ -177,6 +177,8 @@ def run(argv: list[str]) -> int:
         raise SetupError(f"--tokens must be a multiple of {WARM_UP}, got {options.tokens}")
     if not 0 < options.temperature < math.inf:
         raise SetupError(f"--temperature must be above 0, got {options.temperature}")
+    if options.output is not None:
+        check_writable(options.output.parent, 1 << 20)
     config = ExperimentConfig(
         model=options.model,
         attn_backend_list=options.attn_backend,

@@ -42,6 +42,7 @@ CORE_TESTS = (
     "test_adapter.py",
     "test_adapter_ecosystem.py",
     "test_families.py",
+    "test_family_limits.py",
 )
 """Files of ``tests/`` that concern the library and the adapters."""
 
