@@ -226,6 +226,14 @@ def losses(path: Path) -> np.ndarray:
     return np.load(path)["nll"]
 
 
+def test_sizes_that_are_not_given_suit_the_model(world):
+    subject = ["--model", world / "tiny", "--datasets", world / "text.txt", "--output", world / "out.json"]
+    options = ["--max-tokens", "100", "--device", "cpu", "--no-progress"]
+    assert score_long.main([str(item) for item in (*subject, *options)]) == 0
+    value = json.loads((world / "out.json").read_text())
+    assert value["block_size"] % value["streaming_llm"]["window_size"] == 0
+
+
 def test_the_result_is_that_of_score_stream_in_one_go(world, capsys):
     assert score_long.main(arguments(world, "out.json", "--save-token-nll", "--fresh-tail", "0.25")) == 0
     value, ids = json.loads((world / "out.json").read_text()), stream_ids(world)

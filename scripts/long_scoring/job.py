@@ -113,7 +113,7 @@ def prepare(options: argparse.Namespace) -> Job:
         loaded=loaded,
         machine=machine,
         streaming=StreamingConfig(settings.n_sink, settings.window_size),
-        block_size=options.block_size or default_block_size(settings.window_size, machine.device),
+        block_size=options.block_size or default_block_size(settings.window_size, loaded.model),
         dataset=RANDOM_TOKENS if corpus is None else corpus.name,
         survey=Survey(hashlib.sha256(b"").hexdigest(), 0, 1) if corpus is None else corpus.survey,
         stream=stream,
