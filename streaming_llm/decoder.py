@@ -133,6 +133,7 @@ class StreamingDecoder:
         self._require_open()
         if token_ids.dim() != 1:
             raise ValueError(f"token_ids must be [batch], got {list(token_ids.shape)}")
+        self._require_batch(token_ids)
         self._logits = self._engine.step(token_ids)
         return self._logits
 
@@ -151,6 +152,7 @@ class StreamingDecoder:
         """
         if token_ids.dim() != 2 or not token_ids.numel():
             raise ValueError(f"token_ids must be [batch, n >= 1], got {list(token_ids.shape)}")
+        self._require_batch(token_ids)
         losses, self._logits = self._engine.score(self._last_logits(), token_ids.to(self.model.device))
         return losses
 
@@ -207,6 +209,13 @@ class StreamingDecoder:
         if self._logits is None:
             raise RuntimeError("nothing has been fed yet: call prefill() or step() first")
         return self._logits
+
+    def _require_batch(self, token_ids: Tensor) -> None:
+        layer = self._cache.layers[0]
+        if layer.n_seen and token_ids.shape[0] != layer.batch_size:
+            raise ValueError(
+                f"this decoder holds {layer.batch_size} streams and was given ids of {token_ids.shape[0]}"
+            )
 
     def _require_open(self) -> None:
         if not self.close.alive:

@@ -117,6 +117,8 @@ class GraphEngine(Engine):
         self._recorded: _Recorded | None = None
         self._key: tuple | None = None
         self._bound = False
+        self._bound_kernels: tuple = ()
+        self._adapters: list[nn.Module] = []
         self._ahead = 0
 
     @property
@@ -197,14 +199,16 @@ class GraphEngine(Engine):
 
     def _bind(self) -> bool:
         """Make the recorded step continue the stream; whether it can."""
-        if self._bound:
+        if self._bound and self._kernels() == self._bound_kernels:
             return True
+        self.sync()
         if not self._ready():
             return False
         layers = self.cache.layers
         for layer in layers:
             layer.reserve(layer.layout.capacity)
         self.cache._require_whole_forwards(0, 1)
+        self._adapters = [m for m in self.model.modules() if hasattr(m, "kernel_context")]
         with torch.inference_mode(False), torch.no_grad():
             key = self._state_key()
             if key != self._key:
@@ -213,20 +217,24 @@ class GraphEngine(Engine):
                 self._recorded = _Recorded(batch, vocab, self.model.dtype, self.model.device)
                 self._call = self._build()
             self._load()
-        self._bound = True
+        self._bound, self._bound_kernels = True, self._kernels()
         return True
 
     def _state_key(self) -> tuple:
         """Everything that is fixed in a recording: where tensors lie, and which kernels are allowed."""
         layers = self.cache.layers
-        flags = torch.backends.cuda
         return (
             layers[0].batch_size,
             tuple(x.data_ptr() for layer in layers for x in (layer.keys, layer.values)),
             tuple(p.data_ptr() for p in self.model.parameters()),
-            (flags.math_sdp_enabled(), flags.flash_sdp_enabled(), flags.cudnn_sdp_enabled()),
-            tuple(m.backend for m in self.model.modules() if hasattr(m, "kernel_context")),
+            self._kernels(),
         )
+
+    def _kernels(self) -> tuple:
+        """The SDPA kernels that are allowed, by the flags in force and by the adapters on the model's layers."""
+        flags = torch.backends.cuda
+        allowed = (flags.math_sdp_enabled(), flags.flash_sdp_enabled(), flags.cudnn_sdp_enabled())
+        return (*allowed, *(adapter.backend for adapter in self._adapters))
 
     def _start(self, logits: Tensor) -> None:
         self._recorded.logits.copy_(logits)

@@ -200,8 +200,8 @@ def test_every_row_of_a_batch_has_its_own_chance():
     [
         ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
         ({"temperature": math.nan}, "temperature must be at least 0, got nan"),
-        ({"top_k": 0}, "top_k must be an integer of at least 1, or None, got 0"),
-        ({"top_k": 2.0}, "top_k must be an integer of at least 1, or None, got 2.0"),
+        ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
+        ({"top_k": 2.0}, "top_k must be an integer of at least 1, got 2.0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, or None, got 0.0"),
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1, or None, got 1.1"),
         ({"top_p": math.nan}, "top_p must be above 0 and at most 1, or None, got nan"),
