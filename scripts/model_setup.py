@@ -33,14 +33,16 @@ def load_wrapped(source: ModelSource, machine: Machine) -> LoadedModel:
     return loaded
 
 
-def make_decoder(loaded: LoadedModel, config: StreamingConfig, engine: str) -> StreamingDecoder:
+def make_decoder(
+    loaded: LoadedModel, config: StreamingConfig, engine: str, attention: str = "sdpa"
+) -> StreamingDecoder:
     """A decoder of a loaded model.
 
     Raises:
         SetupError: the model cannot stream so, or the engine cannot run it.
     """
     try:
-        return StreamingDecoder(loaded.model, config.n_sink, config.window_size, engine)
+        return StreamingDecoder(loaded.model, config.n_sink, config.window_size, engine, attention=attention)
     except ValueError as error:
         raise SetupError(str(error)) from None
 
