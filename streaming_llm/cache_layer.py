@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .positions import Segment, StreamLayout
-from .rope_utils import compute_dtype, rotate
-from .sinks import BlockPlan, SinkRotation
+from .rope_utils import rotate
+from .sinks import BlockPlan, MovingSinks, SinkRotation
 
 FIRST_ALLOCATION = 256
 
@@ -39,8 +40,11 @@ class StreamingLayer(CacheLayerMixin):
         self.attends_blocks = False
         self.n_seen = 0
         self.position_offset = 0
+        self._sinks_turn = layout.config.n_sink > 0 and rotation.rotary.rotary_dim > 0
         self._sink_keys: Tensor | None = None
-        self._sink_parts: tuple[Tensor, Tensor] | None = None
+        self._moving: MovingSinks | None = None  # derived from the first copies; None where these or the slots changed
+        self._place = 0  # among the layers whose sinks move together
+        self._sink_slots: Tensor | None = None  # what moves of `keys`
 
     # Storage
 
@@ -64,6 +68,7 @@ class StreamingLayer(CacheLayerMixin):
                 new = torch.zeros((*old.shape[:2], size, old.shape[3]), dtype=old.dtype, device=old.device)
                 new[:, :, :allocated].copy_(old)
                 setattr(self, name, new)
+        self._moving = None
         if self.model_window is not None:
             self.keys.streaming_plan = None
 
@@ -82,35 +87,39 @@ class StreamingLayer(CacheLayerMixin):
             self._sink_keys = self.keys[:, :, : self.layout.config.n_sink].clone()
         return self._sink_keys
 
-    def _move_sinks(self, token: int) -> None:
-        """Rotate the stored sinks to their distances from ``token``."""
-        n_sink, rotary = self.layout.config.n_sink, self.rotation.rotary
-        if not n_sink or not rotary.rotary_dim:
+    def _move_sinks(self, token: int, layers: Sequence[StreamingLayer]) -> None:
+        """Bring the stored sinks to their distances from ``token``."""
+        if not self._sinks_turn:
             return
-        dtype = compute_dtype(self.dtype)
-        if self._sink_parts is None:
-            turned = self._keep_sinks()[..., : rotary.rotary_dim].to(dtype)
-            self._sink_parts = (turned, rotary.quarter_turn(turned))
+        if self._moving is None:
+            in_step = (token, token + 1)  # the second: those whose turn in this forward has been
+            _move_together(layer for layer in layers or (self,) if layer._sinks_turn and layer.n_seen in in_step)
         # From the position at which the first copies are right, S + W, to the query's.
         anchor = self.layout.config.cache_size + self.position_offset
-        cos, sin = self.rotation.cos_sin(token + self.position_offset, anchor, self.device, dtype)
-        target = self.keys[:, :, :n_sink, : rotary.rotary_dim]
-        turned, quarter = self._sink_parts
-        if dtype == self.dtype:
-            torch.mul(turned, cos, out=target)
-            target.addcmul_(quarter, sin)
-        else:
-            target.copy_(torch.addcmul(turned * cos, quarter, sin))
+        self._sink_slots.copy_(self._moving.at(token + self.position_offset, anchor)[self._place])
+
+    def _slots_that_move(self) -> Tensor:
+        with torch.inference_mode(False):
+            return self.keys[:, :, : self.layout.config.n_sink, : self.rotation.rotary.rotary_dim]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_moving": None, "_sink_slots": None}  # a pickled view would be a tensor of its own
 
     # The cache protocol
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, cache_kwargs: dict[str, Any] | None = None
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        cache_kwargs: dict[str, Any] | None = None,
+        *,
+        layers: Sequence[StreamingLayer] = (),
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values and return those that the new tokens attend to.
 
         Args:
             key_states, value_states: ``[batch, num_kv_heads, q_len, head_dim]``, keys rotated to their position.
+            layers: all layers of the cache, whose sinks can then move together; this one's own move alone without.
 
         Returns:
             Keys and values ``[batch, num_kv_heads, kv_len, head_dim]``; views of the cache where possible.
@@ -122,15 +131,16 @@ class StreamingLayer(CacheLayerMixin):
         key_states, value_states = key_states.detach(), value_states.detach()
         if not self.is_initialized or (self.n_seen == 0 and key_states.shape[0] != self.batch_size):
             self.lazy_initialization(key_states, value_states)
-        if key_states.shape[0] != self.batch_size:
+        batch_size, _, q_len, _ = key_states.shape
+        if batch_size != self.batch_size:
             raise ValueError(
-                f"this cache holds {self.batch_size} streams and was given keys of {key_states.shape[0]}: use a new "
-                "cache, reset(), batch_select_indices() or batch_repeat_interleave()"
+                f"this cache holds {self.batch_size} streams and was given keys of {batch_size}: use a new cache, "
+                "reset(), batch_select_indices() or batch_repeat_interleave()"
             )
-        q_len, start = key_states.shape[2], self.n_seen
+        start = self.n_seen
         end = start + q_len
         if q_len == 1 and end > self.layout.capacity:
-            return self._step(key_states, value_states)
+            return self._step(key_states, value_states, layers)
         if end > self.layout.capacity:
             return self._block(key_states, value_states)
         self.reserve(end)
@@ -143,13 +153,15 @@ class StreamingLayer(CacheLayerMixin):
             keys.streaming_plan = None
         return keys, values
 
-    def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(
+        self, key_states: Tensor, value_states: Tensor, layers: Sequence[StreamingLayer]
+    ) -> tuple[Tensor, Tensor]:
         """One token that evicts another."""
         token = self.n_seen
         slot = self.layout.slot(token)
-        self.keys.select(2, slot).copy_(key_states.select(2, 0))
-        self.values.select(2, slot).copy_(value_states.select(2, 0))
-        self._move_sinks(token)
+        self.keys.narrow(2, slot, 1).copy_(key_states)
+        self.values.narrow(2, slot, 1).copy_(value_states)
+        self._move_sinks(token, layers)
         self.n_seen = token + 1
         if self.model_window is not None:
             self.keys.streaming_plan = None
@@ -222,7 +234,7 @@ class StreamingLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget the stream; the tensors stay allocated."""
         self.n_seen = self.position_offset = 0
-        self._sink_keys = self._sink_parts = None
+        self._sink_keys = self._moving = None
 
     def move(self, distance: int) -> None:
         """Shift the stream's position by ``distance``: every stored key is re-rotated once."""
@@ -234,8 +246,7 @@ class StreamingLayer(CacheLayerMixin):
         stored = self.keys[:, :, : self.n_stored]
         stored.copy_(rotate(stored, cos, sin, rotary))
         if self._sink_keys is not None:
-            self._sink_keys = rotate(self._sink_keys, cos, sin, rotary)
-            self._sink_parts = None
+            self._sink_keys, self._moving = rotate(self._sink_keys, cos, sin, rotary), None
 
     def crop(self, max_length: int) -> None:
         """Forget the last tokens.
@@ -259,6 +270,9 @@ class StreamingLayer(CacheLayerMixin):
                 "that would be in the window then"
             )
         self.n_seen = length
+        if self._sink_keys is not None:  # nothing is evicted any more, and other tokens may become the sinks
+            self.keys[:, :, : self.layout.config.n_sink].copy_(self._sink_keys)
+            self._sink_keys = self._moving = None
 
     def _select(self, select) -> None:
         """Replace every tensor by ``select(tensor)``, which acts on the batch dimension."""
@@ -267,8 +281,9 @@ class StreamingLayer(CacheLayerMixin):
         with torch.inference_mode(False):
             self.keys, self.values = select(self.keys), select(self.values)
         self.batch_size = self.max_batch_size = self.keys.shape[0]
+        self._moving = None
         if self._sink_keys is not None:
-            self._sink_keys, self._sink_parts = select(self._sink_keys), None
+            self._sink_keys = select(self._sink_keys)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -322,3 +337,15 @@ class StreamingLayer(CacheLayerMixin):
                 own[:, :, : self.n_stored].copy_(tensors[name])
             sink_keys = tensors.get("sink_keys")
             self._sink_keys = None if sink_keys is None else sink_keys.to(device, dtype, copy=True)
+
+
+def _move_together(layers: Iterable[StreamingLayer]) -> None:
+    """Let the sinks of those ``layers`` that rotate and lie alike move together."""
+    alike: dict[tuple, list[StreamingLayer]] = {}
+    for layer in layers:
+        keys = layer._keep_sinks()
+        alike.setdefault((id(layer.rotation), keys.shape, keys.dtype, keys.device), []).append(layer)
+    for group in alike.values():
+        moving = MovingSinks(group[0].rotation, [layer._keep_sinks() for layer in group])
+        for place, layer in enumerate(group):
+            layer._moving, layer._place, layer._sink_slots = moving, place, layer._slots_that_move()

@@ -119,16 +119,16 @@ class StreamingKVCache(Cache):
         """
         layer, q_len = self.layers[layer_idx], key_states.shape[2]
         self._require_whole_forwards(layer_idx, q_len)
-        attached = self.is_attached
         if layer_idx == 0:
+            attached = layer.attends_blocks = self.is_attached
             for rotation in self._rotations:
                 rotation.exact_angles = attached
             if not attached:
                 self._require_exact_bare(q_len)
                 if layer.n_seen >= self._next_angle_check:
                     self._check_angles(layer, cache_kwargs)
-        layer.attends_blocks = attached
-        keys, values = layer.update(key_states, value_states, cache_kwargs)
+        layer.attends_blocks = self.layers[0].attends_blocks
+        keys, values = layer.update(key_states, value_states, cache_kwargs, layers=self.layers)
         self._open_plan = getattr(keys, "streaming_plan", None)
         return keys, values
 

@@ -1,15 +1,19 @@
-"""What moves with the query: the angles of the sinks, and the plan of a block of queries, each of its own window."""
+"""What moves with the query: the sinks, their angles, and the plan of a block of queries, each of its own window."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .positions import StreamLayout
-from .rope_utils import Rotary
+from .rope_utils import Rotary, compute_dtype
+
+MAX_POSITIONS_AHEAD = 64
+MAX_BYTES_AHEAD = 1 << 20
+"""Sinks are moved for so many of the coming positions at a time, where they are small enough."""
 
 
 @dataclass
@@ -42,7 +46,7 @@ class BlockPlan:
 
 
 class SinkRotation:
-    """Cosine and sine for the sinks of all layers that rotate alike, computed once a step for each device.
+    """Cosine and sine for the sinks of all layers that rotate alike.
 
     Attributes:
         rotary: the model's rotation.
@@ -54,7 +58,6 @@ class SinkRotation:
         self.rotary = rotary
         self.exact_angles = False
         self._on_device: dict[torch.device, Rotary] = {}
-        self._last: dict[tuple[torch.device, torch.dtype], tuple[tuple[int, int, bool], Tensor, Tensor]] = {}
         self._turns: dict[tuple[int, int, torch.device, bool], tuple[Tensor, Tensor]] = {}
 
     def on(self, device: torch.device) -> Rotary:
@@ -63,18 +66,13 @@ class SinkRotation:
             self._on_device[device] = self.rotary.to(device)
         return self._on_device[device]
 
-    def cos_sin(self, query: int, anchor: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, each ``[rotary_dim]``, of the turn from position ``anchor`` to position ``query``."""
-        last, key = self._last.get((device, dtype)), (query, anchor, self.exact_angles)
-        if last is None or last[0] != key:
-            rotary = self.on(device)
-            if self.exact_angles:
-                angles = rotary.inv_freq * (query - anchor)
-            else:
-                angles = (rotary.inv_freq.float() * query).double() - rotary.inv_freq * anchor
-            cos, sin = rotary.cos_sin_of(angles)
-            last = self._last[device, dtype] = (key, cos.to(dtype), sin.to(dtype))
-        return last[1], last[2]
+    def cos_sin(self, queries: Tensor, anchor: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine ``[n, rotary_dim]``, float64, of turns from position ``anchor`` to ``queries`` ``[n]``."""
+        rotary = self.on(queries.device)
+        if self.exact_angles:
+            return rotary.cos_sin(queries - anchor)
+        angles = (rotary.inv_freq.float() * queries.float().unsqueeze(-1)).double() - rotary.inv_freq * anchor
+        return rotary.cos_sin_of(angles)
 
     def turns(self, first: int, count: int, device: torch.device, paired: bool = False) -> tuple[Tensor, Tensor]:
         """Cosine and sine of turns by ``first``, ``first - 1``, ..., computed once for all layers.
@@ -96,6 +94,48 @@ class SinkRotation:
                 del self._turns[next(iter(self._turns))]
             self._turns[key] = turns
         return self._turns[key]
+
+
+class MovingSinks:
+    """The sinks of layers that rotate alike and lie alike, moved together: for all layers, and several steps, at once.
+
+    Args:
+        rotation: of these layers.
+        first: for each layer its sinks as first rotated, ``[batch, num_kv_heads, n_sink, head_dim]``, all of one
+            shape, dtype and device.
+    """
+
+    def __init__(self, rotation: SinkRotation, first: Sequence[Tensor]) -> None:
+        self.rotation, rotary = rotation, rotation.rotary
+        turned = torch.stack([keys[..., : rotary.rotary_dim] for keys in first])
+        self._max_ahead = max(1, min(MAX_POSITIONS_AHEAD, MAX_BYTES_AHEAD // max(1, turned.nbytes)))
+        self._turned = turned.to(compute_dtype(turned.dtype))
+        self._quarter = rotary.quarter_turn(self._turned)
+        self._ahead = turned[:0]  # [position, layer, batch, num_kv_heads, n_sink, rotary_dim], from `_start` on
+        self._start, self._turn = 0, (0, False)
+        self._last: tuple[int, tuple[int, bool]] | None = None
+        self._moved: tuple[Tensor, ...] = ()
+
+    def at(self, query: int, anchor: int) -> tuple[Tensor, ...]:
+        """For each layer ``[batch, num_kv_heads, n_sink, rotary_dim]``: the sinks turned from ``anchor`` to ``query``.
+
+        Worked out in float32 or better; given in the dtype of ``first``.
+        """
+        turn = (anchor, self.rotation.exact_angles)
+        if (query, turn) != self._last:  # a step's first layer
+            if turn != self._turn or not self._start <= query < self._start + len(self._ahead):
+                self._work_out(query, anchor)
+                self._start, self._turn = query, turn
+            self._last, self._moved = (query, turn), self._ahead[query - self._start].unbind()
+        return self._moved
+
+    def _work_out(self, query: int, anchor: int) -> None:
+        """Move the sinks to ``query`` and to more and more positions after it: a beam search starts anew each step."""
+        count = min(self._max_ahead, max(1, 2 * len(self._ahead)))
+        positions = torch.arange(query, query + count, device=self._turned.device)
+        turns = self.rotation.cos_sin(positions, anchor)
+        cos, sin = (x.to(self._turned.dtype).view(count, 1, 1, 1, 1, -1) for x in turns)
+        self._ahead = torch.addcmul(self._turned * cos, self._quarter, sin).to(self._ahead.dtype)
 
 
 def sink_rotations(rotaries: Iterable[Rotary]) -> list[SinkRotation]:

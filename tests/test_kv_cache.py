@@ -11,6 +11,10 @@ from reference import reference_logits
 from transformers import Cache, GPT2Config, OPTConfig
 
 from streaming_llm import StreamingKVCache, StreamingLLMWrapper
+from streaming_llm.cache_layer import StreamingLayer
+from streaming_llm.drafts import OverwrittenSlots
+from streaming_llm.rope_utils import Rotary
+from streaming_llm.sinks import MovingSinks, SinkRotation
 
 CONFIGS = [(4, 60), (0, 60), (1, 60), (4, 1), (0, 1), (4, 600)]  # the last never fills
 
@@ -148,6 +152,76 @@ def test_crop_takes_a_length_or_a_number_to_remove():
     for argument, remaining in ((60, 50), (40, 40), (0, 40), (-10, 30)):
         cache.crop(argument)
         assert cache.get_seq_length() == remaining
+
+
+def test_other_tokens_become_the_sinks_after_a_crop():
+    model, ids = make_neox(), make_ids(200)
+    reference = reference_logits(model, ids, 4, 60)
+    with StreamingLLMWrapper(model, 4, 60) as stream, torch.no_grad():
+        cache = stream.new_cache()
+        other = torch.cat((ids[:, :2], make_ids(66, seed=7)), dim=1)  # two of the sinks are others
+        model(other[:, :63], past_key_values=cache, use_cache=True)
+        overwritten = OverwrittenSlots(cache, 5)
+        model(other[:, 63:], past_key_values=cache, use_cache=True)  # evicts, so that the sinks are kept
+        overwritten.take_back(cache, 5)
+        cache.crop(2)
+        logits = decode(model, cache, ids[:, 2:])
+    assert (logits - reference[:, 2:]).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_that_move_together_move_as_each_alone(dtype, monkeypatch):
+    config, generator = make_neox().config, torch.Generator().manual_seed(0)
+    slow, fast = (Rotary(base ** -(torch.arange(4, dtype=torch.float64) / 4)) for base in (10_000.0, 100.0))
+    cache = StreamingKVCache(config, 4, 30, rotary=[slow, slow, fast, slow])
+    alone = [StreamingLayer(x.layout, SinkRotation(x.rotation.rotary)) for x in cache.layers]
+    made = []
+    work_out = MovingSinks._work_out
+    monkeypatch.setattr(MovingSinks, "_work_out", lambda self, *args: made.append(self) or work_out(self, *args))
+
+    def step(batch: int) -> None:
+        for index, layer in enumerate(alone):
+            keys, values = torch.randn(2, batch, 4, 1, 16, generator=generator).to(dtype)
+            expected = layer.update(keys, values)
+            assert all(map(torch.equal, cache.update(keys, values, index), expected))
+
+    def both(change) -> None:
+        for layers in (cache.layers, alone):
+            for layer in layers:
+                change(layer)
+
+    for change in (
+        lambda layer: None,
+        lambda layer: layer.move(1000),
+        lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.reset(),
+    ):
+        both(change)
+        for _ in range(100):
+            step(cache.layers[0].batch_size if cache.layers[0].is_initialized else 2)
+    assert len({id(x) for x in made}) == 5 * (2 + 4)  # one for each rotation, and one for each layer alone
+
+
+def test_sinks_worked_out_ahead_are_those_of_each_position():
+    rotation = SinkRotation(Rotary(10_000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)))
+    first = [torch.randn(1, 2, 4, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    together, start = MovingSinks(rotation, first), 10_000_000  # where float32 angles are off
+    for step in [*range(300), 298, 299, 1000, 5]:
+        # Now and then another anchor or other angles.
+        anchor, rotation.exact_angles = 64 + (step % 50 == 0), step % 30 > 0
+        expected = MovingSinks(rotation, first).at(start + step, anchor)
+        assert all(map(torch.equal, together.at(start + step, anchor), expected))
+
+
+def test_a_layer_whose_sinks_were_replaced_moves_on_with_the_others():
+    model, ids = make_neox(), make_ids(200)
+    cache = StreamingKVCache(model.config, 4, 60)
+    decode(model, cache, ids[:, :100])
+    middle = cache.layers[2]
+    middle.restore(middle.n_seen, 0, 65, {name: x.clone() for name, x in middle.state().items()}, middle.device)
+    logits = decode(model, cache, ids[:, 100:])
+    assert (logits - reference_logits(model, ids, 4, 60)[:, 100:]).abs().max() < 5e-6
 
 
 def test_generate_on_a_bare_cache():
