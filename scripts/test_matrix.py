@@ -4,7 +4,7 @@
     python scripts/test_matrix.py                              # oldest and newest release of each minor series
     python scripts/test_matrix.py --transformers 4.56.0 5.2.0  # these alone
     python scripts/test_matrix.py --environments ~/envs/*      # environments that exist; nothing is installed
-    python scripts/test_matrix.py --torch 2.6.0 2.13.0         # other versions of PyTorch (large downloads)
+    python scripts/test_matrix.py --torch 2.11.0 2.13.0        # other versions of PyTorch (large downloads)
 
 Environments are made under .venv-matrix/ and kept. Without --torch they share the PyTorch and everything else of the
 environment that runs this, and hold but Transformers and what it needs. A failure does not stop the others.
