@@ -128,7 +128,8 @@ class StreamingLayer(CacheLayerMixin):
             ValueError: several tokens at once need more than a cache can give (see :class:`StreamingKVCache`), or
                 the batch size is another than before.
         """
-        key_states, value_states = key_states.detach(), value_states.detach()
+        if key_states.requires_grad or value_states.requires_grad:
+            key_states, value_states = key_states.detach(), value_states.detach()
         if not self.is_initialized or (self.n_seen == 0 and key_states.shape[0] != self.batch_size):
             self.lazy_initialization(key_states, value_states)
         batch_size, _, q_len, _ = key_states.shape

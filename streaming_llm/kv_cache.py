@@ -129,7 +129,7 @@ class StreamingKVCache(Cache):
                     self._check_angles(layer, cache_kwargs)
         layer.attends_blocks = self.layers[0].attends_blocks
         keys, values = layer.update(key_states, value_states, cache_kwargs, layers=self.layers)
-        self._open_plan = getattr(keys, "streaming_plan", None)
+        self._open_plan = getattr(keys, "streaming_plan", None) if q_len > 1 else None
         return keys, values
 
     def _require_whole_forwards(self, layer_idx: int, q_len: int) -> None:

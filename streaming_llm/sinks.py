@@ -108,13 +108,12 @@ class MovingSinks:
     def __init__(self, rotation: SinkRotation, first: Sequence[Tensor]) -> None:
         self.rotation, rotary = rotation, rotation.rotary
         turned = torch.stack([keys[..., : rotary.rotary_dim] for keys in first])
+        self.dtype = turned.dtype
         self._max_ahead = max(1, min(MAX_POSITIONS_AHEAD, MAX_BYTES_AHEAD // max(1, turned.nbytes)))
         self._turned = turned.to(compute_dtype(turned.dtype))
         self._quarter = rotary.quarter_turn(self._turned)
-        self._ahead = turned[:0]  # [position, layer, batch, num_kv_heads, n_sink, rotary_dim], from `_start` on
+        self._ahead: list[tuple[Tensor, ...]] = []  # for positions from `_start` on, for each layer
         self._start, self._turn = 0, (0, False)
-        self._last: tuple[int, tuple[int, bool]] | None = None
-        self._moved: tuple[Tensor, ...] = ()
 
     def at(self, query: int, anchor: int) -> tuple[Tensor, ...]:
         """For each layer ``[batch, num_kv_heads, n_sink, rotary_dim]``: the sinks turned from ``anchor`` to ``query``.
@@ -122,12 +121,10 @@ class MovingSinks:
         Worked out in float32 or better; given in the dtype of ``first``.
         """
         turn = (anchor, self.rotation.exact_angles)
-        if (query, turn) != self._last:  # a step's first layer
-            if turn != self._turn or not self._start <= query < self._start + len(self._ahead):
-                self._work_out(query, anchor)
-                self._start, self._turn = query, turn
-            self._last, self._moved = (query, turn), self._ahead[query - self._start].unbind()
-        return self._moved
+        if turn != self._turn or not self._start <= query < self._start + len(self._ahead):
+            self._work_out(query, anchor)
+            self._start, self._turn = query, turn
+        return self._ahead[query - self._start]
 
     def _work_out(self, query: int, anchor: int) -> None:
         """Move the sinks to ``query`` and to more and more positions after it: a beam search starts anew each step."""
@@ -135,7 +132,8 @@ class MovingSinks:
         positions = torch.arange(query, query + count, device=self._turned.device)
         turns = self.rotation.cos_sin(positions, anchor)
         cos, sin = (x.to(self._turned.dtype).view(count, 1, 1, 1, 1, -1) for x in turns)
-        self._ahead = torch.addcmul(self._turned * cos, self._quarter, sin).to(self._ahead.dtype)
+        moved = torch.addcmul(self._turned * cos, self._quarter, sin).to(self.dtype)
+        self._ahead = [of_position.unbind() for of_position in moved.unbind()]
 
 
 def sink_rotations(rotaries: Iterable[Rotary]) -> list[SinkRotation]:
