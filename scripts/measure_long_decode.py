@@ -151,7 +151,8 @@ def measure(options: argparse.Namespace, machine: Machine, loaded: LoadedModel, 
 def summary(value: dict) -> str:
     """The result in a few lines."""
     return (
-        f"{value['tokens']:,} tokens behind {value['prompt_tokens']:,}, engine {value['decode_engine']} ({value['decode_attention']}), "
+        f"{value['tokens']:,} tokens behind {value['prompt_tokens']:,}, "
+        f"engine {value['decode_engine']} ({value['decode_attention']}), "
         f"{value['backend']}, {value['dtype']}, {value['device']}\n"
         f"ms/token: {value['ms_per_token']:.4f}; first 1% {value['ms_per_token_first_hundredth']:.4f}, last 1% "
         f"{value['ms_per_token_last_hundredth']:.4f} ({value['last_to_first'] - 1:+.2%})\n"
