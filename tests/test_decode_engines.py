@@ -52,6 +52,10 @@ class StandInDecoder:
         self.eager.reset()
 
     @property
+    def cache(self):
+        return self.eager.cache
+
+    @property
     def cache_nbytes(self):
         return self.eager.cache_nbytes
 
