@@ -10,7 +10,7 @@ from reference import reference_logits
 from test_kv_cache import decode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from streaming_llm import StreamingLLMWrapper, blockwise, math_attention, score_stream
+from streaming_llm import StreamingLLMWrapper, banded_attention, blockwise, math_attention, score_stream
 
 KERNELS = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
 
@@ -78,6 +78,24 @@ def test_the_math_path_splits_large_scores(monkeypatch):
     monkeypatch.setattr(blockwise, "LOGITS_BYTES", 4 * 101 * 17)
     with sdpa_kernel(SDPBackend.MATH):
         assert (score_stream(model, ids, 4, 60) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("n_sink", "window_size"), [(4, 48), (0, 48), (3, 1)])
+def test_blocks_longer_than_the_window_attend_where_their_keys_lie(n_sink, window_size, monkeypatch):
+    """What CUDA's windowed kernel is used for, with the CPU's flash kernel in its place."""
+    taken = []
+
+    def continues(query, plan, kernel):
+        config = plan.layout.config
+        taken.append(plan.first_query > config.cache_size and query.shape[2] > config.window_size)
+        return taken[-1]
+
+    monkeypatch.setattr(banded_attention, "_continues", continues)
+    model, ids = make_neox(torch.float64), make_ids(400, batch=2)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        nll = score_stream(model, ids, n_sink, window_size, 100)
+    assert any(taken)
+    assert (nll - reference_nll(model, ids, n_sink, window_size)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("sizes", [[400], [1, 1, 398], [150, 7, 243], [133, 133, 134], [100] * 4])
