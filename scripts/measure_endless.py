@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -21,17 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from long_scoring.tokens import put_in_front
-from model_setup import load_wrapped, make_decoder
+from model_setup import keep_result, load_trained, make_decoder
 from torch import nn
 from tqdm import tqdm
 
 from experiments.cli import OneLineParser, add_cache_sizes, add_dtype_and_device, guarded
-from experiments.config import ExperimentConfig, SetupError, at_least, settings_for
-from experiments.environment import device_name, environment
-from experiments.models import LoadedModel, find_model
-from experiments.results import now
-from experiments.session import Machine, resolve_machine
-from experiments.storage import check_writable, write_json
+from experiments.config import SetupError, at_least
+from experiments.environment import device_name
+from experiments.models import LoadedModel
+from experiments.session import Machine
+from experiments.storage import check_writable
 from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
 
 WARM_UP = 1000
@@ -179,28 +177,10 @@ def run(argv: list[str]) -> int:
         raise SetupError(f"--temperature must be above 0, got {options.temperature}")
     if options.output is not None:
         check_writable(options.output.parent, 1 << 20)
-    config = ExperimentConfig(
-        model=options.model,
-        attn_backend_list=options.attn_backend,
-        dtype=options.dtype,
-        device=options.device,
-        n_sink=options.n_sink,
-        window_size=options.window_size,
-        decode_engine=options.decode_engine,
-        seed=options.seed,
-    )
-    machine, source = resolve_machine(config), find_model(options.model)
-    if source.weights == "random":
-        raise SetupError(f"--model {options.model}: random weights have no text")
-    loaded = load_wrapped(source, machine)
-    settings = settings_for(config, loaded.context_length, source.is_demo)
-    value = measure(options, machine, loaded, StreamingConfig(settings.n_sink, settings.window_size))
+    machine, loaded, config = load_trained(options)
+    value = measure(options, machine, loaded, config)
     print(summary(value))
-    if options.output is not None:
-        command = shlex.join(["python", "scripts/measure_endless.py", *argv])
-        where = environment(machine.device, command, options.seed, kvpress_imported=False)
-        write_json(options.output, value | {"environment": where, "timestamp": now()})
-        print(f"wrote: {options.output}")
+    keep_result(options.output, value, machine, "measure_endless.py", argv, options.seed)
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import statistics
 import sys
 import time
@@ -17,17 +16,16 @@ from pathlib import Path
 
 import torch
 from measure_endless import memory_bytes
-from model_setup import load_wrapped, make_decoder
+from model_setup import keep_result, load_trained, make_decoder
 from torch import Tensor
 from tqdm import tqdm
 
 from experiments.cli import EXIT_FAILED, OneLineParser, add_cache_sizes, add_dtype_and_device, guarded
-from experiments.config import ExperimentConfig, SetupError, at_least, settings_for
-from experiments.environment import device_name, environment
-from experiments.models import LoadedModel, find_model
-from experiments.results import now
-from experiments.session import Machine, resolve_machine
-from experiments.storage import check_writable, write_json
+from experiments.config import SetupError, at_least
+from experiments.environment import device_name
+from experiments.models import LoadedModel
+from experiments.session import Machine
+from experiments.storage import check_writable
 from experiments.texts import default_datasets, load_texts, tokenise
 from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
 from streaming_llm.decoder import ATTENTION
@@ -196,31 +194,14 @@ def run(argv: list[str]) -> int:
         raise SetupError(f"--tokens must be a multiple of {CHUNKS}, got {options.tokens}")
     if options.output is not None:
         check_writable(options.output.parent, 1 << 20)
-    config = ExperimentConfig(
-        model=options.model,
-        attn_backend_list=options.attn_backend,
-        dtype=options.dtype,
-        device=options.device,
-        n_sink=options.n_sink,
-        window_size=options.window_size,
-        decode_engine=options.decode_engine,
-    )
-    machine, source = resolve_machine(config), find_model(options.model)
-    if source.weights == "random":
-        raise SetupError(f"--model {options.model}: random weights have no text")
-    loaded = load_wrapped(source, machine)
-    settings = settings_for(config, loaded.context_length, source.is_demo)
+    machine, loaded, config = load_trained(options)
     try:
-        value = measure(options, machine, loaded, StreamingConfig(settings.n_sink, settings.window_size))
+        value = measure(options, machine, loaded, config)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     print(summary(value))
-    if options.output is not None:
-        command = shlex.join(["python", "scripts/measure_long_decode.py", *argv])
-        where = environment(machine.device, command, config.seed, kvpress_imported=False)
-        write_json(options.output, value | {"environment": where, "timestamp": now()})
-        print(f"wrote: {options.output}")
+    keep_result(options.output, value, machine, "measure_long_decode.py", argv, 0)
     return 0
 
 

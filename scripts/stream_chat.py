@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 from long_scoring.tokens import put_in_front
-from model_setup import load_wrapped, make_decoder, weights_fingerprint
+from model_setup import config_of, load_wrapped, make_decoder, weights_fingerprint
 from streaming_chat.command_line import CHAT, DEFAULT_LIMITS, ENDLESS, build_parser, check_options
 from streaming_chat.status import StatusLine
 from streaming_chat.talk import Talk, check_mode, read_messages
@@ -22,7 +22,7 @@ from streaming_chat.token_stream import Sampler, SamplingError, SamplingSettings
 from streaming_chat.turns import encode, find_turns
 
 from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SETUP
-from experiments.config import ExperimentConfig, SetupError, settings_for
+from experiments.config import SetupError, settings_for
 from experiments.models import LoadedModel, find_model
 from experiments.session import Machine, resolve_machine
 from streaming_llm import StreamingConfig, StreamingDecoder
@@ -37,16 +37,7 @@ def prepared(options: argparse.Namespace) -> Iterator[Talk]:
     """
     check_options(options)
     mode = ENDLESS if options.endless else CHAT
-    config = ExperimentConfig(
-        model=options.model,
-        attn_backend_list=options.attn_backend,
-        dtype=options.dtype,
-        device=options.device,
-        n_sink=options.n_sink,
-        window_size=options.window_size,
-        decode_engine=options.decode_engine,
-        seed=options.seed,
-    )
+    config = config_of(options)
     machine, source = resolve_machine(config), find_model(options.model)
     notes = None if options.resume is None else read_notes(options.resume)
     if notes is not None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model_setup import load_wrapped
+from model_setup import config_of, load_wrapped
 
-from experiments.config import ExperimentConfig, SetupError, at_least, settings_for
+from experiments.config import SetupError, at_least, settings_for
 from experiments.environment import what_matters
 from experiments.models import LoadedModel, ModelSource, find_model
 from experiments.results import hash_of
@@ -90,15 +90,7 @@ def prepare(options: argparse.Namespace) -> Job:
     """
     _check_numbers(options)
     _check_output(options.output)
-    config = ExperimentConfig(
-        model=options.model,
-        attn_backend_list=options.attn_backend,
-        dtype=options.dtype,
-        device=options.device,
-        n_sink=options.n_sink,
-        window_size=options.window_size,
-        seed=options.seed,
-    )
+    config = config_of(options)
     machine = resolve_machine(config)
     source = find_model(options.model, options.seed)
     is_random = source.weights == "random"
