@@ -130,11 +130,14 @@ class GraphEngine(Engine):
         layer = self.cache.layers[0]
         return layer.is_initialized and layer.n_seen >= layer.layout.config.cache_size
 
-    def _build(self) -> Callable[[Tensor], Tensor]:
-        """The step to record: ``tokens -> logits``, on the device alone; advances the device's counters."""
+    def _build(self) -> None:
+        """Make what the step to record needs."""
         self._device_cache = DeviceCache(self.cache, self.model)
-        forward = self._model_call
-        return torch.compile(forward, dynamic=False) if self.compiled else forward
+        self._call = torch.compile(self._model_call, dynamic=False) if self.compiled else self._model_call
+
+    def _once(self) -> None:
+        """The step to record, from static tokens to static logits: advances the device's counters."""
+        self._recorded.logits.copy_(self._call(self._recorded.tokens))
 
     def _model_call(self, tokens: Tensor) -> Tensor:
         cache = self._device_cache
@@ -213,7 +216,7 @@ class GraphEngine(Engine):
                 self._key, batch = key, layers[0].batch_size
                 vocab = self.model.get_output_embeddings().weight.shape[0]
                 self._recorded = _Recorded(batch, vocab, self.model.dtype, self.model.device)
-                self._call = self._build()
+                self._build()
             self._load()
         self._bound, self._bound_kernels = True, self._kernels()
         return True
@@ -237,9 +240,6 @@ class GraphEngine(Engine):
     def _start(self, logits: Tensor) -> None:
         self._recorded.logits.copy_(logits)
         self._recorded.index.zero_()
-
-    def _once(self) -> None:
-        self._recorded.logits.copy_(self._call(self._recorded.tokens))
 
     def _next_of_chunk(self) -> Tensor:
         state = self._recorded
@@ -329,15 +329,18 @@ class FusedEngine(GraphEngine):
         layer = self.cache.layers[0]
         return layer.is_initialized if self.attention == "triton" else super()._ready()
 
-    def _build(self) -> Callable[[Tensor], Tensor]:
+    def _build(self) -> None:
         self._forward = self._module.StepForward(
             self.model,
             self.cache,
             rotary_from_model(self.model),
             own_attention=self.attention == "triton",
             fork=self.fork,
+            logits=self._recorded.logits,
         )
-        return self._forward
+
+    def _once(self) -> None:
+        self._forward(self._recorded.tokens)
 
     def _load(self) -> None:
         layer = self.cache.layers[0]

@@ -192,7 +192,7 @@ class Ring:
         positions = torch.arange(now + 1, device=DEVICE) + offset
         self.stream_keys = rotated(keys.double(), positions, self.inv_freq).to(dtype)
         ring = self.batch, self.heads, self.layout.capacity, self.head_dim
-        self.keys, self.values = (torch.full(ring, 9.0, dtype=dtype, device=DEVICE) for _ in range(2))
+        self.keys, self.values = (torch.full(ring, torch.nan, dtype=dtype, device=DEVICE) for _ in range(2))
         for token in range(now):  # later tokens overwrite earlier ones
             self.keys[:, :, self.slot(token)] = self.stream_keys[:, :, token]
             self.values[:, :, self.slot(token)] = self.stream_values[:, :, token]
@@ -246,7 +246,7 @@ MOMENTS = {
 @pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_ring_attention(monkeypatch, sizes, moment, offset):
-    monkeypatch.setattr(attention.RingAttention, "BLOCK", 16)
+    monkeypatch.setattr(attention.RingAttention, "BLOCK", 8)
     ring = Ring(sizes, moment(*sizes[-2:]), offset, torch.float32)
     begin(ring)
     attend = attention.RingAttention(ring.keys, ring.state, SCALE)

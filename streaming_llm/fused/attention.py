@@ -63,19 +63,15 @@ def _begin_step(
         tl.store(counters_ptr, now + 1)
         tl.store(counters_ptr + 2, now)
         tl.store(counters_ptr + 3, tl.where(now < n_sink, now, n_sink + (now - n_sink) % (window + 1)))
-        pair = tl.arange(0, HALF_P)
-        inside = pair < HALF
-        inv_freq = tl.load(inv_freq_ptr + pair, inside, 0.0)
         in_cache = tl.minimum(now, n_sink + window)
-        angle = (now + offset).to(tl.float64) * inv_freq
-        tl.store(angles_ptr + pair, tl.cos(angle).to(tl.float32), inside)
-        tl.store(angles_ptr + HALF + pair, tl.sin(angle).to(tl.float32), inside)
-        angle = (in_cache + offset).to(tl.float64) * inv_freq
-        tl.store(angles_ptr + 2 * HALF + pair, tl.cos(angle).to(tl.float32), inside)
-        tl.store(angles_ptr + 3 * HALF + pair, tl.sin(angle).to(tl.float32), inside)
-        angle = (now - in_cache).to(tl.float64) * inv_freq
-        tl.store(angles_ptr + 4 * HALF + pair, tl.cos(angle).to(tl.float32), inside)
-        tl.store(angles_ptr + 5 * HALF + pair, tl.sin(angle).to(tl.float32), inside)
+        which = tl.arange(0, 4)[:, None]  # a power of two; the last one is not used
+        position = tl.where(which == 0, now + offset, tl.where(which == 1, in_cache + offset, now - in_cache))
+        pair = tl.arange(0, HALF_P)[None, :]
+        inside = (pair < HALF) & (which < 3)
+        angle = position.to(tl.float64) * tl.load(inv_freq_ptr + pair, pair < HALF, 0.0)
+        at = angles_ptr + which * 2 * HALF + pair
+        tl.store(at, tl.cos(angle).to(tl.float32), inside)
+        tl.store(at + HALF, tl.sin(angle).to(tl.float32), inside)
     column = block * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(tokens_ptr + batch)
     x = tl.load(table_ptr + row * HIDDEN + column, column < HIDDEN, 0.0)
@@ -160,15 +156,43 @@ def rotate_and_store(
 
 
 @triton.jit
+def _attend(
+    key, value, token, visible, query, to_sinks, largest, total, acc, with_sinks, N_SINK: tl.constexpr
+):  # fmt: skip
+    """Take a tile of keys and values ``[BLOCK, DIM_P]`` into a running softmax."""
+    key = key.to(tl.float32)
+    score = tl.sum(key * query[None, :], 1)
+    if N_SINK > 0:
+        if with_sinks:
+            score = tl.where(token < N_SINK, tl.sum(key * to_sinks[None, :], 1), score)
+    score = tl.where(visible, score, float("-inf"))
+    new = tl.maximum(largest, tl.max(score, 0))
+    new = tl.where(new == float("-inf"), 0.0, new)
+    keep = tl.exp(largest - new)
+    weight = tl.exp(score - new)
+    value = tl.where(visible[:, None], value.to(tl.float32), 0.0)
+    acc = acc * keep + tl.sum(weight[:, None] * value, 0)
+    return new, total * keep + tl.sum(weight, 0), acc
+
+
+@triton.jit
 def _ring_attention(
-    qkv_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, arrived_ptr, counters_ptr, angles_ptr, scale, capacity,
-    N_SINK: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr,
+    qkv_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, arrived_ptr, counters_ptr, angles_ptr, scale,
+    CAPACITY: tl.constexpr, N_SINK: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, SPLIT_LEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dims = tl.arange(0, DIM_P)
     inside = dims < HEAD_DIM
-    ring = head * capacity * HEAD_DIM
+    k_ptr += head * CAPACITY * HEAD_DIM
+    v_ptr += head * CAPACITY * HEAD_DIM
+    first = split * SPLIT_LEN
+    last = tl.where(split == SPLITS - 1, CAPACITY, first + SPLIT_LEN)
+    # Of what is stored only the token's own slot changes in this step, and that is not read from here.
+    token = first + tl.arange(0, BLOCK)
+    at = token[:, None] * HEAD_DIM + dims[None, :]
+    in_ring = (token < last)[:, None] & inside[None, :]
+    key, value = tl.load(k_ptr + at, in_ring, 0.0), tl.load(v_ptr + at, in_ring, 0.0)
     wait_for_input(PDL)
     qkv = qkv_ptr + head * 3 * HEAD_DIM
     now, slot = tl.load(counters_ptr + 2), tl.load(counters_ptr + 3)
@@ -179,34 +203,26 @@ def _ring_attention(
     total = tl.zeros((), tl.float32)
     acc = tl.zeros((DIM_P,), tl.float32)
     if split == 0:  # the token itself, which no other program reads
-        key = _turn(qkv + HEAD_DIM, dims, angles_ptr, HALF, HEAD_DIM).to(k_ptr.dtype.element_ty)
-        value = tl.load(qkv + 2 * HEAD_DIM + dims, inside, 0.0).to(v_ptr.dtype.element_ty)
-        tl.store(k_ptr + ring + slot * HEAD_DIM + dims, key, inside)
-        tl.store(v_ptr + ring + slot * HEAD_DIM + dims, value, inside)
-        largest = tl.sum(query * key.to(tl.float32), 0)
+        new_key = _turn(qkv + HEAD_DIM, dims, angles_ptr, HALF, HEAD_DIM).to(k_ptr.dtype.element_ty)
+        new_value = tl.load(qkv + 2 * HEAD_DIM + dims, inside, 0.0).to(v_ptr.dtype.element_ty)
+        tl.store(k_ptr + slot * HEAD_DIM + dims, new_key, inside)
+        tl.store(v_ptr + slot * HEAD_DIM + dims, new_value, inside)
+        largest = tl.sum(query * new_key.to(tl.float32), 0)
         total += 1.0
-        acc += value.to(tl.float32)
+        acc += new_value.to(tl.float32)
 
-    stored = tl.minimum(now, capacity)
-    for start in range(split * SPLIT_LEN, tl.minimum(split * SPLIT_LEN + SPLIT_LEN, stored), BLOCK):
+    end = tl.minimum(last, now).to(tl.int32)  # what lies behind has never been written
+    visible = (token < end) & (token != slot)
+    state = _attend(key, value, token, visible, query, to_sinks, largest, total, acc, first < N_SINK, N_SINK)
+    largest, total, acc = state
+    for start in range(first + BLOCK, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
-        visible = (token < stored) & (token != slot)
+        visible = (token < end) & (token != slot)
+        at = token[:, None] * HEAD_DIM + dims[None, :]
         mask = visible[:, None] & inside[None, :]
-        at = ring + token[:, None] * HEAD_DIM + dims[None, :]
-        key = tl.load(k_ptr + at, mask, 0.0).to(tl.float32)
-        value = tl.load(v_ptr + at, mask, 0.0).to(tl.float32)
-        score = tl.sum(key * query[None, :], 1)
-        if N_SINK > 0:
-            if start < N_SINK:
-                score = tl.where(token < N_SINK, tl.sum(key * to_sinks[None, :], 1), score)
-        score = tl.where(visible, score, float("-inf"))
-        new = tl.maximum(largest, tl.max(score, 0))
-        new = tl.where(new == float("-inf"), 0.0, new)
-        keep = tl.exp(largest - new)
-        weight = tl.exp(score - new)
-        acc = acc * keep + tl.sum(weight[:, None] * value, 0)
-        total = total * keep + tl.sum(weight, 0)
-        largest = new
+        key, value = tl.load(k_ptr + at, mask, 0.0), tl.load(v_ptr + at, mask, 0.0)
+        state = _attend(key, value, token, visible, query, to_sinks, largest, total, acc, start < N_SINK, N_SINK)
+        largest, total, acc = state
 
     if SPLITS == 1:
         tl.store(out_ptr + head * HEAD_DIM + dims, (acc / total).to(out_ptr.dtype.element_ty), inside)
@@ -240,14 +256,14 @@ class RingAttention:
         scale: factor on the scores.
     """
 
-    BLOCK = 64
+    BLOCK, WARPS = 64, 4
     PROGRAMS = 384
     """Programs to aim for: a few for each multiprocessor."""
 
     def __init__(self, keys: Tensor, state: RingState, scale: float) -> None:
         batch, num_heads, capacity, head_dim = keys.shape
         self.state, self.scale = state, scale
-        blocks = triton.cdiv(capacity, self.BLOCK)
+        blocks = max(1, capacity // self.BLOCK)  # the last program takes what is over
         per_split = triton.cdiv(blocks, max(1, min(blocks, self.PROGRAMS // (batch * num_heads))))
         self.splits, self.split_len = triton.cdiv(blocks, per_split), per_split * self.BLOCK
         self.dim_p = triton.next_power_of_2(head_dim)
@@ -265,8 +281,8 @@ class RingAttention:
         batch, num_heads, capacity, head_dim = keys.shape
         _ring_attention[(batch * num_heads, self.splits)](
             qkv, keys, values, out, self.partial, self.arrived, self.state.counters, self.state.angles,
-            self.scale, capacity,
+            self.scale, CAPACITY=capacity,
             N_SINK=self.state.layout.config.n_sink, HALF=self.state.half, HEAD_DIM=head_dim, DIM_P=self.dim_p,
             SPLITS=self.splits, SPLITS_P=triton.next_power_of_2(self.splits), SPLIT_LEN=self.split_len,
-            BLOCK=self.BLOCK, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+            BLOCK=self.BLOCK, PDL=pdl, num_warps=self.WARPS, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip

@@ -131,10 +131,18 @@ class StepForward:
             that is allowed, for a full ring.
         fork: run the MLP beside the attention, on a second stream; else everything in one chain, with programmatic
             dependent launch where there is such a thing.
+        logits: ``[batch, vocab]``, where every call writes its result.
     """
 
     def __init__(
-        self, model: nn.Module, cache: StreamingKVCache, rotary: Rotary, *, own_attention: bool, fork: bool
+        self,
+        model: nn.Module,
+        cache: StreamingKVCache,
+        rotary: Rotary,
+        *,
+        own_attention: bool,
+        fork: bool,
+        logits: Tensor,
     ) -> None:
         self.model, self.layers, self.own_attention = model, list(model.gpt_neox.layers), own_attention
         self.caches, device = cache.layers, model.device
@@ -154,7 +162,7 @@ class StepForward:
         self.attended = torch.empty(batch, hidden, dtype=dtype, device=device)
         self.inner = torch.empty(batch, config.intermediate_size, dtype=dtype, device=device)
         self.mlp = torch.empty(batch, hidden, dtype=torch.float32, device=device)
-        self.logits = torch.empty(batch, config.vocab_size, dtype=dtype, device=device)
+        self.logits = logits
         self.side = torch.cuda.Stream(device) if fork else None
 
     def load(self, n_seen: int, position_offset: int) -> None:
@@ -167,8 +175,8 @@ class StepForward:
             elif layer._sink_keys is not None:
                 layer.keys[:, :, :n_sink].copy_(layer._sink_keys)
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Feed ``tokens`` ``[batch]`` and advance; returns ``[batch, vocab]``, overwritten by the next call."""
+    def __call__(self, tokens: Tensor) -> None:
+        """Feed ``tokens`` ``[batch]`` and advance."""
         begin_step(tokens, self.model.gpt_neox.embed_in.weight, self.x[0], self.state, pdl=False)
         step = self._layer_of_one if tokens.shape[0] == 1 else self._layer_of_many
         x, add = self.x[0], None
@@ -179,7 +187,6 @@ class StepForward:
             norm_gemv(x[0], (norm, head, self.logits[0], False), pdl=self.pdl)
         else:
             torch.mm(sum_and_norms(x, add, (norm,))[1][0], head.weight.T, out=self.logits)
-        return self.logits
 
     def _attend(self, index: int, qkv: Tensor) -> Tensor:
         """Store the token of ``qkv`` ``[batch, num_heads, 3 * head_dim]`` and attend: ``[batch, hidden]``."""
