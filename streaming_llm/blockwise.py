@@ -216,12 +216,13 @@ class _Collector:
     def _flush(self) -> None:
         if self._pending is None:
             return
-        block, ready = self._pending
-        with _beside(block[0].device) as stream:
-            if stream is not None:
-                stream.wait_event(ready)
+        (block, ready), self._pending = self._pending, None
+        if ready is None:
             self._done.append(tuple(x.to(self.home) for x in block))
-        self._pending = None
+            return
+        with _beside(block[0].device) as stream:
+            stream.wait_event(ready)
+            self._done.append(tuple(x.to(self.home) for x in block))
 
     def __call__(self, start: int, nll: Tensor, hidden: Tensor) -> None:
         self._flush()

@@ -111,13 +111,22 @@ class _Falcon:
         **unused,
     ) -> tuple[Tensor, Tensor | None]:
         require_no_mask(attention_mask)
-        split = layer._split_heads(layer.query_key_value(hidden_states))
-        query, key, value = (x.transpose(1, 2) for x in split)
+        query, key, value = self._split(layer, layer.query_key_value(hidden_states))
         query, key = _rotated(query, key, *position_embeddings, self.rotary)
         scaling = layer.head_dim**-0.5
         implementation = layer.config._attn_implementation
         out, weights = attend(layer, implementation, (query, key, value), layer_past, scaling, dropout=0.0)
         return layer.dense(out), weights
+
+    @staticmethod
+    def _split(layer: nn.Module, fused: Tensor) -> list[Tensor]:
+        """Query, key and value ``[batch, heads, length, head_dim]``, by slices, which a CUDA graph can hold."""
+        if not layer.new_decoder_architecture and not layer.multi_query:
+            return [x.squeeze(3).transpose(1, 2) for x in fused.unflatten(-1, (layer.num_heads, 3, -1)).split(1, 3)]
+        groups = layer.num_kv_heads if layer.new_decoder_architecture else 1
+        shared = layer.num_heads // groups
+        parts = fused.unflatten(-1, (groups, shared + 2, layer.head_dim)).split([shared, 1, 1], dim=3)
+        return [x.flatten(2, 3).transpose(1, 2) for x in parts]
 
 
 class _StableLm:

@@ -79,7 +79,7 @@ def merge_sinks(
 
     Args:
         query, out: ``[batch, num_heads, q_len, head_dim]``, the last dimension contiguous.
-        lse: log-sum-exp of the window's scores ``[batch, num_heads, q_len]``, float32, contiguous.
+        lse: log-sum-exp of the window's scores ``[batch, num_heads, q_len]``, float32.
         cos, sin: of the turn of each query, ``[q_len, rotary_dim / 2]``, float32, contiguous.
         sink_keys, sink_values: ``[batch, num_kv_heads, n_sink, head_dim]``.
         scale: factor on the scores.
@@ -95,7 +95,7 @@ def merge_sinks(
         result = out.new_empty((batch, q_len, num_heads, head_dim))
     block = 32
     _merge_sinks[(triton.cdiv(q_len, block), batch * num_heads)](
-        query, out, lse, cos, sin, sink_keys, sink_values, result,
+        query, out, lse.contiguous(), cos, sin, sink_keys, sink_values, result,
         q_len, num_heads, num_heads // sink_keys.shape[1], scale,
         result.stride(0), *query.stride()[:3], *out.stride()[:3], *sink_keys.stride()[:3], *sink_values.stride()[:3],
         N_SINK=sink_keys.shape[2], HALF=half, HEAD_DIM=head_dim, INTERLEAVED=interleaved,

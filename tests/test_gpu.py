@@ -152,6 +152,6 @@ def test_scoring_memory_does_not_grow_with_the_stream():
     peaks = []
     for length in (20_000, 200_000):
         torch.cuda.reset_peak_memory_stats()
-        score_stream(model, make_ids(length), 4, 1000)
+        score_stream(model, make_ids(length), 4, 1000, block_size=5000)
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[0] == peaks[1]
