@@ -73,14 +73,16 @@ def peak_memory_mb(call: Callable[[], object], device: torch.device) -> float | 
 def measure(model, arguments: argparse.Namespace, stream: StreamingConfig) -> dict:
     """Tokens per second of both, medians of interleaved repeats, for one model."""
     device, vocab = model.device, text_config(model.config).vocab_size
-    ids = torch.randint(vocab, (1, arguments.tokens), generator=torch.Generator().manual_seed(arguments.seed))
+    longest = max(arguments.tokens, *arguments.peak_tokens)
+    ids = torch.randint(vocab, (1, longest), generator=torch.Generator().manual_seed(arguments.seed))
     size, engine = arguments.block_size, resolve_block_engine(model, arguments.engine)
 
     def streaming(tokens: int = arguments.tokens) -> None:
         sizes = (stream.n_sink, stream.window_size, size)
         score_stream(model, ids[:, :tokens], *sizes, engine=engine, on_block=lambda *_: None)
 
-    calls = {"streaming": streaming, "dense_chunks": lambda: score_dense_chunks(model, ids, size, engine)}
+    timed = ids[:, : arguments.tokens]
+    calls = {"streaming": streaming, "dense_chunks": lambda: score_dense_chunks(model, timed, size, engine)}
     for call in calls.values():
         call()
     runs: dict[str, list[float]] = {name: [] for name in calls}
@@ -88,7 +90,6 @@ def measure(model, arguments: argparse.Namespace, stream: StreamingConfig) -> di
         for name, call in calls.items():
             runs[name].append(arguments.tokens / seconds(call, device))
     medians = {name: statistics.median(values) for name, values in runs.items()}
-    tenth = max(2, arguments.tokens // 10)
     return {
         "engine": engine,
         "toks_per_sec": medians,
@@ -96,7 +97,7 @@ def measure(model, arguments: argparse.Namespace, stream: StreamingConfig) -> di
         "runs_toks_per_sec": runs,
         "peak_memory_mb": {
             str(tokens): peak_memory_mb(lambda tokens=tokens: streaming(tokens), device)
-            for tokens in (tenth, arguments.tokens)
+            for tokens in arguments.peak_tokens
         },
     }
 
@@ -110,8 +111,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--n-sink", type=int, default=4)
     parser.add_argument("--window-size", type=int, default=2048)
-    parser.add_argument("--block-size", type=int, default=8192, help="tokens in a block and in a chunk")
+    parser.add_argument("--block-size", type=int, default=16384, help="tokens in a block and in a chunk")
     parser.add_argument("--tokens", type=int, default=131_072)
+    peak_help = "lengths of stream to measure peak memory at"
+    parser.add_argument("--peak-tokens", type=int, nargs="+", default=[100_000, 200_000], help=peak_help)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")

@@ -97,7 +97,7 @@ def _attention_forward(delegate: str) -> Callable:
             kernel = kernel_for(query, softcap)
             key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
             out = causal_attention(query, key, value, scale, kernel, softcap)
-        return out.transpose(1, 2).contiguous(), None
+        return out.transpose(1, 2).to(query.dtype).contiguous(), None
 
     return streaming_attention_forward
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .copies import joined
 from .math_attention import band_math, causal_math
 from .rope_utils import rotate
 from .sinks import BlockPlan
@@ -91,24 +92,30 @@ def block_attention(
     kernel = kernel_for(query, softcap)
     key, value = key.to(query.dtype), value.to(query.dtype)  # under autocast a cache may hold another dtype
     key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
-    if _continues(query, plan, kernel):
-        return _continued_band(query, key, value, plan, scale)
+    batch, num_heads, q_len, head_dim = query.shape
+    out = query.new_empty((batch, q_len, num_heads, head_dim))
+    window, given = plan.layout.config.window_size, (plan, scale, kernel, softcap)
+    if _continues(query, plan, kernel):  # only the first W queries see tokens of the blocks before
+        early = (joined((x[:, :, -window:], new[:, :, :window]), dim=2)
+                 for x, new in zip(plan.previous, (key, value), strict=True))  # fmt: skip
+        _streaming_band(query[:, :, :window], *early, out[:, :window], plan.first_query, *given)
+        _streaming_band(query[:, :, window:], key, value, out[:, window:], plan.first_query + window, *given)
+        return out.transpose(1, 2)
     if plan.previous:
         before = (repeat_heads(query, x.to(query.dtype), kernel) for x in plan.previous)
-        key, value = (torch.cat(parts, dim=2) for parts in zip(before, (key, value), strict=True))
-    config = plan.layout.config
+        key, value = (joined(parts, dim=2) for parts in zip(before, (key, value), strict=True))
     # Queries up to token S + W have lost nothing yet: plain causal attention over every token so far.
-    n_dense = min(max(config.cache_size + 1 - plan.first_query, 0), query.shape[2])
-    parts = []
+    n_dense = min(max(plan.layout.config.cache_size + 1 - plan.first_query, 0), q_len)
     if n_dense:
         kv_len = plan.first_query + n_dense - plan.first_key
         dense = (query[:, :, :n_dense], key[:, :, :kv_len], value[:, :, :kv_len])
-        parts.append(causal_attention(*dense, scale, kernel, softcap))
-    if n_dense < query.shape[2]:
-        first_key = plan.first_query + n_dense - config.window_size - plan.first_key
+        out[:, :n_dense] = causal_attention(*dense, scale, kernel, softcap).transpose(1, 2)
+    if n_dense < q_len:
+        first_query = plan.first_query + n_dense
+        first_key = first_query - window - plan.first_key
         band = (query[:, :, n_dense:], key[:, :, first_key:], value[:, :, first_key:])
-        parts.append(_streaming_band(*band, plan, plan.first_query + n_dense, scale, kernel, softcap))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        _streaming_band(*band, out[:, n_dense:], first_query, *given)
+    return out.transpose(1, 2)
 
 
 def _continues(query: Tensor, plan: BlockPlan, kernel: str) -> bool:
@@ -116,22 +123,6 @@ def _continues(query: Tensor, plan: BlockPlan, kernel: str) -> bool:
     config = plan.layout.config
     full = plan.first_query > config.cache_size and query.shape[2] > config.window_size
     return full and kernel == "flash" and query.device.type == "cuda"
-
-
-def _continued_band(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float) -> Tensor:
-    """A block longer than the window: only its first ``W`` queries see tokens of the blocks before it."""
-    window = plan.layout.config.window_size
-    early = [torch.cat((x[:, :, -window:], new[:, :, :window]), dim=2)
-             for x, new in zip(plan.previous, (key, value), strict=True)]  # fmt: skip
-    batch, num_heads, q_len, head_dim = query.shape
-    out = query.new_empty((batch, q_len, num_heads, head_dim))
-    for part, of_part in ((slice(window), early), (slice(window, None), (key, value))):
-        first_query = plan.first_query + (part.start or 0)
-        given = query[:, :, part], *of_part, plan, first_query, scale, "flash", None
-        found = _streaming_band(*given, out=out[:, part])
-        if found.data_ptr() != out[:, part].data_ptr():  # there was nothing to merge
-            out[:, part] = found.transpose(1, 2)
-    return out.transpose(1, 2)
 
 
 def repeat_heads(query: Tensor, x: Tensor, kernel: str) -> Tensor:
@@ -145,7 +136,10 @@ def repeat_heads(query: Tensor, x: Tensor, kernel: str) -> Tensor:
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, kernel: str, softcap: float | None = None
 ) -> Tensor:
-    """Causal attention whose last query sees the last key (SDPA's ``is_causal`` aligns the first ones)."""
+    """Causal attention whose last query sees the last key (SDPA's ``is_causal`` aligns the first ones).
+
+    The result may be of higher precision than the query.
+    """
     q_len, kv_len = query.shape[2], key.shape[2]
     if kernel == "math":
         return causal_math(query, key, value, scale, softcap)
@@ -210,44 +204,47 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
     Args:
         out, other: ``[..., q_len, head_dim]``.
         lse, other_lse: log-sum-exp of the scores over each set, ``[..., q_len]``.
+
+    Returns:
+        Result and log-sum-exp in the precision of the latter, so that merging again does not round again.
     """
     total = torch.logaddexp(lse, other_lse)
     dtype = torch.promote_types(out.dtype, lse.dtype)
     weight, other_weight = ((x - total).exp().unsqueeze(-1).to(dtype) for x in (lse, other_lse))
-    return (out * weight + other * other_weight).to(out.dtype), total
+    return out * weight + other * other_weight, total
 
 
 def _streaming_band(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    plan: BlockPlan,
+    out: Tensor,
     first_query: int,
+    plan: BlockPlan,
     scale: float,
     kernel: str,
     softcap: float | None,
-    out: Tensor | None = None,
-) -> Tensor:
+) -> None:
     """Attention of queries that are all past the cache size; keys begin ``W`` tokens before the first of them.
 
-    ``out`` ``[batch, q_len, num_heads, head_dim]`` is where to write the result, if sinks are merged by a kernel.
+    Writes to ``out`` ``[batch, q_len, num_heads, head_dim]``.
     """
-    config = plan.layout.config
-    if not config.n_sink:
-        if kernel == "math":
-            return band_math(query, None, key, value, plan, scale, softcap)
-        return _band_fused(query, key, value, config.window_size, scale, kernel)[0]
+    config, rotation = plan.layout.config, plan.rotation
     # Queries are turned from token t to position S + W, where the sinks in their first rotation see them.
-    rotation, rotary = plan.rotation, plan.rotation.rotary
     turns = (config.cache_size - first_query, query.shape[2], query.device)
     if kernel == "math":
-        return band_math(query, rotate(query, *rotation.turns(*turns), rotary), key, value, plan, scale, softcap)
-    found, lse = _band_fused(query, key, value, config.window_size, scale, kernel)
-    if rotary.rotary_dim and triton_kernels is not None and triton_kernels.available(query):
-        cos, sin = rotation.turns(*turns, paired=True)
-        sinks = (plan.sink_keys, plan.sink_values)
-        return triton_kernels.merge_sinks(query, found, lse, cos, sin, *sinks, scale, rotary.interleaved, out)
-    return _merge_sinks(found, lse, rotate(query, *rotation.turns(*turns), rotary), plan, scale)
+        turned = rotate(query, *rotation.turns(*turns), rotation.rotary) if config.n_sink else None
+        found = band_math(query, turned, key, value, plan, scale, softcap)
+    else:
+        found, lse = _band_fused(query, key, value, config.window_size, scale, kernel)
+        in_one = triton_kernels is not None and triton_kernels.available(query)
+        if config.n_sink and in_one and rotation.rotary.rotary_dim:
+            sinks = (plan.sink_keys, plan.sink_values, scale, rotation.rotary.interleaved)
+            triton_kernels.merge_sinks(query, found, lse, *rotation.turns(*turns, paired=True), *sinks, out)
+            return
+        if config.n_sink:
+            found = _merge_sinks(found, lse, rotate(query, *rotation.turns(*turns), rotation.rotary), plan, scale)
+    out.copy_(found.transpose(1, 2))
 
 
 def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scale: float) -> Tensor:
@@ -261,7 +258,7 @@ def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scal
     total = torch.logaddexp(lse, scores.logsumexp(-1))
     weights = (scores - total.unsqueeze(-1)).exp().view(batch, keys.shape[1], -1, keys.shape[2])
     from_sinks = (weights @ values.to(dtype)).view_as(out)
-    return torch.addcmul(from_sinks, out.to(dtype), (lse - total).exp().unsqueeze(-1)).to(out.dtype)
+    return torch.addcmul(from_sinks, out.to(dtype), (lse - total).exp().unsqueeze(-1))
 
 
 def _band_fused(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from .copies import copy, joined
 from .positions import Segment, StreamLayout
 from .rope_utils import rotate
 from .sinks import BlockPlan, MovingSinks, SinkRotation
@@ -76,8 +77,8 @@ class StreamingLayer(CacheLayerMixin):
         for segment in segments:
             source = slice(segment.token - start, segment.token - start + segment.length)
             target = slice(segment.slot, segment.slot + segment.length)
-            self.keys[:, :, target] = key_states[:, :, source]
-            self.values[:, :, target] = value_states[:, :, source]
+            copy(self.keys[:, :, target], key_states[:, :, source])
+            copy(self.values[:, :, target], value_states[:, :, source])
 
     # Sinks
 
@@ -181,7 +182,7 @@ class StreamingLayer(CacheLayerMixin):
         end = start + key_states.shape[2]
         first_key = 0 if start <= layout.capacity else start - layout.config.window_size
         stored = [slice(s.slot, s.slot + s.length) for s in layout.segments(range(first_key, start))]
-        previous = tuple(torch.cat([x[:, :, s] for s in stored], dim=2) for x in (self.keys, self.values) if stored)
+        previous = tuple(joined([x[:, :, s] for s in stored], dim=2) for x in (self.keys, self.values) if stored)
 
         self.reserve(layout.capacity)
         for tokens in layout.survivors(start, end):

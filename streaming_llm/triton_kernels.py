@@ -73,8 +73,8 @@ def merge_sinks(
     sink_values: Tensor,
     scale: float,
     interleaved: bool,
-    result: Tensor | None = None,
-) -> Tensor:
+    result: Tensor,
+) -> None:
     """Turn the query, score the sinks and add them to the attention over the window, reading everything once.
 
     Args:
@@ -85,14 +85,9 @@ def merge_sinks(
         scale: factor on the scores.
         interleaved: rotation pairs neighbours instead of halves.
         result: where to write, ``[batch, q_len, num_heads, head_dim]``, the last three dimensions contiguous.
-
-    Returns:
-        ``[batch, num_heads, q_len, head_dim]`` like ``out``, a view of ``[batch, q_len, num_heads, head_dim]``.
     """
     batch, num_heads, q_len, head_dim = query.shape
     half = cos.shape[1]
-    if result is None:
-        result = out.new_empty((batch, q_len, num_heads, head_dim))
     block = 32
     _merge_sinks[(triton.cdiv(q_len, block), batch * num_heads)](
         query, out, lse.contiguous(), cos, sin, sink_keys, sink_values, result,
@@ -102,7 +97,6 @@ def merge_sinks(
         HALF_P=triton.next_power_of_2(half), PASS_P=triton.next_power_of_2(max(1, head_dim - 2 * half)),
         DIM_P=triton.next_power_of_2(head_dim), BLOCK=block,
     )  # fmt: skip
-    return result.transpose(1, 2)
 
 
 def available(query: Tensor) -> bool:

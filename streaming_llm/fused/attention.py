@@ -256,17 +256,19 @@ class RingAttention:
         scale: factor on the scores.
     """
 
-    BLOCK, WARPS = 64, 4
-    PROGRAMS = 384
-    """Programs to aim for: a few for each multiprocessor."""
+    TILE = 2048
+    """Elements of a tile of keys, and of values. A program is a single warp, which waits for no other."""
+    PROGRAMS = 1056
+    """Programs to aim for: eight for each of an H200's multiprocessors."""
 
     def __init__(self, keys: Tensor, state: RingState, scale: float) -> None:
         batch, num_heads, capacity, head_dim = keys.shape
         self.state, self.scale = state, scale
-        blocks = max(1, capacity // self.BLOCK)  # the last program takes what is over
-        per_split = triton.cdiv(blocks, max(1, min(blocks, self.PROGRAMS // (batch * num_heads))))
-        self.splits, self.split_len = triton.cdiv(blocks, per_split), per_split * self.BLOCK
         self.dim_p = triton.next_power_of_2(head_dim)
+        self.block = max(1, self.TILE // self.dim_p)
+        blocks = max(1, capacity // self.block)  # the last program takes what is over
+        per_split = triton.cdiv(blocks, max(1, min(blocks, self.PROGRAMS // (batch * num_heads))))
+        self.splits, self.split_len = triton.cdiv(blocks, per_split), per_split * self.block
         heads = batch * num_heads
         self.partial = torch.empty(heads * self.splits * (self.dim_p + 2), dtype=torch.float32, device=keys.device)
         self.arrived = torch.zeros(heads, dtype=torch.int32, device=keys.device)
@@ -284,5 +286,5 @@ class RingAttention:
             self.scale, CAPACITY=capacity,
             N_SINK=self.state.layout.config.n_sink, HALF=self.state.half, HEAD_DIM=head_dim, DIM_P=self.dim_p,
             SPLITS=self.splits, SPLITS_P=triton.next_power_of_2(self.splits), SPLIT_LEN=self.split_len,
-            BLOCK=self.BLOCK, PDL=pdl, num_warps=self.WARPS, **({"launch_pdl": True} if pdl else {}),
+            BLOCK=self.block, PDL=pdl, num_warps=1, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
