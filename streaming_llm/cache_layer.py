@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .copies import copy, joined
+from .copies import joined
 from .positions import Segment, StreamLayout
 from .rope_utils import rotate
 from .sinks import BlockPlan, MovingSinks, SinkRotation
@@ -77,8 +77,8 @@ class StreamingLayer(CacheLayerMixin):
         for segment in segments:
             source = slice(segment.token - start, segment.token - start + segment.length)
             target = slice(segment.slot, segment.slot + segment.length)
-            copy(self.keys[:, :, target], key_states[:, :, source])
-            copy(self.values[:, :, target], value_states[:, :, source])
+            self.keys[:, :, target] = key_states[:, :, source]
+            self.values[:, :, target] = value_states[:, :, source]
 
     # Sinks
 

@@ -14,53 +14,48 @@ def _merge_sinks(
     q_len, num_heads, groups, scale,
     result_b, q_b, q_h, q_m, out_b, out_h, out_m, k_b, k_h, k_s, v_b, v_h, v_s,
     N_SINK: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HALF_P: tl.constexpr, PASS_P: tl.constexpr, DIM_P: tl.constexpr, BLOCK: tl.constexpr,
+    DIM_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     rows = rows.to(tl.int64)  # offsets may pass 2**31
     batch, head = tl.program_id(1).to(tl.int64) // num_heads, tl.program_id(1) % num_heads
-    in_rows = (rows < q_len)[:, None]
-    half, rest, dims = tl.arange(0, HALF_P), tl.arange(0, PASS_P), tl.arange(0, DIM_P)
-    in_half, in_rest, in_dims = half < HALF, rest < HEAD_DIM - 2 * HALF, dims < HEAD_DIM
-    first = 2 * half if INTERLEAVED else half
-    second = first + 1 if INTERLEAVED else half + HALF
-    rest += 2 * HALF
+    dims = tl.arange(0, DIM_P)
+    in_rows, in_dims = (rows < q_len)[:, None], dims < HEAD_DIM
+    if INTERLEAVED:
+        pair, partner, leads = dims // 2, dims ^ 1, dims % 2 == 0
+    else:
+        pair, partner, leads = dims % HALF, tl.where(dims < HALF, dims + HALF, dims - HALF), dims < HALF
 
     # The query, turned to where the sinks in their first rotation see it.
     q = q_ptr + batch * q_b + head * q_h + rows[:, None] * q_m
-    mask = in_rows & in_half[None, :]
-    a = tl.load(q + first[None, :], mask, 0.0).to(tl.float32)
-    b = tl.load(q + second[None, :], mask, 0.0).to(tl.float32)
-    passed = tl.load(q + rest[None, :], in_rows & in_rest[None, :], 0.0).to(tl.float32)
-    angle = rows[:, None] * HALF + half[None, :]
-    cos, sin = tl.load(cos_ptr + angle, mask, 0.0), tl.load(sin_ptr + angle, mask, 0.0)
-    turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
+    mask = in_rows & in_dims[None, :]
+    rotates = in_rows & (dims < 2 * HALF)[None, :]
+    query = tl.load(q + dims[None, :], mask, 0.0).to(tl.float32)
+    other = tl.load(q + partner[None, :], rotates, 0.0).to(tl.float32)
+    angle = rows[:, None] * HALF + pair[None, :]
+    cos, sin = tl.load(cos_ptr + angle, rotates, 1.0), tl.load(sin_ptr + angle, rotates, 0.0)
+    turned = query * cos + tl.where(leads[None, :], -other, other) * sin
 
     # One running softmax that begins with the window's result.
     largest = tl.load(lse_ptr + (batch * num_heads + head) * q_len + rows, rows < q_len, 0.0)
     total = tl.full((BLOCK,), 1.0, tl.float32)
     out = out_ptr + batch * out_b + head * out_h + rows[:, None] * out_m
-    acc = tl.load(out + dims[None, :], in_rows & in_dims[None, :], 0.0).to(tl.float32)
-    k = k_ptr + batch * k_b + (head // groups) * k_h
-    v = v_ptr + batch * v_b + (head // groups) * v_h
+    acc = tl.load(out + dims[None, :], mask, 0.0).to(tl.float32)
+    k = k_ptr + batch * k_b + (head // groups) * k_h + dims
+    v = v_ptr + batch * v_b + (head // groups) * v_h + dims
     for sink in range(N_SINK):
-        key = k + sink * k_s
-        score = tl.sum(turned_a * tl.load(key + first, in_half, 0.0).to(tl.float32)[None, :], 1)
-        score += tl.sum(turned_b * tl.load(key + second, in_half, 0.0).to(tl.float32)[None, :], 1)
-        score += tl.sum(passed * tl.load(key + rest, in_rest, 0.0).to(tl.float32)[None, :], 1)
-        score *= scale
+        key = tl.load(k + sink * k_s, in_dims, 0.0).to(tl.float32)
+        score = tl.sum(turned * key[None, :], 1) * scale
         new_largest = tl.maximum(largest, score)
         keep, weight = tl.exp(largest - new_largest), tl.exp(score - new_largest)
-        value = tl.load(v + sink * v_s + dims, in_dims, 0.0).to(tl.float32)
+        value = tl.load(v + sink * v_s, in_dims, 0.0).to(tl.float32)
         acc = acc * keep[:, None] + weight[:, None] * value[None, :]
         total = total * keep + weight
         largest = new_largest
 
     # [batch, q_len, num_heads, head_dim]
     result = result_ptr + batch * result_b + (rows[:, None] * num_heads + head) * HEAD_DIM
-    tl.store(
-        result + dims[None, :], (acc / total[:, None]).to(result_ptr.dtype.element_ty), in_rows & in_dims[None, :]
-    )
+    tl.store(result + dims[None, :], (acc / total[:, None]).to(result_ptr.dtype.element_ty), mask)
 
 
 def merge_sinks(
@@ -94,7 +89,6 @@ def merge_sinks(
         q_len, num_heads, num_heads // sink_keys.shape[1], scale,
         result.stride(0), *query.stride()[:3], *out.stride()[:3], *sink_keys.stride()[:3], *sink_values.stride()[:3],
         N_SINK=sink_keys.shape[2], HALF=half, HEAD_DIM=head_dim, INTERLEAVED=interleaved,
-        HALF_P=triton.next_power_of_2(half), PASS_P=triton.next_power_of_2(max(1, head_dim - 2 * half)),
         DIM_P=triton.next_power_of_2(head_dim), BLOCK=block,
     )  # fmt: skip
 

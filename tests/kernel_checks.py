@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from reference import rotated
 
+from streaming_llm import triton_kernels
 from streaming_llm.config import StreamingConfig
 from streaming_llm.fused import attention, elementwise, gemv
 from streaming_llm.positions import StreamLayout
@@ -172,6 +173,36 @@ def test_queries_and_keys_are_rotated_in_place(head_dim, rotary_dim):
     angles = positions.double()[:, None] * inv_freq
     elementwise.rotate_qk_(qkv, angles.cos().float(), angles.sin().float())
     close(qkv.transpose(1, 2), torch.cat(turned, dim=-1))
+
+
+# head_dim, rotary_dim, heads, of keys, sinks
+SINKS = [(20, 6, 4, 4, 4), (16, 16, 6, 3, 3), (80, 20, 2, 2, 4), (64, 16, 4, 1, 17)]
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("head_dim", "rotary_dim", "heads", "kv_heads", "n_sink"), SINKS)
+def test_sinks_are_merged(head_dim, rotary_dim, heads, kv_heads, n_sink, interleaved):
+    length = 45
+    query, out = (randn(2, length, heads, head_dim).transpose(1, 2) for _ in range(2))
+    lse = randn(2, heads, length + 7)[..., :length]  # not contiguous, as cut blocks leave it
+    keys, values = (randn(2, kv_heads, n_sink, head_dim) for _ in range(2))
+    turn, inv_freq = 60 - torch.arange(length, device=DEVICE), frequencies(rotary_dim)
+    pairs = [*range(0, rotary_dim, 2), *range(1, rotary_dim, 2)] if interleaved else [*range(rotary_dim)]
+    order = [*pairs, *range(rotary_dim, head_dim)]  # of neighbours, as halves
+    turned = torch.empty_like(query, dtype=torch.float64)
+    turned[..., order] = rotated(query[..., order].double(), turn, inv_freq)
+    each = heads // kv_heads
+    all_keys, all_values = (x.double().repeat_interleave(each, dim=1) for x in (keys, values))
+    scores = torch.cat((lse.double().unsqueeze(-1), turned @ all_keys.mT * SCALE), dim=-1).softmax(-1)
+    expected = scores[..., :1] * out.double() + scores[..., 1:] @ all_values
+    angles = turn.double()[:, None] * inv_freq
+    buffer = torch.zeros(2, length + 10, heads, head_dim, device=DEVICE)
+    given = (angles.cos().float(), angles.sin().float(), keys, values, SCALE, interleaved)
+    triton_kernels.merge_sinks(query, out, lse, *given, buffer[:, 7 : 7 + length])
+    close(buffer[:, 7 : 7 + length].transpose(1, 2), expected)
+    assert not buffer[:, :7].any()
+    assert not buffer[:, 7 + length :].any()
 
 
 # -------------------------------------------------------------------------------------------- attention over a ring
