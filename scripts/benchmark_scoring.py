@@ -4,7 +4,7 @@
 Both go over the same tokens with the same model, engine, kernel, block length and loss, interleaved in one run. The
 dense forward sees each chunk by itself, so it is no alternative, but the speed that the model allows.
 
-    python scripts/benchmark_scoring.py --model random:pythia-70m random:pythia-2.8b --attn-backend flash
+    python scripts/benchmark_scoring.py --model random:pythia-70m random:pythia-2.8b --attn-backend-list flash cudnn
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from model_setup import keep_result, load_wrapped
 from torch import Tensor
 
-from experiments.config import SetupError
+from experiments.cli import OneLineParser, add_dtype_and_device, guarded
+from experiments.config import ExperimentConfig, SetupError, at_least
 from experiments.device import synchronise
-from experiments.environment import device_name, environment
+from experiments.environment import device_name
 from experiments.models import find_model
-from experiments.storage import write_json
+from experiments.session import resolve_machine
+from experiments.storage import check_writable
 from personal_adapters.neox_flash import wrap_attention
-from personal_adapters.sdpa import resolve_attn_backend, select_dtype
-from streaming_llm import StreamingConfig, score_stream
+from streaming_llm import score_stream
 from streaming_llm.attention import maskless_attention
 from streaming_llm.blockwise import token_nll
 from streaming_llm.families import rotary_from_model, text_config
-from streaming_llm.forwards import resolve_block_engine
+from streaming_llm.forwards import BLOCK_ENGINES, resolve_block_engine
 from streaming_llm.fused import require_fused
 
 
@@ -70,100 +72,125 @@ def peak_memory_mb(call: Callable[[], object], device: torch.device) -> float | 
     return torch.cuda.max_memory_allocated(device) / 1e6
 
 
-def measure(model, arguments: argparse.Namespace, stream: StreamingConfig) -> dict:
+def measure(model, options: argparse.Namespace, engine: str) -> dict:
     """Tokens per second of both, medians of interleaved repeats, for one model."""
     device, vocab = model.device, text_config(model.config).vocab_size
-    longest = max(arguments.tokens, *arguments.peak_tokens)
-    ids = torch.randint(vocab, (1, longest), generator=torch.Generator().manual_seed(arguments.seed))
-    size, engine = arguments.block_size, resolve_block_engine(model, arguments.engine)
+    lengths = {options.tokens, *options.peak_tokens}
+    ids = torch.randint(vocab, (1, max(lengths)), generator=torch.Generator().manual_seed(options.seed))
+    size = options.block_size
 
-    def streaming(tokens: int = arguments.tokens) -> None:
-        sizes = (stream.n_sink, stream.window_size, size)
+    def streaming(tokens: int = options.tokens) -> None:
+        sizes = (options.n_sink, options.window_size, size)
         score_stream(model, ids[:, :tokens], *sizes, engine=engine, on_block=lambda *_: None)
 
-    timed = ids[:, : arguments.tokens]
+    timed = ids[:, : options.tokens]
     calls = {"streaming": streaming, "dense_chunks": lambda: score_dense_chunks(model, timed, size, engine)}
+    peaks = {str(n): peak_memory_mb(lambda n=n: streaming(n), device) for n in sorted(lengths)}
     for call in calls.values():
         call()
     runs: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(arguments.repeats):
+    for _ in range(options.repeats):
         for name, call in calls.items():
-            runs[name].append(arguments.tokens / seconds(call, device))
+            runs[name].append(options.tokens / seconds(call, device))
     medians = {name: statistics.median(values) for name, values in runs.items()}
     return {
         "engine": engine,
         "toks_per_sec": medians,
         "streaming_to_dense": medians["streaming"] / medians["dense_chunks"],
         "runs_toks_per_sec": runs,
-        "peak_memory_mb": {
-            str(tokens): peak_memory_mb(lambda tokens=tokens: streaming(tokens), device)
-            for tokens in arguments.peak_tokens
-        },
+        "peak_memory_mb": peaks,
     }
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["demo"], help="as in run_final_experiments.py")
-    parser.add_argument("--attn-backend", default=None, help="math, flash or auto (default: FLASH_SDPA, then math)")
-    parser.add_argument("--engine", default="auto", help="eager, fused or auto (default: fused where it runs)")
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--dtype", default=None)
-    parser.add_argument("--n-sink", type=int, default=4)
-    parser.add_argument("--window-size", type=int, default=2048)
-    parser.add_argument("--block-size", type=int, default=16384, help="tokens in a block and in a chunk")
-    parser.add_argument("--tokens", type=int, default=131_072)
-    peak_help = "lengths of stream to measure peak memory at"
-    parser.add_argument("--peak-tokens", type=int, nargs="+", default=[100_000, 200_000], help=peak_help)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
-    return parser.parse_args(argv)
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="benchmark_scoring.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "--model", nargs="+", default=["demo"], metavar="NAME", help="demo (the default), a hub name, random:<size>"
+    )
+    parser.add_argument(
+        "--attn-backend-list",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help="math, flash, cudnn, auto; default: what FLASH_SDPA says, else math",
+    )
+    parser.add_argument(
+        "--engine", default="auto", choices=("auto", *BLOCK_ENGINES), help="default: auto, fused where it runs"
+    )
+    sizes = parser.add_argument_group("sizes, in tokens")
+    for name, value, meaning in (
+        ("--n-sink", 4, "sinks"),
+        ("--window-size", 2048, "recent tokens"),
+        ("--block-size", 16384, "of a block and of a chunk"),
+        ("--tokens", 131_072, "scored in a run"),
+    ):
+        sizes.add_argument(name, type=int, default=value, metavar="N", help=f"{meaning}; default: {value}")
+    sizes.add_argument(
+        "--peak-tokens", type=int, nargs="+", default=[], metavar="N", help="further lengths to measure the memory at"
+    )
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="interleaved runs; default: 3")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and tokens; default: 0")
+    add_dtype_and_device(parser.add_argument_group("where it is computed"))
+    parser.add_argument("--output", type=Path, default=None, metavar="FILE.json", help="the result, if kept")
+    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    try:
-        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = getattr(torch, arguments.dtype) if arguments.dtype else select_dtype(device)
-        backend = resolve_attn_backend(arguments.attn_backend, device=device, dtype=dtype)
-        stream = StreamingConfig(arguments.n_sink, arguments.window_size)
-        sources = [find_model(name, arguments.seed) for name in arguments.model]
-    except (SetupError, ValueError, AttributeError) as error:
-        print(f"benchmark_scoring.py: {error}", file=sys.stderr)
-        return 2
+def run(argv: list[str]) -> int:
+    options = build_parser().parse_args(argv)
+    for name, low in (
+        ("n_sink", 0),
+        ("window_size", 1),
+        ("block_size", 2),
+        ("tokens", 2),
+        ("repeats", 1),
+        ("seed", 0),
+    ):
+        at_least(f"--{name.replace('_', '-')}", getattr(options, name), low)
+    for length in options.peak_tokens:
+        at_least("--peak-tokens", length, 2)
+    machine = resolve_machine(
+        ExperimentConfig(device=options.device, dtype=options.dtype, attn_backend_list=options.attn_backend_list)
+    )
+    sources = [find_model(name, options.seed) for name in dict.fromkeys(options.model)]
+    if options.output is not None:
+        check_writable(options.output.parent, 1 << 20)
+    models = {}
     result = {
         "benchmark": "scoring",
-        "backend": backend,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device_name(device),
-        "n_sink": stream.n_sink,
-        "window_size": stream.window_size,
-        "block_size": arguments.block_size,
-        "tokens": arguments.tokens,
-        "environment": environment(device, " ".join(["python", *sys.argv]), arguments.seed, kvpress_imported=False),
-        "models": {},
+        "dtype": machine.dtype_name,
+        "device": device_name(machine.device),
+        **{name: getattr(options, name) for name in ("n_sink", "window_size", "block_size", "tokens")},
+        "models": models,
     }
     for source in sources:
+        model, backends = load_wrapped(source, machine).model, {}
         try:
-            model = source.load(dtype, device).model
+            engine = resolve_block_engine(model, options.engine)
+        except ValueError as error:
+            raise SetupError(f"--engine {options.engine}: {source.name}: {error}") from None
+        models[source.name] = {"weights": source.weights, "backends": backends}
+        for backend in machine.backends:
             wrap_attention(model, backend)
-            figures = measure(model, arguments, stream)
-        except (SetupError, ValueError) as error:
-            print(f"benchmark_scoring.py: {source.name}: {error}", file=sys.stderr)
-            return 2
-        result["models"][source.name] = {"weights": source.weights, **figures}
-        speed, peak = figures["toks_per_sec"], figures["peak_memory_mb"]
-        print(
-            f"{source.name} ({source.weights} weights): streaming {speed['streaming']:,.0f} tokens/s, dense chunks "
-            f"{speed['dense_chunks']:,.0f}, ratio {figures['streaming_to_dense']:.2f}, peak MB by tokens {peak}",
-            flush=True,
-        )
+            backends[backend] = measure(model, options, engine)
+            print(f"{source.name} ({source.weights} weights), {backend}: {line(backends[backend])}", flush=True)
+            keep_result(options.output, result, machine, "benchmark_scoring.py", argv, options.seed)
         del model
-        if arguments.output:
-            write_json(arguments.output, result)
     return 0
 
 
+def line(figures: dict) -> str:
+    """The figures of a model and a backend, for the eye."""
+    speed, peaks = figures["toks_per_sec"], figures["peak_memory_mb"]
+    return (
+        f"streaming {speed['streaming']:,.0f} tokens/s, dense chunks {speed['dense_chunks']:,.0f}, ratio "
+        f"{figures['streaming_to_dense']:.2f}, peak MB by tokens {peaks}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    return guarded(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -7,7 +7,7 @@ kernels that are allowed (``torch.nn.attention.sdpa_kernel``):
   blocks of ``W`` queries, two causal calls: the block over itself, and the block over the ``W`` keys before it,
   which is causal once both are reversed. The sinks are scored with the query turned to their distance, and
   everything is merged by log-sum-exp.
-* ``cudnn`` (where neither of the others is allowed): the same without a window of its own: causal calls alone.
+* ``cudnn`` (where neither of the others is allowed): the two causal calls.
 * ``math``: one softmax with a mask, see :mod:`math_attention`. Soft-capped scores (Gemma 2) take this path alone.
 
 Shapes: query ``[batch, num_heads, q_len, head_dim]``, key and value ``[batch, num_kv_heads, kv_len, head_dim]``.
@@ -119,10 +119,10 @@ def block_attention(
 
 
 def _continues(query: Tensor, plan: BlockPlan, kernel: str) -> bool:
-    """Whether most of a block can be attended to where its keys lie, by CUDA's windowed flash kernel."""
+    """Whether most of a block is attended to where its keys lie, apart from its first queries: on a CUDA device."""
     config = plan.layout.config
     full = plan.first_query > config.cache_size and query.shape[2] > config.window_size
-    return full and kernel == "flash" and query.device.type == "cuda"
+    return full and kernel != "math" and query.device.type == "cuda"
 
 
 def repeat_heads(query: Tensor, x: Tensor, kernel: str) -> Tensor:
@@ -234,17 +234,41 @@ def _streaming_band(
     turns = (config.cache_size - first_query, query.shape[2], query.device)
     if kernel == "math":
         turned = rotate(query, *rotation.turns(*turns), rotation.rotary) if config.n_sink else None
-        found = band_math(query, turned, key, value, plan, scale, softcap)
-    else:
+        out.copy_(band_math(query, turned, key, value, plan, scale, softcap).transpose(1, 2))
+        return
+    if triton_kernels is None or not triton_kernels.available(query) or not rotation.rotary.rotary_dim:
         found, lse = _band_fused(query, key, value, config.window_size, scale, kernel)
-        in_one = triton_kernels is not None and triton_kernels.available(query)
-        if config.n_sink and in_one and rotation.rotary.rotary_dim:
-            sinks = (plan.sink_keys, plan.sink_values, scale, rotation.rotary.interleaved)
-            triton_kernels.merge_sinks(query, found, lse, *rotation.turns(*turns, paired=True), *sinks, out)
-            return
         if config.n_sink:
             found = _merge_sinks(found, lse, rotate(query, *rotation.turns(*turns), rotation.rotary), plan, scale)
-    out.copy_(found.transpose(1, 2))
+        out.copy_(found.transpose(1, 2))
+        return
+    whole = query.shape[2] - query.shape[2] % config.window_size
+    if kernel != "flash" and whole not in (0, query.shape[2]):
+        for part, at in ((slice(whole), 0), (slice(whole, None), whole)):
+            keys = slice(at, None if at else whole + config.window_size)
+            band = query[:, :, part], key[:, :, keys], value[:, :, keys], out[:, part]
+            _streaming_band(*band, first_query + at, plan, scale, kernel, softcap)
+        return
+    sinks = None
+    if config.n_sink:
+        cos_sin = rotation.turns(*turns, paired=True)
+        sinks = triton_kernels.Sinks(plan.sink_keys, plan.sink_values, *cos_sin, rotation.rotary.interleaved)
+    if kernel == "flash" or not whole:
+        parts = _band_fused(query, key, value, config.window_size, scale, kernel), None
+    else:
+        parts = _band_halves(query, key, value, config.window_size, scale, FUSED[kernel])
+    triton_kernels.merge(query, *parts, sinks, scale, out)
+
+
+def _band_halves(
+    query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, attend: Callable
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A multiple of ``W`` queries by two causal calls, not merged: see :func:`triton_kernels.merge`."""
+    own = (x.unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
+           for x in (query, key[:, :, window:], value[:, :, window:]))  # fmt: skip
+    before = (triton_kernels.reversed_blocks(x, window)
+              for x in (query, key[:, :, :-window], value[:, :, :-window]))  # fmt: skip
+    return attend(*own, scale, causal=True), attend(*before, scale, causal=True)
 
 
 def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scale: float) -> Tensor:

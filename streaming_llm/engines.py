@@ -310,9 +310,8 @@ class FusedEngine(GraphEngine):
     Args:
         attention: ``sdpa``: the SDPA kernel that is allowed, for a full cache (eager until then); ``triton``: this
             library's kernel, for a cache filled to any degree.
-        fork: run attention and MLP on two streams. Pays where attention leaves most of the device idle, as PyTorch's
-            kernels do with one query over a model that takes a while to read; others are better off in one chain with
-            programmatic dependent launch. Chosen so when ``None``.
+        fork: run attention and MLP on two streams, which pays where the weights of a layer take a while to read.
+            Chosen so when ``None``.
     """
 
     name = "fused"
@@ -323,7 +322,7 @@ class FusedEngine(GraphEngine):
         self._module = require_fused(model)
         super().__init__(model, cache)
         self.attention = attention
-        self.fork = attention == "sdpa" and model.config.hidden_size >= 1024 if fork is None else fork
+        self.fork = model.config.hidden_size >= 1024 if fork is None else fork
 
     def _ready(self) -> bool:
         layer = self.cache.layers[0]

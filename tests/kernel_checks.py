@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from reference import rotated
+from conftest import make_ids, make_neox
+from reference import reference_logits, rotated
 
-from streaming_llm import triton_kernels
+from streaming_llm import banded_attention, score_stream, triton_kernels
 from streaming_llm.config import StreamingConfig
 from streaming_llm.fused import attention, elementwise, gemv
 from streaming_llm.positions import StreamLayout
@@ -179,30 +180,79 @@ def test_queries_and_keys_are_rotated_in_place(head_dim, rotary_dim):
 SINKS = [(20, 6, 4, 4, 4), (16, 16, 6, 3, 3), (80, 20, 2, 2, 4), (64, 16, 4, 1, 17)]
 
 
+def softmax_of_parts(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """In float64, from the attention and the log-sum-exp over each part of the keys."""
+    weights = torch.stack([lse.double() for _, lse in parts]).softmax(0)
+    return sum(weight.unsqueeze(-1) * out.double() for weight, (out, _) in zip(weights, parts, strict=True))
+
+
+def in_order(x: torch.Tensor, blocks: int, *, backward: bool) -> torch.Tensor:
+    """``[batch * blocks, heads, n, ...]`` as ``[batch, heads, blocks * n, ...]``."""
+    x = x.flip(2) if backward else x
+    return x.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)
+
+
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("blocks", [0, 1, 5])  # 0: one part, not cut
 @pytest.mark.parametrize(("head_dim", "rotary_dim", "heads", "kv_heads", "n_sink"), SINKS)
-def test_sinks_are_merged(head_dim, rotary_dim, heads, kv_heads, n_sink, interleaved):
-    length = 45
-    query, out = (randn(2, length, heads, head_dim).transpose(1, 2) for _ in range(2))
-    lse = randn(2, heads, length + 7)[..., :length]  # not contiguous, as cut blocks leave it
+def test_parts_and_sinks_are_merged(head_dim, rotary_dim, heads, kv_heads, n_sink, blocks, interleaved):
+    length, n = 45, max(1, blocks)
+    query = randn(2, length, heads, head_dim).transpose(1, 2)
+
+    def part() -> tuple[torch.Tensor, torch.Tensor]:
+        lse = randn(2 * n, heads, length // n + 7)[..., : length // n]  # not contiguous, as cut blocks leave it
+        return randn(2 * n, length // n, heads, head_dim).transpose(1, 2), lse
+
+    newer, older = part(), part() if blocks else None
+    parts = [tuple(in_order(x, n, backward=False) for x in newer)]
+    if blocks:
+        parts.append(tuple(in_order(x, n, backward=True) for x in older))
     keys, values = (randn(2, kv_heads, n_sink, head_dim) for _ in range(2))
     turn, inv_freq = 60 - torch.arange(length, device=DEVICE), frequencies(rotary_dim)
     pairs = [*range(0, rotary_dim, 2), *range(1, rotary_dim, 2)] if interleaved else [*range(rotary_dim)]
     order = [*pairs, *range(rotary_dim, head_dim)]  # of neighbours, as halves
     turned = torch.empty_like(query, dtype=torch.float64)
     turned[..., order] = rotated(query[..., order].double(), turn, inv_freq)
-    each = heads // kv_heads
-    all_keys, all_values = (x.double().repeat_interleave(each, dim=1) for x in (keys, values))
-    scores = torch.cat((lse.double().unsqueeze(-1), turned @ all_keys.mT * SCALE), dim=-1).softmax(-1)
-    expected = scores[..., :1] * out.double() + scores[..., 1:] @ all_values
+    for sink in range(n_sink):
+        key, value = (x[:, :, sink, None].repeat_interleave(heads // kv_heads, dim=1) for x in (keys, values))
+        parts.append((value.expand_as(query), (turned * key.double()).sum(-1) * SCALE))
     angles = turn.double()[:, None] * inv_freq
-    buffer = torch.zeros(2, length + 10, heads, head_dim, device=DEVICE)
-    given = (angles.cos().float(), angles.sin().float(), keys, values, SCALE, interleaved)
-    triton_kernels.merge_sinks(query, out, lse, *given, buffer[:, 7 : 7 + length])
-    close(buffer[:, 7 : 7 + length].transpose(1, 2), expected)
-    assert not buffer[:, :7].any()
-    assert not buffer[:, 7 + length :].any()
+    sinks = triton_kernels.Sinks(keys, values, angles.cos().float(), angles.sin().float(), interleaved)
+    for given, expected in ((sinks, parts), (None, parts[:-n_sink])):
+        buffer = torch.zeros(2, length + 10, heads, head_dim, device=DEVICE)
+        triton_kernels.merge(query, newer, older, given, SCALE, buffer[:, 7 : 7 + length])
+        close(buffer[:, 7 : 7 + length].transpose(1, 2), softmax_of_parts(expected))
+        assert not buffer[:, :7].any()
+        assert not buffer[:, 7 + length :].any()
+
+
+@pytest.mark.parametrize("window", [45, 9, 1])
+def test_blocks_are_reversed(window):
+    x = randn(2, 45, 3, 3 * 20)[..., 20:40].transpose(1, 2)
+    blocks = triton_kernels.reversed_blocks(x, window)
+    assert torch.equal(in_order(blocks, 45 // window, backward=True), x)
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("n_sink", [4, 0])
+@pytest.mark.parametrize("block_size", [7, 28, 40, 150])
+def test_a_stream_in_blocks_by_two_causal_calls(monkeypatch, n_sink, block_size):
+    """The way of cuDNN, with its calls made by another kernel."""
+    window, ids = 28, make_ids(150)
+    if DEVICE.type == "cuda":
+        pytest.skip("test_cudnn.py runs the kernel itself")
+
+    def continues(query, plan, kernel) -> bool:
+        return plan.first_query > n_sink + window and query.shape[2] > window
+
+    monkeypatch.setattr(banded_attention, "choose_kernel", lambda query: "cudnn")
+    monkeypatch.setattr(banded_attention, "_continues", continues)
+    monkeypatch.setattr(triton_kernels, "available", lambda query: True)
+    monkeypatch.setitem(banded_attention.FUSED, "cudnn", banded_attention.flash)
+    nll = score_stream(make_neox(), ids, n_sink, window, block_size)
+    logits = reference_logits(make_neox(torch.float64), ids, n_sink, window)
+    close(nll, F.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none"), 1e-5)
 
 
 # -------------------------------------------------------------------------------------------- attention over a ring

@@ -129,8 +129,7 @@ class StepForward:
         rotary: its rotation.
         own_attention: attention by :class:`RingAttention`, for a ring filled to any degree, instead of the SDPA kernel
             that is allowed, for a full ring.
-        fork: run the MLP beside the attention, on a second stream; else everything in one chain, with programmatic
-            dependent launch where there is such a thing.
+        fork: run the MLP beside the attention, on a second stream; else everything in one chain.
         logits: ``[batch, vocab]``, where every call writes its result.
     """
 
@@ -146,7 +145,7 @@ class StepForward:
     ) -> None:
         self.model, self.layers, self.own_attention = model, list(model.gpt_neox.layers), own_attention
         self.caches, device = cache.layers, model.device
-        self.pdl = not fork and pdl_available(device)
+        self.pdl = pdl_available(device)
         config, dtype = model.config, model.dtype
         batch, hidden = self.caches[0].batch_size, config.hidden_size
         self.num_heads, self.head_dim = config.num_attention_heads, hidden // config.num_attention_heads
@@ -213,12 +212,13 @@ class StepForward:
         main = torch.cuda.current_stream()
         self.side.wait_stream(main)
         with torch.cuda.stream(self.side):
-            norm_gemv(x[0], to_inner)
-            gemv_sum((mlp.dense_4h_to_h, self.inner[0]), None, self.mlp[0])
-        norm_gemv(x[0], to_qkv)
+            norm_gemv(x[0], to_inner, pdl=self.pdl)
+            gemv_sum((mlp.dense_4h_to_h, self.inner[0]), None, self.mlp[0], pdl=self.pdl)
+        norm_gemv(x[0], to_qkv, pdl=self.pdl)
         attended = self._attend(index, self.qkv)
         main.wait_stream(self.side)
-        gemv_sum((attention.dense, attended[0]), None, y[0], residual=x[0], other=self.mlp[0])
+        # It may start before what it needs has ended, on either stream, and waits for both.
+        gemv_sum((attention.dense, attended[0]), None, y[0], residual=x[0], other=self.mlp[0], pdl=self.pdl)
         return y, None
 
     def _layer_of_many(self, index: int, x: Tensor, add: tuple[Tensor, Tensor] | None):
