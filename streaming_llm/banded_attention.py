@@ -90,20 +90,19 @@ def block_attention(
     """
     plan.consumed = True
     kernel = kernel_for(query, softcap)
-    key, value = key.to(query.dtype), value.to(query.dtype)  # under autocast a cache may hold another dtype
-    key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
+    # Under autocast a cache may hold another dtype.
+    key, value, *previous = (repeat_heads(query, x.to(query.dtype), kernel) for x in (key, value, *plan.previous))
     batch, num_heads, q_len, head_dim = query.shape
     out = query.new_empty((batch, q_len, num_heads, head_dim))
     window, given = plan.layout.config.window_size, (plan, scale, kernel, softcap)
     if _continues(query, plan, kernel):  # only the first W queries see tokens of the blocks before
         early = (joined((x[:, :, -window:], new[:, :, :window]), dim=2)
-                 for x, new in zip(plan.previous, (key, value), strict=True))  # fmt: skip
+                 for x, new in zip(previous, (key, value), strict=True))  # fmt: skip
         _streaming_band(query[:, :, :window], *early, out[:, :window], plan.first_query, *given)
         _streaming_band(query[:, :, window:], key, value, out[:, window:], plan.first_query + window, *given)
         return out.transpose(1, 2)
-    if plan.previous:
-        before = (repeat_heads(query, x.to(query.dtype), kernel) for x in plan.previous)
-        key, value = (joined(parts, dim=2) for parts in zip(before, (key, value), strict=True))
+    if previous:
+        key, value = (joined(parts, dim=2) for parts in zip(previous, (key, value), strict=True))
     # Queries up to token S + W have lost nothing yet: plain causal attention over every token so far.
     n_dense = min(max(plan.layout.config.cache_size + 1 - plan.first_query, 0), q_len)
     if n_dense:

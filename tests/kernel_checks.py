@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from conftest import make_ids, make_neox
-from reference import reference_logits, rotated
+from family_models import VOCAB, make_family
+from family_reference import family_reference_logits
+from reference import rotated
 
 from streaming_llm import banded_attention, score_stream, triton_kernels
 from streaming_llm.config import StreamingConfig
@@ -235,11 +236,12 @@ def test_blocks_are_reversed(window):
 
 
 @pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("case", ["llama", "gptj"])  # shared keys and values; neighbours rotated
 @pytest.mark.parametrize("n_sink", [4, 0])
 @pytest.mark.parametrize("block_size", [7, 28, 40, 150])
-def test_a_stream_in_blocks_by_two_causal_calls(monkeypatch, n_sink, block_size):
+def test_a_stream_in_blocks_by_two_causal_calls(monkeypatch, n_sink, block_size, case):
     """The way of cuDNN, with its calls made by another kernel."""
-    window, ids = 28, make_ids(150)
+    window, ids = 28, torch.randint(VOCAB, (2, 150))
     if DEVICE.type == "cuda":
         pytest.skip("test_cudnn.py runs the kernel itself")
 
@@ -250,8 +252,9 @@ def test_a_stream_in_blocks_by_two_causal_calls(monkeypatch, n_sink, block_size)
     monkeypatch.setattr(banded_attention, "_continues", continues)
     monkeypatch.setattr(triton_kernels, "available", lambda query: True)
     monkeypatch.setitem(banded_attention.FUSED, "cudnn", banded_attention.flash)
-    nll = score_stream(make_neox(), ids, n_sink, window, block_size)
-    logits = reference_logits(make_neox(torch.float64), ids, n_sink, window)
+    model = make_family(case)
+    nll = score_stream(model, ids, n_sink, window, block_size)
+    logits = family_reference_logits(model, ids, n_sink, window)
     close(nll, F.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none"), 1e-5)
 
 
