@@ -18,13 +18,14 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .banded_attention import block_attention, causal_attention, kernel_for, repeat_heads
+from .banded_attention import block_attention
 from .config import StreamingConfig
 from .families import FAMILIES
 from .kv_cache import ATTACHED
 from .math_attention import explicit_attention
 from .own_attention import own_attention_replaced, require_no_mask
 from .positions import StreamLayout
+from .sdpa_kernels import causal_attention, kernel_for, repeat_heads
 from .sinks import BlockPlan
 
 MASKLESS = "maskless_"

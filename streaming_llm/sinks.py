@@ -90,7 +90,7 @@ class SinkRotation:
             if paired:
                 one_of_each = slice(None, None, 2) if self.rotary.interleaved else slice(self.rotary.rotary_dim // 2)
                 turns = tuple(x[:, one_of_each].float().contiguous() for x in turns)
-            while len(self._turns) > 1:  # a block needs two at most: the queries that see the one before, and the rest
+            while len(self._turns) > 2:  # a block needs three at most: each part that it is cut into has its own
                 del self._turns[next(iter(self._turns))]
             self._turns[key] = turns
         return self._turns[key]

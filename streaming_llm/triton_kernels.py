@@ -20,7 +20,8 @@ def _merge(
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     rows = rows.to(tl.int64)  # offsets may pass 2**31
-    batch, head = tl.program_id(1).to(tl.int64) // num_heads, tl.program_id(1) % num_heads
+    index = tl.program_id(1).to(tl.int64)
+    batch, head = index // num_heads, index % num_heads
     dims = tl.arange(0, DIM_P)
     in_rows, in_dims = rows < q_len, dims < HEAD_DIM
     mask = in_rows[:, None] & in_dims[None, :]
@@ -87,7 +88,7 @@ class Sinks:
     interleaved: bool
 
 
-def merge(
+def merge_parts(
     query: Tensor,
     newer: tuple[Tensor, Tensor],
     older: tuple[Tensor, Tensor] | None,
@@ -108,16 +109,17 @@ def merge(
     """
     batch, num_heads, q_len, head_dim = query.shape
     out, lse = newer
-    older, older_lse = newer if older is None else older
-    no_sinks = Sinks(query[:, :, :0], query[:, :, :0], lse, lse, False)
-    given = no_sinks if sinks is None else sinks
+    has_older = older is not None
+    older, older_lse = older if has_older else newer
+    nothing = lse.new_empty((0, 0))
+    given = sinks or Sinks(query[:, :, :0], query[:, :, :0], nothing, nothing, False)
     block = 32
     _merge[(triton.cdiv(q_len, block), batch * num_heads)](
         query, out, lse.contiguous(), older, older_lse.contiguous(), given.cos, given.sin, given.keys, given.values,
         result, q_len, num_heads, num_heads // given.keys.shape[1], out.shape[2], scale,
         result.stride(0), *query.stride()[:3], *out.stride()[:3], *older.stride()[:3],
         *given.keys.stride()[:3], *given.values.stride()[:3],
-        OLDER=older is not out, N_SINK=given.keys.shape[2], HALF=given.cos.shape[1], HEAD_DIM=head_dim,
+        OLDER=has_older, N_SINK=given.keys.shape[2], HALF=given.cos.shape[1], HEAD_DIM=head_dim,
         INTERLEAVED=given.interleaved, DIM_P=triton.next_power_of_2(head_dim), BLOCK=block,
     )  # fmt: skip
 
@@ -128,7 +130,8 @@ def _reverse(
     HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    batch, head = tl.program_id(1).to(tl.int64) // num_heads, tl.program_id(1) % num_heads
+    index = tl.program_id(1).to(tl.int64)
+    batch, head = index // num_heads, index % num_heads
     dims = tl.arange(0, DIM_P)
     mask = (rows < length)[:, None] & (dims < HEAD_DIM)[None, :]
     x = tl.load(x_ptr + batch * x_b + head * x_h + rows[:, None] * x_m + dims[None, :], mask, 0.0)

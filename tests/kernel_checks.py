@@ -6,6 +6,7 @@ of their own, in Triton's interpreter on a CPU or compiled on a CUDA device.
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from family_models import VOCAB, make_family
+from family_models import SLIDING, VOCAB, make_family
 from family_reference import family_reference_logits
 from reference import rotated
+from transformers import DynamicCache
 
-from streaming_llm import banded_attention, score_stream, triton_kernels
+from streaming_llm import banded_attention, score_stream, sdpa_kernels, triton_kernels
+from streaming_llm.attention import maskless_attention
 from streaming_llm.config import StreamingConfig
 from streaming_llm.fused import attention, elementwise, gemv
 from streaming_llm.positions import StreamLayout
@@ -222,7 +225,7 @@ def test_parts_and_sinks_are_merged(head_dim, rotary_dim, heads, kv_heads, n_sin
     sinks = triton_kernels.Sinks(keys, values, angles.cos().float(), angles.sin().float(), interleaved)
     for given, expected in ((sinks, parts), (None, parts[:-n_sink])):
         buffer = torch.zeros(2, length + 10, heads, head_dim, device=DEVICE)
-        triton_kernels.merge(query, newer, older, given, SCALE, buffer[:, 7 : 7 + length])
+        triton_kernels.merge_parts(query, newer, older, given, SCALE, buffer[:, 7 : 7 + length])
         close(buffer[:, 7 : 7 + length].transpose(1, 2), softmax_of_parts(expected))
         assert not buffer[:, :7].any()
         assert not buffer[:, 7 + length :].any()
@@ -235,6 +238,15 @@ def test_blocks_are_reversed(window):
     assert torch.equal(in_order(blocks, 45 // window, backward=True), x)
 
 
+def use_kernels(monkeypatch, kernel: str) -> None:
+    """Have blocks on a CPU go the way that they go on a CUDA device; cuDNN's calls are made by another kernel."""
+    if DEVICE.type == "cuda":
+        pytest.skip("the tests marked gpu run the kernels themselves")
+    monkeypatch.setattr(sdpa_kernels, "choose_kernel", lambda query: kernel)
+    monkeypatch.setattr(triton_kernels, "available", lambda query: True)
+    monkeypatch.setitem(sdpa_kernels.FUSED, "cudnn", sdpa_kernels.flash)
+
+
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("case", ["llama", "gptj"])  # shared keys and values; neighbours rotated
 @pytest.mark.parametrize("n_sink", [4, 0])
@@ -242,29 +254,46 @@ def test_blocks_are_reversed(window):
 def test_a_stream_in_blocks_by_two_causal_calls(monkeypatch, n_sink, block_size, case):
     """The way of cuDNN, with its calls made by another kernel."""
     window, ids = 28, torch.randint(VOCAB, (2, 150))
-    if DEVICE.type == "cuda":
-        pytest.skip("test_cudnn.py runs the kernel itself")
 
     def continues(query, plan, kernel) -> bool:
         return plan.first_query > n_sink + window and query.shape[2] > window
 
-    monkeypatch.setattr(banded_attention, "choose_kernel", lambda query: "cudnn")
     monkeypatch.setattr(banded_attention, "_continues", continues)
-    monkeypatch.setattr(triton_kernels, "available", lambda query: True)
-    monkeypatch.setitem(banded_attention.FUSED, "cudnn", banded_attention.flash)
+    use_kernels(monkeypatch, "cudnn")
     model = make_family(case)
     nll = score_stream(model, ids, n_sink, window, block_size)
     logits = family_reference_logits(model, ids, n_sink, window)
     close(nll, F.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none"), 1e-5)
 
 
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("kernel", ["flash", "cudnn"])
+def test_a_sliding_window_of_the_models_own(monkeypatch, kernel):
+    ids = torch.randint(VOCAB, (2, 3 * SLIDING))
+    expected = make_family("mistral", attention="eager")(ids).logits
+    use_kernels(monkeypatch, kernel)
+    model, cache = make_family("mistral"), DynamicCache()  # without the configuration it keeps every key
+    cuts = 0, SLIDING - 5, SLIDING + 5, ids.shape[1] - 1, ids.shape[1]
+    with maskless_attention(model):
+        whole = model(ids, use_cache=False).logits
+        parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in itertools.pairwise(cuts)]
+    close(whole, expected, 1e-5)
+    close(torch.cat(parts, dim=1), expected, 1e-5)
+
+
 # -------------------------------------------------------------------------------------------- attention over a ring
 
 
 class Ring:
-    """A stream of random tokens, and what the cache holds of it before token ``now``."""
+    """A stream of random tokens, and what the cache holds of it before token ``now``.
 
-    def __init__(self, sizes: tuple[int, ...], now: int, offset: int, dtype: torch.dtype) -> None:
+    Args:
+        score: added to every score, by a dimension that is not rotated.
+    """
+
+    def __init__(
+        self, sizes: tuple[int, ...], now: int, offset: int, dtype: torch.dtype, score: float | None = None
+    ) -> None:
         self.head_dim, rotary_dim, self.heads, self.batch, self.n_sink, self.window = sizes
         self.now, self.offset, self.dtype = now, offset, dtype
         self.layout = StreamLayout(StreamingConfig(self.n_sink, self.window))
@@ -272,6 +301,8 @@ class Ring:
         self.state = attention.RingState(self.layout, Rotary(self.inv_freq), DEVICE)
         self.state.set(now, offset)
         self.qkv = randn(self.batch, self.heads, now + 1, 3 * self.head_dim, dtype=dtype)
+        if score is not None:
+            self.qkv[..., self.head_dim - 1], self.qkv[..., 2 * self.head_dim - 1] = 10.0, score / SCALE / 10.0
         _, keys, self.stream_values = self.qkv.split(self.head_dim, dim=-1)
         positions = torch.arange(now + 1, device=DEVICE) + offset
         self.stream_keys = rotated(keys.double(), positions, self.inv_freq).to(dtype)
@@ -342,6 +373,22 @@ def test_ring_attention(monkeypatch, sizes, moment, offset):
     slot = ring.slot(ring.now)
     close(ring.keys[:, :, slot], ring.stream_keys[:, :, -1])
     assert torch.equal(ring.values[:, :, slot], ring.stream_values[:, :, -1])
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("moment", ["among the sinks", "one to go", "turned"])
+def test_ring_attention_over_scores_far_below_zero(monkeypatch, moment):
+    """What has not been seen, by a part of the ring or by all of it, weighs nothing, not one."""
+    sizes = SIZES[2]
+    monkeypatch.setattr(attention.RingAttention, "TILE", 8 * triton.next_power_of_2(sizes[0]))
+    monkeypatch.setattr(attention.RingAttention, "PARTIAL", 2 * triton.next_power_of_2(sizes[0]))
+    ring = Ring(sizes, MOMENTS[moment](*sizes[-2:]), 0, torch.float32, score=-150.0)
+    begin(ring)
+    attend = attention.RingAttention(ring.keys, ring.state, SCALE)
+    assert attend.splits > 2 * attend.parts
+    out = torch.full((ring.batch, ring.heads, ring.head_dim), torch.nan, device=DEVICE)
+    attend(ring.last, ring.keys, ring.values, out)
+    close(out, ring.attended(), 1e-4)
 
 
 @pytest.mark.usefixtures("loops")

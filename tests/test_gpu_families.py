@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from family_models import CASES, VOCAB, available, make_config, make_family
+from family_models import CASES, SLIDING, VOCAB, available, make_config, make_family
 from family_reference import family_reference_logits
+from transformers import DynamicCache
 
 from personal_adapters.neox_flash import wrap_attention
 from streaming_llm import StreamingDecoder, StreamingLLMWrapper
+from streaming_llm.attention import maskless_attention
 from streaming_llm.families import supported_families
 
 pytestmark = [
@@ -54,6 +56,23 @@ def test_half_precision_costs_what_math_costs(case):
         wrap_attention(model, backend)
         errors |= {(backend, path): rms(logits - reference) for path, logits in stream_logits(model).items()}
     assert max(errors.values()) < 1.1 * errors["math", "loop"], errors
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+def test_a_sliding_window_of_the_models_own_costs_what_math_costs(backend):
+    model = make_family("mistral", torch.bfloat16)
+    reference = make_family("mistral", torch.float64, attention="eager")
+    reference.load_state_dict(model.state_dict())
+    exact, model, errors = reference(IDS).logits, model.to(DEVICE), {}
+    for kernel in ("math", backend):
+        wrap_attention(model, kernel)
+        ids, cache = IDS.to(DEVICE), DynamicCache()  # without the configuration it keeps every key
+        with maskless_attention(model):
+            whole = model(ids, use_cache=False).logits
+            parts = [model(chunk, past_key_values=cache).logits for chunk in ids.split(2 * SLIDING, dim=1)]
+        errors[kernel] = max(rms(logits.cpu() - exact) for logits in (whole, torch.cat(parts, dim=1)))
+    assert errors[backend] < 1.1 * errors["math"], errors
 
 
 @pytest.mark.parametrize("case", FLASH_CASES)

@@ -167,9 +167,9 @@ def _attend(
             score = tl.where(token < N_SINK, tl.sum(key * to_sinks[None, :], 1), score)
     score = tl.where(visible, score, float("-inf"))
     new = tl.maximum(largest, tl.max(score, 0))
-    new = tl.where(new == float("-inf"), 0.0, new)
-    keep = tl.exp(largest - new)
-    weight = tl.exp(score - new)
+    base = tl.where(new == float("-inf"), 0.0, new)  # nothing has been visible so far
+    keep = tl.exp(largest - base)
+    weight = tl.exp(score - base)
     value = tl.where(visible[:, None], value.to(tl.float32), 0.0)
     acc = acc * keep + tl.sum(weight[:, None] * value, 0)
     return new, total * keep + tl.sum(weight, 0), acc
@@ -179,7 +179,7 @@ def _attend(
 def _ring_attention(
     qkv_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, arrived_ptr, counters_ptr, angles_ptr, scale,
     CAPACITY: tl.constexpr, N_SINK: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, SPLIT_LEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, PARTS: tl.constexpr, SPLIT_LEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dims = tl.arange(0, DIM_P)
@@ -234,14 +234,22 @@ def _ring_attention(
         tl.store(partial + split * width + DIM_P + 1, total)
         tl.debug_barrier()  # every thread has written before the program is counted
         if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == SPLITS - 1:  # the last one puts the parts together
-            part = tl.arange(0, SPLITS_P)
-            exists = part < SPLITS
-            peaks = tl.load(partial + part * width + DIM_P, exists, float("-inf"), cache_modifier=".cg")
-            sums = tl.load(partial + part * width + DIM_P + 1, exists, 0.0, cache_modifier=".cg")
-            share = tl.exp(peaks - tl.max(peaks, 0))
-            accs = tl.load(partial + part[:, None] * width + dims[None, :], exists[:, None], 0.0, cache_modifier=".cg")
-            out = tl.sum(accs * share[:, None], 0) / tl.sum(sums * share, 0)
-            tl.store(out_ptr + head * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), inside)
+            largest = tl.full((), float("-inf"), tl.float32)
+            total = tl.zeros((), tl.float32)
+            acc = tl.zeros((DIM_P,), tl.float32)
+            for start in tl.static_range(0, SPLITS, PARTS):
+                part = start + tl.arange(0, PARTS)
+                exists = part < SPLITS
+                at = partial + part * width
+                peaks = tl.load(at + DIM_P, exists, float("-inf"), cache_modifier=".cg")
+                sums = tl.load(at + DIM_P + 1, exists, 0.0, cache_modifier=".cg")
+                accs = tl.load(at[:, None] + dims[None, :], exists[:, None], 0.0, cache_modifier=".cg")
+                new = tl.maximum(largest, tl.max(peaks, 0))  # finite: the first part has seen the token itself
+                keep, share = tl.exp(largest - new), tl.exp(peaks - new)
+                acc = acc * keep + tl.sum(accs * share[:, None], 0)
+                total = total * keep + tl.sum(sums * share, 0)
+                largest = new
+            tl.store(out_ptr + head * HEAD_DIM + dims, (acc / total).to(out_ptr.dtype.element_ty), inside)
             tl.store(arrived_ptr + head, 0)
 
 
@@ -258,6 +266,8 @@ class RingAttention:
 
     TILE = 2048
     """Elements of a tile of keys, and of values. A program is a single warp, which waits for no other."""
+    PARTIAL = 4096
+    """Elements of partial results that are put together at a time, as many as a warp can hold."""
     PROGRAMS = 1056
     """Programs to aim for: eight for each of an H200's multiprocessors."""
 
@@ -269,6 +279,7 @@ class RingAttention:
         blocks = max(1, capacity // self.block)  # the last program takes what is over
         per_split = triton.cdiv(blocks, max(1, min(blocks, self.PROGRAMS // (batch * num_heads))))
         self.splits, self.split_len = triton.cdiv(blocks, per_split), per_split * self.block
+        self.parts = min(triton.next_power_of_2(self.splits), max(1, self.PARTIAL // self.dim_p))
         heads = batch * num_heads
         self.partial = torch.empty(heads * self.splits * (self.dim_p + 2), dtype=torch.float32, device=keys.device)
         self.arrived = torch.zeros(heads, dtype=torch.int32, device=keys.device)
@@ -285,6 +296,6 @@ class RingAttention:
             qkv, keys, values, out, self.partial, self.arrived, self.state.counters, self.state.angles,
             self.scale, CAPACITY=capacity,
             N_SINK=self.state.layout.config.n_sink, HALF=self.state.half, HEAD_DIM=head_dim, DIM_P=self.dim_p,
-            SPLITS=self.splits, SPLITS_P=triton.next_power_of_2(self.splits), SPLIT_LEN=self.split_len,
+            SPLITS=self.splits, PARTS=self.parts, SPLIT_LEN=self.split_len,
             BLOCK=self.block, PDL=pdl, num_warps=1, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip

@@ -1,0 +1,146 @@
+"""PyTorch's attention kernels without a mask, and how the results of several are put together.
+
+Which may run is said by ``torch.nn.attention.sdpa_kernel``, as for PyTorch's own attention.
+
+Shapes: query ``[batch, num_heads, q_len, head_dim]``, key and value ``[batch, num_heads, kv_len, head_dim]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .math_attention import causal_math
+
+
+def choose_kernel(query: Tensor) -> str:
+    """The kernel to use among those that are allowed for SDPA: ``flash``, else ``math``, else ``cudnn``.
+
+    With gradients only math will do: the other operators do not differentiate the log-sum-exp that results are
+    merged by.
+
+    Raises:
+        RuntimeError: none of the allowed kernels can do it.
+    """
+    needs_grad = torch.is_grad_enabled() and query.requires_grad
+    on_cuda = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+    flash_runs = query.device.type == "cpu" or (query.device.type == "cuda" and on_cuda)
+    if flash_runs and not needs_grad and torch.backends.cuda.flash_sdp_enabled():
+        return "flash"
+    if torch.backends.cuda.math_sdp_enabled():
+        return "math"
+    if query.device.type == "cuda" and on_cuda and not needs_grad and torch.backends.cuda.cudnn_sdp_enabled():
+        return "cudnn"
+    raise RuntimeError(
+        f"no allowed attention kernel takes a block of {query.dtype} with head_dim {query.shape[-1]} on "
+        f"{query.device.type}{' with gradients' if needs_grad else ''}: allow math, or flash or cudnn with bfloat16 "
+        "or float16 under torch.no_grad()"
+    )
+
+
+def kernel_for(query: Tensor, softcap: float | None) -> str:
+    """The kernel to use, as :func:`choose_kernel` says, for scores that may be soft-capped.
+
+    Raises:
+        RuntimeError: none of the allowed kernels can do it. No kernel of PyTorch's caps scores, so that they have to
+            be written out, which is ``math``.
+    """
+    if softcap is None:
+        return choose_kernel(query)
+    if torch.backends.cuda.math_sdp_enabled():
+        return "math"
+    raise RuntimeError(
+        f"no allowed attention kernel soft-caps scores (at {softcap}): allow math, which writes the scores out"
+    )
+
+
+def repeat_heads(query: Tensor, x: Tensor, kernel: str) -> Tensor:
+    """Keys or values repeated to one per query head, except where the kernel shares them itself."""
+    groups = query.shape[1] // x.shape[1]
+    if groups == 1 or (kernel == "flash" and query.device.type == "cuda"):
+        return x
+    return x.repeat_interleave(groups, dim=1)
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, kernel: str, softcap: float | None = None
+) -> Tensor:
+    """Causal attention whose last query sees the last key (SDPA's ``is_causal`` aligns the first ones).
+
+    The result may be of higher precision than the query.
+    """
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if kernel == "math":
+        return causal_math(query, key, value, scale, softcap)
+    past = kv_len - q_len
+    attend = FUSED[kernel]
+    out, lse = attend(query, key[:, :, past:], value[:, :, past:], scale, causal=True)
+    if not past:
+        return out
+    return merge(out, lse, *attend(query, key[:, :, :past], value[:, :, :past], scale, causal=False))[0]
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """PyTorch's own flash kernel for the device, without a mask.
+
+    Returns:
+        Output like ``query`` and the log-sum-exp of the scores ``[batch, num_heads, q_len]``, float32 or better.
+    """
+    if query.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, scale=scale
+        )
+        return out, lse
+    return _cuda_flash(query, key, value, scale, causal)
+
+
+def windowed_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
+    """CUDA's flash kernel with a band: query ``i`` sees keys ``i .. i + window`` of ``window + q_len``."""
+    return _cuda_flash(query, key, value, scale, True, window_size_left=window, window_size_right=0)
+
+
+def _cuda_flash(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, **window: int
+) -> tuple[Tensor, Tensor]:
+    head_dim = query.shape[-1]
+    if head_dim % 8:
+        query, key, value = (F.pad(x, (0, 8 - head_dim % 8)) for x in (query, key, value))
+    out, lse = torch.ops.aten._flash_attention_forward(
+        *(x.transpose(1, 2) for x in (query, key, value)),
+        None, None, query.shape[2], key.shape[2], 0.0, causal, False, scale=scale, **window,
+    )[:2]  # fmt: skip
+    return out.transpose(1, 2)[..., :head_dim], lse
+
+
+def cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """cuDNN's attention; arguments and results as of :func:`flash`."""
+    head_dim = query.shape[-1]
+    if head_dim % 8:
+        query, key, value = (F.pad(x, (0, 8 - head_dim % 8)) for x in (query, key, value))
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, causal, False, scale=scale
+    )[:2]
+    return out[..., :head_dim], lse.view(query.shape[:3])
+
+
+FUSED: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"flash": flash, "cudnn": cudnn}
+"""Kernels that give the log-sum-exp with the result."""
+
+
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys from the attention over each.
+
+    Args:
+        out, other: ``[..., q_len, head_dim]``.
+        lse, other_lse: log-sum-exp of the scores over each set, ``[..., q_len]``.
+
+    Returns:
+        Result and log-sum-exp in the precision of the latter, so that merging again does not round again.
+    """
+    total = torch.logaddexp(lse, other_lse)
+    dtype = torch.promote_types(out.dtype, lse.dtype)
+    weight, other_weight = ((x - total).exp().unsqueeze(-1).to(dtype) for x in (lse, other_lse))
+    return out * weight + other * other_weight, total
