@@ -3,8 +3,6 @@
 
 Both go over the same tokens with the same model, engine, kernel, block length and loss, interleaved in one run. The
 dense forward sees each chunk by itself, so it is no alternative, but the speed that the model allows.
-
-    python scripts/benchmark_scoring.py --model random:pythia-70m random:pythia-2.8b --attn-backend-list flash cudnn
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from model_setup import keep_result, load_wrapped
+from model_setup import keep_result, wrap_loaded
 from torch import Tensor
 
 from experiments.cli import OneLineParser, add_dtype_and_device, guarded
@@ -27,13 +25,17 @@ from experiments.environment import device_name
 from experiments.models import find_model
 from experiments.session import resolve_machine
 from experiments.storage import check_writable
-from personal_adapters.neox_flash import wrap_attention
 from streaming_llm import score_stream
 from streaming_llm.attention import maskless_attention
 from streaming_llm.blockwise import token_nll
 from streaming_llm.families import rotary_from_model, text_config
 from streaming_llm.forwards import BLOCK_ENGINES, resolve_block_engine
 from streaming_llm.fused import require_fused
+
+EPILOG = """examples:
+  python scripts/benchmark_scoring.py --attn-backend-list math flash --tokens 20000 --block-size 4096
+  python scripts/benchmark_scoring.py --model random:pythia-70m random:pythia-2.8b --attn-backend-list flash cudnn \\
+      --output results/scoring.json"""
 
 
 def dense_forward(model, engine: str) -> Callable[[Tensor], Tensor]:
@@ -49,6 +51,8 @@ def score_dense_chunks(model, ids: Tensor, block_size: int, engine: str) -> None
     forward = dense_forward(model, engine)
     with maskless_attention(model):
         for chunk in ids.split(block_size, dim=1):
+            if chunk.shape[1] < 2:  # one token that nothing predicts
+                break
             block = chunk.to(model.device)
             hidden = forward(block)
             token_nll(model, hidden[:, :-1], block[:, 1:])
@@ -103,7 +107,13 @@ def measure(model, options: argparse.Namespace, engine: str) -> dict:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="benchmark_scoring.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = OneLineParser(
+        prog="benchmark_scoring.py",
+        description=__doc__.split("\n\n")[0],
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--model", nargs="+", default=["demo"], metavar="NAME", help="demo (the default), a hub name, random:<size>"
     )
@@ -154,7 +164,7 @@ def run(argv: list[str]) -> int:
     sources = [find_model(name, options.seed) for name in dict.fromkeys(options.model)]
     if options.output is not None:
         check_writable(options.output.parent, 1 << 20)
-    models = {}
+    models, failed = {}, []
     result = {
         "benchmark": "scoring",
         "dtype": machine.dtype_name,
@@ -163,19 +173,23 @@ def run(argv: list[str]) -> int:
         "models": models,
     }
     for source in sources:
-        model, backends = load_wrapped(source, machine).model, {}
-        try:
-            engine = resolve_block_engine(model, options.engine)
-        except ValueError as error:
-            raise SetupError(f"--engine {options.engine}: {source.name}: {error}") from None
+        loaded, backends = source.load(machine.dtype, machine.device), {}
         models[source.name] = {"weights": source.weights, "backends": backends}
         for backend in machine.backends:
-            wrap_attention(model, backend)
-            backends[backend] = measure(model, options, engine)
-            print(f"{source.name} ({source.weights} weights), {backend}: {line(backends[backend])}", flush=True)
+            what = f"{source.name} ({source.weights} weights), {backend}"
+            try:
+                wrap_loaded(loaded, source, machine, backend)
+                engine = resolve_block_engine(loaded.model, options.engine)
+                backends[backend] = {"status": "ok"} | measure(loaded.model, options, engine)
+                print(f"{what}: {line(backends[backend])}", flush=True)
+            except (SetupError, ValueError, RuntimeError) as error:  # out of memory among them
+                reason = str(error).splitlines()[0]
+                backends[backend] = {"status": "failed", "reason": reason}
+                failed.append(what)
+                print(f"{what}: failed: {reason}", file=sys.stderr, flush=True)
             keep_result(options.output, result, machine, "benchmark_scoring.py", argv, options.seed)
-        del model
-    return 0
+        del loaded
+    return 1 if failed else 0
 
 
 def line(figures: dict) -> str:

@@ -60,7 +60,17 @@ def load_wrapped(source: ModelSource, machine: Machine) -> LoadedModel:
     Raises:
         SetupError: it cannot be loaded, or the backend cannot run it.
     """
-    loaded, backend = source.load(machine.dtype, machine.device), machine.backends[0]
+    loaded = source.load(machine.dtype, machine.device)
+    wrap_loaded(loaded, source, machine, machine.backends[0])
+    return loaded
+
+
+def wrap_loaded(loaded: LoadedModel, source: ModelSource, machine: Machine, backend: str) -> None:
+    """Wrap the attention of a loaded model for one backend.
+
+    Raises:
+        SetupError: the backend cannot run it.
+    """
     available = check_backend_available(backend, machine.dtype, machine.device, head_dim(loaded.model.config))
     if not available:
         raise SetupError(f"attention backend {backend!r} cannot run {source.name!r}: {available.reason}")
@@ -68,7 +78,6 @@ def load_wrapped(source: ModelSource, machine: Machine) -> LoadedModel:
         wrap_attention(loaded.model, backend)
     except ValueError as error:
         raise SetupError(f"model {source.name!r} cannot be used: {error}") from None
-    return loaded
 
 
 def make_decoder(

@@ -81,11 +81,8 @@ def _require_ids(ids: Tensor) -> None:
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+def _beside(device: torch.device) -> Iterator[torch.cuda.Stream]:
     """Copies made inside wait only for each other, not for the kernels that a CUDA ``device`` has been given."""
-    if device.type != "cuda":
-        yield None
-        return
     if device not in _COPIES:
         _COPIES[device] = torch.cuda.Stream(device)
     with torch.cuda.stream(_COPIES[device]):
