@@ -237,13 +237,13 @@ def _ring_attention(
             largest = tl.full((), float("-inf"), tl.float32)
             total = tl.zeros((), tl.float32)
             acc = tl.zeros((DIM_P,), tl.float32)
-            for start in tl.static_range(0, SPLITS, PARTS):
-                part = start + tl.arange(0, PARTS)
+            for part0 in tl.static_range(0, SPLITS, PARTS):
+                part = part0 + tl.arange(0, PARTS)
                 exists = part < SPLITS
-                at = partial + part * width
-                peaks = tl.load(at + DIM_P, exists, float("-inf"), cache_modifier=".cg")
-                sums = tl.load(at + DIM_P + 1, exists, 0.0, cache_modifier=".cg")
-                accs = tl.load(at[:, None] + dims[None, :], exists[:, None], 0.0, cache_modifier=".cg")
+                row = partial + part * width
+                peaks = tl.load(row + DIM_P, exists, float("-inf"), cache_modifier=".cg")
+                sums = tl.load(row + DIM_P + 1, exists, 0.0, cache_modifier=".cg")
+                accs = tl.load(row[:, None] + dims[None, :], exists[:, None], 0.0, cache_modifier=".cg")
                 new = tl.maximum(largest, tl.max(peaks, 0))  # finite: the first part has seen the token itself
                 keep, share = tl.exp(largest - new), tl.exp(peaks - new)
                 acc = acc * keep + tl.sum(accs * share[:, None], 0)
