@@ -310,19 +310,14 @@ class FusedEngine(GraphEngine):
     Args:
         attention: ``sdpa``: the SDPA kernel that is allowed, for a full cache (eager until then); ``triton``: this
             library's kernel, for a cache filled to any degree.
-        fork: run attention and MLP on two streams, which pays where the weights of a layer take a while to read.
-            Chosen so when ``None``.
     """
 
     name = "fused"
 
-    def __init__(
-        self, model: nn.Module, cache: StreamingKVCache, attention: str = "sdpa", fork: bool | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, cache: StreamingKVCache, attention: str = "sdpa") -> None:
         self._module = require_fused(model)
         super().__init__(model, cache)
         self.attention = attention
-        self.fork = model.config.hidden_size >= 1024 if fork is None else fork
 
     def _ready(self) -> bool:
         layer = self.cache.layers[0]
@@ -334,7 +329,6 @@ class FusedEngine(GraphEngine):
             self.cache,
             rotary_from_model(self.model),
             own_attention=self.attention == "triton",
-            fork=self.fork,
             logits=self._recorded.logits,
         )
 

@@ -59,17 +59,18 @@ def _no_gradients():
         yield
 
 
-TILES = [(4, 32), (1, 128)]
-"""Rows and columns: one that divides no size, one that holds a whole row."""
+TILES = [(4, 32, 1), (4, 16, 3), (1, 128, 8)]
+"""Rows, columns, and tiles ahead: sizes that divide nothing, and one that holds a whole row."""
 
 
 @pytest.fixture(params=TILES, ids=str)
 def tiles(request, monkeypatch) -> None:
     """Every kernel with a small tile in place of its own."""
-    rows, columns = request.param
+    rows, columns, ahead = request.param
     for name in [name for name in vars(gemv) if name.startswith("TILE_OF_")]:
         monkeypatch.setitem(getattr(gemv, name), "BLOCK_R", rows)
         monkeypatch.setitem(getattr(gemv, name), "BLOCK_K", columns)
+        monkeypatch.setitem(getattr(gemv, name), "AHEAD", ahead)
 
 
 def linear(columns: int, rows: int, bias: bool = True) -> torch.nn.Linear:
@@ -104,21 +105,16 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) ->
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("gelu", [(False, True), (True, False)])
-def test_norm_and_two_matrices(gelu):
-    x, norms, layers = randn(HIDDEN) * 3 + 1, (norm(), norm()), (linear(HIDDEN, 54), linear(HIDDEN, 33, bias=False))
-    outs = [torch.full((layer.out_features,), torch.nan, device=DEVICE) for layer in layers]
-    gemv.norm_gemv(x, *zip(norms, layers, outs, gelu, strict=True))
-    for first, layer, out, with_gelu in zip(norms, layers, outs, gelu, strict=True):
-        expected = exact(layer, exact(first, x))
-        close(out, F.gelu(expected) if with_gelu else expected)
-
-
-@pytest.mark.usefixtures("tiles")
-def test_norm_and_one_matrix():
-    x, first, layer, out = randn(HIDDEN), norm(), linear(HIDDEN, 54), randn(54, dtype=torch.float16)
-    gemv.norm_gemv(x, (first, layer, out, False))
-    close(out, exact(layer, exact(first, x)), 1e-2)
+@pytest.mark.parametrize("with_gelu", [False, True])
+@pytest.mark.parametrize(("rows", "bias"), [(54, True), (33, False)])
+def test_norm_and_matrix(rows, bias, with_gelu):
+    x, first, layer = randn(HIDDEN) * 3 + 1, norm(), linear(HIDDEN, rows, bias)
+    expected = exact(layer, exact(first, x))
+    expected = F.gelu(expected) if with_gelu else expected
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 1e-2)):
+        out = torch.full((rows,), torch.nan, device=DEVICE, dtype=dtype)
+        gemv.norm_gemv(x, first, layer, out, with_gelu=with_gelu)
+        close(out, expected, tolerance)
 
 
 @pytest.mark.usefixtures("tiles")
