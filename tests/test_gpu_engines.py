@@ -21,6 +21,9 @@ from streaming_llm import StreamingDecoder, score_stream
 from streaming_llm.engines import best_engine
 from streaming_llm.forwards import resolve_block_engine
 
+if torch.cuda.is_available():
+    from streaming_llm.fused.neox import StepForward
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -146,6 +149,12 @@ def test_ten_thousand_steps_in_float32(variant):
         decoder.prefill(ids[:, :30])
         losses = decoder.score(ids[:, 30:])[0].cpu()
     assert far(losses, exact_losses(torch.float32)[29:]) < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["fused", "fused-triton"])
+def test_ten_thousand_steps_in_the_schedule_of_large_models(monkeypatch, variant):
+    monkeypatch.setattr(StepForward, "_mlp_joins", lambda self, attention: True)
+    test_ten_thousand_steps_in_float32(variant)
 
 
 @pytest.mark.parametrize("dtype", HALF)
