@@ -1,6 +1,6 @@
 """The fused kernels, each against PyTorch in float64: interpreted on a CPU, compiled on a CUDA device.
 
-Triton takes the choice between the two when it is imported, so `kernel_checks.py` runs in a process of its own.
+Triton takes the choice between the two when it is imported, so each file of them runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
-CHECKS = Path(__file__).with_name("kernel_checks.py")
+HERE = Path(__file__).parent
 COMPILED = pytest.param(
     "0",
     id="compiled",
@@ -25,9 +25,17 @@ COMPILED = pytest.param(
 
 @pytest.mark.parametrize("interpret", [pytest.param("1", id="interpreted"), COMPILED])
 def test_each_kernel_is_exact(interpret):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)]
+    run("kernel_checks.py", interpret)
+
+
+def test_each_kernel_compiles():
+    run("kernel_compiles.py", "0")
+
+
+def run(tests: str, interpret: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / tests)]
     environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=CHECKS.parents[1], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=300)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
