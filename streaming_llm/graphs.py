@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -32,9 +34,21 @@ def record(
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, stream=side):
+    with _no_garbage_collection(), torch.cuda.graph(graph, stream=side):
         call()
     return graph
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A graph that is destroyed while another is recorded spoils the recording (pytorch/pytorch#161037)."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class GraphedCall:

@@ -6,6 +6,7 @@ One small model in three dtypes serves all tests, since each new shape costs the
 from __future__ import annotations
 
 import functools
+import gc
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from personal_adapters.sdpa import check_backend_available
 from streaming_llm import StreamingDecoder, score_stream
 from streaming_llm.engines import best_engine
 from streaming_llm.forwards import resolve_block_engine
+from streaming_llm.graphs import WARM_UP, record
 
 if torch.cuda.is_available():
     from streaming_llm.fused.neox import StepForward
@@ -394,6 +396,18 @@ def test_memory_is_constant_to_the_byte(variant):
         use()
         warm = use()
         assert [use(), use()] == [warm, warm]  # 2,000 steps each
+
+
+def test_no_garbage_is_collected_while_a_graph_is_recorded():
+    seen = []
+
+    def call() -> None:
+        seen.append((torch.cuda.is_current_stream_capturing(), gc.isenabled()))
+        torch.zeros(1, device=DEVICE)
+
+    record(call)
+    assert seen == [(False, True)] * WARM_UP + [(True, False)]
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("variant", RECORDED)
