@@ -351,6 +351,20 @@ def test_the_figure_shows_what_the_file_says():
     assert "a\xa0GPU" in words
 
 
+def test_what_two_files_have_measured_is_drawn_once():
+    def result(*times: float | None) -> dict:
+        rows = [make_row("random:pythia-70m", name, "flash", time)
+                for name, time in zip(("fused", "eager"), times, strict=True)]  # fmt: skip
+        return {"rows": rows, "device": "a GPU", "dtype": "bfloat16", "models": {}}
+
+    (figure,) = figures([result(0.7, None), result(0.9, 3.0)]).values()
+    (ax,) = figure.axes
+    assert {line.get_gid(): line.get_xdata()[0] for line in ax.lines if line.get_gid()} == {
+        "fused|flash": 0.7,
+        "eager|flash": 3.0,
+    }
+
+
 def test_drawing_needs_no_torch(tmp_path):
     result = {"benchmark": "decode", "rows": [make_row("m", "eager", "math", 2.0)], "device": "d", "dtype": "float32"}
     (tmp_path / "r.json").write_text(json.dumps({**result, "models": {}}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,9 +37,17 @@ def draw(results: Sequence[dict], folder: Path, formats: tuple[str, ...]) -> lis
 
 
 def figures(results: Sequence[dict]) -> dict[str, Figure]:
-    """A figure for each pair of cache size and batch size, and of prompt length and batch size: name -> figure."""
+    """A figure for each pair of cache size and batch size, and of prompt length and batch size: name -> figure.
+
+    What several files have measured is taken from the first of them.
+    """
     found: dict[str, list[dict]] = {}
+    cells: dict[str, dict] = {}
     for row in (row for result in results for row in result["rows"]):
+        key = json.dumps(row["cell"], sort_keys=True)
+        if key not in cells or _time(cells[key]) is None:
+            cells[key] = row
+    for row in cells.values():
         cell = row["cell"]
         size = cell["cache_size"] if cell["kind"] == "decode" else cell["length"]
         found.setdefault(f"{cell['kind']}_{size}_batch_{cell['batch_size']}", []).append(row)
@@ -96,7 +105,7 @@ def _draw_panel(ax: Axes, rows: Sequence[dict], labels: Sequence[str]) -> None:
     ax.set_yticklabels(labels)
     ax.tick_params(axis="y", length=0)
     low, high = ax.get_xlim()
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 300 else (1.0, 2.0, 5.0), numticks=9))
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0), numticks=9))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_number(value)))
     ax.grid(axis="x")
@@ -143,7 +152,8 @@ def _caption(results: Sequence[dict], rows: Sequence[dict]) -> str:
     parts = [" / ".join(dict.fromkeys(result["device"] for result in used))]
     parts.append(" / ".join(dict.fromkeys(result["dtype"] for result in used)))
     parts.append("random weights" if kinds == {"random"} else "")
-    parts.append(f"median of {' / '.join(map(str, counts))} runs; whiskers: all of them" if counts else "")
+    several = f"median of {' / '.join(map(str, counts))} runs; whiskers: all of them"
+    parts.append("one run" if counts == [1] else several if counts else "")
     return " · ".join(part.replace(" ", "\xa0") for part in parts if part)
 
 
