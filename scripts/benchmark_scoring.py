@@ -183,7 +183,7 @@ def run(argv: list[str]) -> int:
                 backends[backend] = {"status": "ok"} | measure(loaded.model, options, engine)
                 print(f"{what}: {line(backends[backend])}", flush=True)
             except (SetupError, ValueError, RuntimeError) as error:  # out of memory among them
-                reason = str(error).splitlines()[0]
+                reason = (str(error) or type(error).__name__).splitlines()[0]
                 backends[backend] = {"status": "failed", "reason": reason}
                 failed.append(what)
                 print(f"{what}: failed: {reason}", file=sys.stderr, flush=True)
