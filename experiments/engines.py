@@ -50,7 +50,7 @@ def forward_of(model, engine: str) -> Forward:
 
 def capture(forward: Forward, example: Tensor) -> Forward:
     """`forward` as a CUDA graph for ids of the shape of `example`."""
-    from streaming_llm.graphs import GraphedCall
+    from streaming_llm.engines.recorder import GraphedCall
 
     return GraphedCall(forward, example)
 

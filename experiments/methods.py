@@ -23,7 +23,7 @@ from experiments.kvpress_support import (
     kvpress_unavailable,
 )
 from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
-from streaming_llm.attention import maskless_attention
+from streaming_llm.attachment import maskless_attention
 from streaming_llm.families import text_config
 
 

@@ -22,7 +22,7 @@ from experiments.device import synchronise
 from experiments.memory import MemoryFigure, PeakMemory
 from experiments.methods import Method
 from experiments.progress import LossDisplay
-from streaming_llm.attention import maskless_attention
+from streaming_llm.attachment import maskless_attention
 from streaming_llm.families import text_config
 
 _LOGITS_NBYTES = 512 * 2**20  # float32 logits of the prompt that are held at a time

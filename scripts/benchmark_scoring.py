@@ -26,10 +26,10 @@ from experiments.models import find_model
 from experiments.session import resolve_machine
 from experiments.storage import check_writable
 from streaming_llm import score_stream
-from streaming_llm.attention import maskless_attention
-from streaming_llm.blockwise import token_nll
+from streaming_llm.attachment import maskless_attention
+from streaming_llm.losses import token_nll
 from streaming_llm.families import rotary_from_model, text_config
-from streaming_llm.forwards import BLOCK_ENGINES, resolve_block_engine
+from streaming_llm.engines.blocks import BLOCK_ENGINES, resolve_block_engine
 from streaming_llm.fused import require_fused
 
 EPILOG = """examples:

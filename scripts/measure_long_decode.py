@@ -29,7 +29,7 @@ from experiments.storage import check_writable
 from experiments.texts import default_datasets, load_texts, tokenise
 from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
 from streaming_llm.decoder import ATTENTION
-from streaming_llm.forwards import resolve_block_engine
+from streaming_llm import resolve_block_engine
 
 CHUNKS = 1000
 """Parts of the stream whose times are taken: a hundredth is the median of ten."""

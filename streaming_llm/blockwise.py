@@ -13,46 +13,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .attachment import attached
 from .config import StreamingConfig, require_int
-from .families import lm_head
-from .forwards import block_forward
+from .engines import resolve_block_engine
+from .engines.blocks import block_forward, default_block_size
 from .kv_cache import StreamingKVCache
-from .model import attached, default_block_size, new_cache
-
-try:
-    from .fused import elementwise
-except ImportError:  # no Triton: PyTorch's own operators do the same
-    elementwise = None
-
-LOGITS_BYTES = 1 << 28
-"""Logits, counted in float32, that are held at a time."""
-
-
-def token_nll(model: nn.Module, hidden_states: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of ``targets``, without ever holding the logits of all of them.
-
-    Args:
-        hidden_states: final hidden states ``[batch, length, hidden]``.
-        targets: token ids ``[batch, length]``.
-
-    Returns:
-        ``[batch, length]``, in nats, float32 (float64 for a float64 model).
-    """
-    batch, length = targets.shape
-    vocab = model.get_output_embeddings().weight.shape[0]
-    step = max(1, LOGITS_BYTES // (4 * vocab * batch))
-    out = []
-    for start in range(0, length, step):
-        logits = lm_head(model, hidden_states[:, start : start + step]).flatten(0, 1)
-        out.append(_cross_entropy(logits, targets[:, start : start + step].flatten()).view(batch, -1))
-    return torch.cat(out, dim=1)
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    if elementwise is not None and logits.device.type == "cuda" and logits.dtype != torch.float64:
-        return elementwise.cross_entropy(logits.contiguous(), targets)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+from .losses import token_nll
+from .placement import input_device
 
 
 def in_blocks(input_ids: Tensor | Iterable[Tensor], block_size: int) -> Iterator[Tensor]:
@@ -118,8 +85,8 @@ class BlockScorer:
         self, model: nn.Module, cache: StreamingKVCache, last_hidden: Tensor | None = None, engine: str = "auto"
     ) -> None:
         self.model, self.cache, self.last_hidden = model, cache, last_hidden
-        self.forward = block_forward(model, engine)
-        self.device = model.get_input_embeddings().weight.device
+        self.forward = block_forward(model, resolve_block_engine(model, engine))
+        self.device = input_device(model)
 
     @torch.no_grad()
     def score(self, block: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,6 +115,7 @@ def score_stream(
     window_size: int = 1020,
     block_size: int | None = None,
     *,
+    config: StreamingConfig | None = None,
     engine: str = "auto",
     return_hidden: bool = False,
     on_block: Callable[[int, Tensor, Tensor], None] | None = None,
@@ -162,10 +130,11 @@ def score_stream(
         input_ids: ``[batch, length]`` on any device, or an iterable of consecutive chunks ``[batch, n]``. The
             attention of the first tokens reaches back to the first id, which should be what the model was trained to
             see there (``tokenizer(text)`` puts it in front, if any).
-        n_sink, window_size: see :class:`StreamingConfig`.
+        n_sink, window_size: see :class:`StreamingConfig`, or
+        config: both in one.
         block_size: tokens processed at a time; chosen for model and device when ``None``.
-        engine: ``eager``: the plain model call. ``fused``: this library's kernels (GPT-NeoX on CUDA). ``auto``: fused
-            where it runs; ``streaming_llm.forwards.resolve_block_engine(model)`` says which that is.
+        engine: ``eager`` (and ``graph``): the plain model call. ``fused``: this library's kernels, on CUDA. ``auto``:
+            fused where it runs; :func:`streaming_llm.resolve_block_engine` says which that is.
         return_hidden: also return the final hidden states ``[batch, length, hidden]``.
         on_block: called with ``(start, nll, hidden_states)`` for each block instead of collecting anything: ``nll``
             ``[batch, n]`` of tokens ``start .. start + n - 1``, on the model's device.
@@ -177,9 +146,9 @@ def score_stream(
     Raises:
         ValueError: an argument is out of range, the model cannot stream, or the stream is shorter than two tokens.
     """
-    config = StreamingConfig(n_sink, window_size)
+    config = StreamingConfig.given(n_sink, window_size, config)
     if block_size is None:
-        block_size = default_block_size(window_size, model)
+        block_size = default_block_size(config.window_size, model)
     require_int("block_size", block_size, 1)
     if isinstance(input_ids, Tensor):
         _require_ids(input_ids)
@@ -190,7 +159,7 @@ def score_stream(
     sink = on_block or collected
     n_seen = 0
     with attached(model):
-        scorer = BlockScorer(model, new_cache(model, config), engine=engine)
+        scorer = BlockScorer(model, StreamingKVCache.from_model(model, config=config), engine=engine)
         for block in in_blocks(input_ids, block_size):
             nll, hidden = scorer.score(block)
             collected.home = block.device

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import weakref
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from . import saving
+from .attachment import Attachment
 from .config import StreamingConfig, require_int
-from .engines import EagerEngine, Engine, FusedEngine, GraphEngine, best_engine
-from .families import lm_head
-from .forwards import block_forward
+from .engines import make_engine, resolve_block_engine, resolve_engine
+from .engines.blocks import block_forward, feed
+from .families import lm_head, transformers_model
 from .kv_cache import StreamingKVCache
-from .model import Attachment, feed, new_cache
+from .placement import layer_devices, output_device
 from .sampling import Sampling
+from .saved_cache import require_dtype
+from .stream_state import StreamState
 
-ENGINES = ("eager", "graph", "fused")
-ATTENTION = ("sdpa", "triton")
-
-
-def _make_engine(name: str, model: nn.Module, cache: StreamingKVCache, attention: str, compiled: bool) -> Engine:
-    if name == "eager":
-        return EagerEngine(model, cache)
-    if name == "graph":
-        return GraphEngine(model, cache, compiled)
-    return FusedEngine(model, cache, attention)
+LOGITS, RANDOM = "decoder.logits", "decoder.random"
+"""What a decoder saves beside its cache: the last logits, and the state of its random numbers."""
 
 
 class StreamingDecoder:
@@ -42,13 +40,10 @@ class StreamingDecoder:
 
     Args:
         model: a Transformers causal language model of a supported family.
-        n_sink, window_size: see :class:`StreamingConfig`.
-        engine: how a step runs, with equal results but for rounding. ``eager``: the plain model call. ``graph``: one
-            CUDA graph of it, once the cache is full, eager until then. ``fused``: a CUDA graph of this library's
-            kernels (GPT-NeoX). ``auto``: the fastest of them that runs here; :attr:`engine` says which.
-        attention: of the fused engine. ``sdpa``: the one of PyTorch's kernels that is allowed (by the model's
-            adapter, or ``torch.nn.attention.sdpa_kernel``). ``triton``: this library's own, which needs no full cache.
-        compile: let ``torch.compile`` fuse the model's call before the graph engine records it.
+        n_sink, window_size: see :class:`StreamingConfig`, or
+        config: both in one.
+        engine: how a step runs, with equal results but for rounding: a name of :data:`streaming_llm.ENGINES`, or
+            ``auto``, the fastest of them that runs here. :attr:`engine` says which runs.
 
     Raises:
         ValueError: an argument is out of range, the model cannot stream, or the engine cannot run it.
@@ -59,28 +54,24 @@ class StreamingDecoder:
         model: nn.Module,
         n_sink: int = 4,
         window_size: int = 1020,
-        engine: str = "eager",
+        engine: str = "auto",
         *,
-        attention: str = "sdpa",
-        compile: bool = False,
+        config: StreamingConfig | None = None,
     ) -> None:
-        if engine not in (*ENGINES, "auto"):
-            raise ValueError(f"engine must be one of {', '.join(ENGINES)} or auto, got {engine!r}")
-        if attention not in ATTENTION:
-            raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
-        name = best_engine(model) if engine == "auto" else engine
-        if attention != "sdpa" and name != "fused":
-            raise ValueError(f"attention={attention!r} is for the fused engine, not {name!r}")
-        if compile and name != "graph":
-            raise ValueError(f"compile=True is for the graph engine, not {name!r}")
+        name = resolve_engine(model, engine)
         self.model = model
-        self.streaming_config = StreamingConfig(n_sink, window_size)
-        self._cache = new_cache(model, self.streaming_config)
-        self._engine = _make_engine(name, model, self._cache, attention, compile)
-        self._forward = block_forward(model, "fused" if name == "fused" else "eager")
-        self._logits: Tensor | None = None
+        self._inner = transformers_model(model)
+        self._cache = StreamingKVCache.from_model(model, n_sink, window_size, config=config)
+        self._engine = make_engine(model, self._cache, name)
+        self._forward = block_forward(model, resolve_block_engine(model, name))
+        self._logits: tuple[int, Tensor | None] = (-1, None)  # of which version of the stream
         self._generator: torch.Generator | None = None
         self.close = weakref.finalize(self, Attachment.enter(model).leave)
+
+    @property
+    def streaming_config(self) -> StreamingConfig:
+        """Sinks and window."""
+        return self._cache.streaming_config
 
     def __enter__(self) -> StreamingDecoder:
         return self
@@ -90,7 +81,7 @@ class StreamingDecoder:
 
     @property
     def engine(self) -> str:
-        """What runs a step: ``eager``, ``graph``, ``graph+compile`` or ``fused``."""
+        """What runs a step: a name of :data:`streaming_llm.ENGINES`."""
         return self._engine.name
 
     @property
@@ -100,9 +91,26 @@ class StreamingDecoder:
 
     @property
     def cache(self) -> StreamingKVCache:
-        """The stream's cache, up to date."""
-        self._engine.sync()
+        """The stream's cache, always up to date. What is done to it from outside is done to the decoder's stream."""
         return self._cache
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits ``[batch, vocab]`` of the last token.
+
+        Raises:
+            RuntimeError: nothing has been fed, or the cache was changed from outside since.
+        """
+        self._require_open()
+        version, logits = self._logits
+        if logits is None or version != self._cache.progress.version:
+            what = "nothing has been fed yet" if logits is None else "the cache was changed since the last token"
+            raise RuntimeError(f"{what}, so that there are no logits: call prefill() or step() first")
+        return logits
+
+    def _keep(self, logits: Tensor) -> Tensor:
+        self._logits = self._cache.progress.version, logits
+        return logits
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, block_size: int | None = None) -> Tensor:
@@ -116,9 +124,8 @@ class StreamingDecoder:
             Logits ``[batch, vocab]`` of the last token, in the model's dtype.
         """
         self._require_open()
-        hidden = feed(self.model, self.cache, input_ids, block_size, self._forward)
-        self._logits = lm_head(self.model, hidden)[:, -1]
-        return self._logits
+        hidden = feed(self._inner, self._cache, input_ids, block_size, self._forward)
+        return self._keep(lm_head(self._inner, hidden)[:, -1])
 
     @torch.no_grad()
     def step(self, token_ids: Tensor) -> Tensor:
@@ -134,8 +141,7 @@ class StreamingDecoder:
         if token_ids.dim() != 1:
             raise ValueError(f"token_ids must be [batch], got {list(token_ids.shape)}")
         self._require_batch(token_ids)
-        self._logits = self._engine.step(token_ids)
-        return self._logits
+        return self._keep(self._engine.step(token_ids))
 
     @torch.no_grad()
     def score(self, token_ids: Tensor) -> Tensor:
@@ -153,7 +159,9 @@ class StreamingDecoder:
         if token_ids.dim() != 2 or not token_ids.numel():
             raise ValueError(f"token_ids must be [batch, n >= 1], got {list(token_ids.shape)}")
         self._require_batch(token_ids)
-        losses, self._logits = self._engine.score(self._last_logits(), token_ids.to(self.model.device))
+        logits = self.logits
+        losses, logits = self._engine.score(logits, token_ids.to(logits.device))
+        self._keep(logits)
         return losses
 
     @torch.no_grad()
@@ -181,41 +189,104 @@ class StreamingDecoder:
             RuntimeError: nothing has been fed.
         """
         require_int("max_new_tokens", max_new_tokens, 1)
-        sampling, logits = Sampling(temperature, top_k, top_p), self._last_logits()
+        sampling, logits = Sampling(temperature, top_k, top_p), self.logits
         if self._generator is None:
-            self._generator = torch.Generator(self.model.device)
+            self._generator = torch.Generator(logits.device)
             self._generator.seed()
         if seed is not None:
             self._generator.manual_seed(seed)
-        tokens, self._logits = self._engine.generate(logits, max_new_tokens, sampling, self._generator)
+        tokens, logits = self._engine.generate(logits, max_new_tokens, sampling, self._generator)
+        self._keep(logits)
         return tokens
 
     def reset(self) -> None:
         """Forget the stream; buffers and recordings stay."""
-        self.cache.reset()
-        self._logits = None
+        self._cache.reset()
+        self._logits = -1, None
 
     def move_to(self, position: int) -> None:
         """Go on as if ``position`` tokens had been seen; see :meth:`StreamingKVCache.move_to`."""
-        self.cache.move_to(position)
+        version, logits = self._logits
+        up_to_date = version == self._cache.progress.version
+        self._cache.move_to(position)
+        if up_to_date:
+            self._keep(logits)
 
     @property
     def cache_nbytes(self) -> int:
         """Bytes of keys and values held."""
-        return self.cache.nbytes
+        return self._cache.nbytes
 
-    def _last_logits(self) -> Tensor:
+    # The stream as a value
+
+    def state(self) -> StreamState:
+        """Where the decoder is, as a value: its cache's state, the last logits, and its random numbers'.
+
+        Tensors are views, for use before the next token.
+        """
+        state, (version, logits) = self._cache.state(), self._logits
+        if logits is not None and version == self._cache.progress.version:
+            state.tensors[LOGITS] = logits
+        if self._generator is not None:
+            state.tensors[RANDOM] = self._generator.get_state()
+        return state
+
+    def restore(self, state: StreamState, *, dtype: torch.dtype | None = None) -> None:
+        """Go on where ``state`` was taken, with buffers and recordings as they are.
+
+        The state of a cache alone has no logits: feed a token before scoring or generating.
+
+        Args:
+            dtype: what keys and values are converted to; as saved when ``None``.
+
+        Raises:
+            ValueError: it is of another model or cache; the decoder's stream is then unchanged.
+        """
         self._require_open()
-        if self._logits is None:
-            raise RuntimeError("nothing has been fed yet: call prefill() or step() first")
-        return self._logits
+        self._cache.restore(state, device=layer_devices(self._inner, len(self._cache.layers)), dtype=dtype)
+        logits, random = state.tensors.get(LOGITS), state.tensors.get(RANDOM)
+        self._keep(None if logits is None else logits.to(output_device(self._inner), self._inner.dtype))
+        self._generator = None
+        if random is not None:
+            self._generator = torch.Generator(output_device(self._inner))
+            if random.shape != self._generator.get_state().shape:  # of another kind of device
+                self._generator = None
+            else:
+                self._generator.set_state(random.cpu())
+
+    def save(self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the decoder's stream to a safetensors file; see :meth:`load` and :meth:`StreamingKVCache.save`."""
+        saving.write(path, self.state(), metadata)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, model: nn.Module, engine: str = "auto", *, dtype: torch.dtype | None = None
+    ) -> StreamingDecoder:
+        """A decoder that goes on where a saved one was: with the same bits on the same device by the same engine.
+
+        Also takes what :meth:`StreamingKVCache.save` wrote, which has no logits: feed a token first.
+
+        Args:
+            dtype: convert keys and values, for a model loaded in another dtype; the outputs are then not the same.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no saved stream, or of another model or dtype, or the engine cannot run it.
+        """
+        state = saving.read(path)
+        require_dtype(path, transformers_model(model), state.facts["dtype"], dtype)
+        decoder = cls(model, engine=engine, config=state.streaming_config)
+        try:
+            decoder.restore(state, dtype=dtype)
+        except ValueError as error:
+            decoder.close()
+            raise ValueError(f"{path}: {error}") from None
+        return decoder
 
     def _require_batch(self, token_ids: Tensor) -> None:
-        layer = self._cache.layers[0]
-        if layer.n_seen and token_ids.shape[0] != layer.batch_size:
-            raise ValueError(
-                f"this decoder holds {layer.batch_size} streams and was given ids of {token_ids.shape[0]}"
-            )
+        n_rows = self._cache.batch_size
+        if self._cache.n_seen and token_ids.shape[0] != n_rows:
+            raise ValueError(f"this decoder holds {n_rows} streams and was given ids of {token_ids.shape[0]}")
 
     def _require_open(self) -> None:
         if not self.close.alive:

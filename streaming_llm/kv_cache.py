@@ -10,42 +10,27 @@ again and again would destroy it.
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import Cache
+from torch import Tensor, nn
 
-from . import saving
+from .attention.plan import BlockPlan, Plan
+from .attention.wide_copies import joined
+from .bare_cache import BareChecks
+from .cache_forward import BROKEN, CacheForward
 from .cache_layer import StreamingLayer
 from .config import StreamingConfig, require_int
-from .families import bare_refusal, family_of, layer_windows, require_window_fits, rotaries_from_config
-from .positions import StreamLayout
+from .families import layer_layouts, rotaries_from_config, rotaries_from_model, transformers_model
+from .positions import Progress
 from .rope_utils import Rotary
-from .sinks import BlockPlan, sink_rotations
-from .stream_state import StreamState, model_facts, put, state_of
-
-ATTACHED = "streaming_llm_"
-"""Prefix of the attention implementation that a model's configuration names while the model streams."""
+from .saved_cache import SaveableCache
+from .sinks import MovingSinks, sink_rotations
+from .stream_state import model_facts
 
 
-class SharedReference:
-    """Refers to an object that copies of its holder share; a pickled one refers to nothing."""
-
-    def __init__(self, target: object = None) -> None:
-        self.target = target
-
-    def __deepcopy__(self, memo: dict) -> SharedReference:
-        return self
-
-    def __reduce__(self):
-        return (SharedReference, ())
-
-
-class StreamingKVCache(Cache):
+class StreamingKVCache(SaveableCache):
     """A cache of constant size for endless streams: attention sinks and a window of recent tokens.
 
     Works on an unmodified model: ``model(ids[:, t:t+1], past_key_values=cache, use_cache=True)`` is exact token by
@@ -65,9 +50,14 @@ class StreamingKVCache(Cache):
     that the model would soft-cap must not go through ``sdpa``. Each raises ``ValueError``; the wrapper is free of it.
 
     Args:
-        config: the model's Transformers configuration.
-        n_sink, window_size: see :class:`~streaming_llm.StreamingConfig`.
-        rotary: the rotation of each layer, or of all; read from ``config`` when not given.
+        model_config: the model's Transformers configuration.
+        n_sink, window_size: see :class:`~streaming_llm.StreamingConfig`, or
+        config: both in one.
+        rotary: the rotation of each layer, or of all; read from ``model_config`` when not given.
+
+    Attributes:
+        streaming_config: sinks and window.
+        progress: how far the streams are.
 
     Raises:
         ValueError: a number is out of range, or the model has no rotary positions that can stream.
@@ -75,33 +65,71 @@ class StreamingKVCache(Cache):
 
     def __init__(
         self,
-        config,
+        model_config,
         n_sink: int = 4,
         window_size: int = 1020,
         *,
+        config: StreamingConfig | None = None,
         rotary: Rotary | Sequence[Rotary] | None = None,
     ) -> None:
-        self.streaming_config = StreamingConfig(n_sink, window_size)
-        require_window_fits(config, self.streaming_config)
-        layout, windows = StreamLayout(self.streaming_config), layer_windows(config)
-        rotary = rotaries_from_config(config) if rotary is None else rotary
-        rotations = sink_rotations([rotary] * len(windows) if isinstance(rotary, Rotary) else rotary)
+        self.streaming_config = StreamingConfig.given(n_sink, window_size, config)
+        self.progress = Progress()
+        layouts = layer_layouts(model_config, self.streaming_config)
+        rotary = rotaries_from_config(model_config) if rotary is None else rotary
+        rotations = sink_rotations([rotary] * len(layouts) if isinstance(rotary, Rotary) else rotary)
         self._rotations = set(rotations)
         super().__init__(
-            layers=[StreamingLayer(layout, *of_layer) for of_layer in zip(rotations, windows, strict=True)]
+            layers=[
+                StreamingLayer(layout, rotation, self.progress, is_sliding=layout.config != self.streaming_config)
+                for layout, rotation in zip(layouts, rotations, strict=True)
+            ]
         )
-        self._table_length = family_of(config).table_length(config)
-        self._exact_bare_with: str | None = ""  # attention implementation last found exact
-        self._model_config = SharedReference(config)
-        self.model_facts = model_facts(config)
-        self._open_plan: BlockPlan | None = None
-        self._next_angle_check = layout.capacity
+        self._bare = BareChecks(model_config, self.streaming_config)
+        self.model_facts = model_facts(model_config)
+        self._forward: CacheForward | None = None
+        self._pending: tuple[int, Tensor | None] = (0, None)  # the progress's version, and ids
+        self._moving: MovingSinks | None = None  # derived from the layers' tensors; None once these have changed
 
-    @property
-    def is_attached(self) -> bool:
-        """Whether the model streams now: its angles are exact, and its attention takes blocks of any length."""
-        name = getattr(self._model_config.target, "_attn_implementation", None)
-        return name is not None and name.startswith(ATTACHED)
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        n_sink: int = 4,
+        window_size: int = 1020,
+        *,
+        config: StreamingConfig | None = None,
+    ) -> StreamingKVCache:
+        """A cache with the frequencies that ``model`` holds, also where they were rounded with the weights."""
+        model = transformers_model(model)
+        return cls(model.config, n_sink, window_size, config=config, rotary=rotaries_from_model(model))
+
+    # A forward
+
+    def begin(self, n_tokens: int, *, attached: bool = False) -> None:
+        """Begin a forward of ``n_tokens`` for each row.
+
+        Done by the attachment of a model, and by the first layer's :meth:`update` on an unmodified one.
+
+        Args:
+            attached: the model streams: its angles are exact, and its attention takes plans.
+
+        Raises:
+            RuntimeError: an earlier forward ended before its last layer.
+            ValueError: these tokens would not be exact.
+        """
+        if self.is_broken:
+            raise RuntimeError(BROKEN)
+        if n_tokens > 1 and not self.progress.together:
+            raise ValueError("rows that are not equally far take single tokens together, and blocks one by one")
+        if not attached:
+            self._bare.require_exact(self.progress, n_tokens)
+        for rotation in self._rotations:
+            rotation.exact_angles = attached
+        self._forward = CacheForward(n_tokens, len(self.layers), self.progress, attached)
+        if n_tokens == 1 and self.progress.n_seen > self.streaming_config.cache_size:
+            if self._moving is None:
+                self._moving = MovingSinks(layer for layer in self.layers if layer.sinks_turn)
+            self._moving.move(self.progress)
 
     def update(
         self,
@@ -112,105 +140,183 @@ class StreamingKVCache(Cache):
         *args,
         **kwargs,
     ) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values, detached; see :meth:`StreamingLayer.update`.
+        """Store a layer's new keys and values, detached; see :meth:`StreamingLayer.store`.
 
         Raises:
             RuntimeError: an earlier forward ended before its last layer, or its attention did not know of streams.
         """
-        layer, q_len = self.layers[layer_idx], key_states.shape[2]
-        self._require_whole_forwards(layer_idx, q_len)
-        if layer_idx == 0:
-            attached = layer.attends_blocks = self.is_attached
-            for rotation in self._rotations:
-                rotation.exact_angles = attached
-            if not attached:
-                self._require_exact_bare(q_len)
-                if layer.n_seen >= self._next_angle_check:
-                    self._check_angles(layer, cache_kwargs)
-        layer.attends_blocks = self.layers[0].attends_blocks
-        keys, values = layer.update(key_states, value_states, cache_kwargs, layers=self.layers)
-        self._open_plan = getattr(keys, "streaming_plan", None) if q_len > 1 else None
+        layer, n_tokens = self.layers[layer_idx], key_states.shape[2]
+        if layer_idx == 0 and (self._forward is None or self._forward.layers_done):
+            self._bare.require_angles(layer, cache_kwargs)
+            self.begin(n_tokens)
+        forward = self._forward
+        if forward is None:
+            raise RuntimeError(BROKEN)
+        forward.require_turn(layer_idx, n_tokens)
+        if key_states.requires_grad or value_states.requires_grad:
+            key_states, value_states = key_states.detach(), value_states.detach()
+        slots = forward.slots(layer.layout, key_states.device)
+        keys, values, plan = layer.store(key_states, value_states, slots)
+        forward.stored(plan)
+        if not forward.attached:
+            if isinstance(plan, BlockPlan) and plan.previous:  # a sliding layer's own mask takes all of them
+                keys, values = (joined(x, dim=2) for x in zip(plan.previous, (keys, values), strict=True))
+            if forward.is_complete:
+                self.end()
         return keys, values
 
-    def _require_whole_forwards(self, layer_idx: int, q_len: int) -> None:
-        """Notice, by counting, what would be wrong without a sign."""
-        if self._open_plan is not None and not self._open_plan.consumed:
-            raise RuntimeError(
-                "the attention function did not read the plan of a block of tokens, so its result is wrong: the cache "
-                "was made for another model. reset() it, and use a cache of this model"
-            )
-        first, last = self.layers[0].n_seen, self.layers[-1].n_seen
-        if (first != last) if layer_idx == 0 else (first != self.layers[layer_idx].n_seen + q_len):
-            raise RuntimeError(
-                "an earlier forward with this cache ended before its last layer, so its layers hold different tokens: "
-                "reset() it, or use a new cache"
-            )
+    def take_plan(self, layer_idx: int) -> Plan:
+        """How the tokens that a layer has just stored attend; see :meth:`CacheForward.take_plan`."""
+        if self._forward is None:
+            raise RuntimeError(BROKEN)
+        return self._forward.take_plan(layer_idx)
 
-    def _require_exact_bare(self, q_len: int) -> None:
-        """Refuse what the model's own attention would compute otherwise than the stream's rule says."""
-        seen = self.get_seq_length()
-        if self._table_length is not None and seen + q_len > self._table_length:
-            raise ValueError(
-                f"position {seen + q_len - 1} lies beyond the model's table of {self._table_length} rotations: use "
-                "`with StreamingLLMWrapper(model, ...) as stream:`, where a stream has no end"
-            )
-        config = self._model_config.target
-        implementation = getattr(config, "_attn_implementation", None)
-        if config is not None and implementation != self._exact_bare_with:
-            reason = bare_refusal(config, self.streaming_config)
-            if reason is not None:
-                raise ValueError(f"this cache would not be exact on the unmodified model: {reason}")
-            self._exact_bare_with = implementation
+    def end(self) -> None:
+        """End a forward: its tokens have been seen.
 
-    def _check_angles(self, layer: StreamingLayer, cache_kwargs: dict[str, Any] | None) -> None:
-        """From the first eviction on, whenever the stream has doubled: does the model rotate as configured?
-
-        ``model.half()`` rounds the model's frequencies too, which a cache made from the configuration cannot know.
-        Newer Transformers pass no cosine and sine, so that there is nothing to compare.
+        Raises:
+            RuntimeError: not every layer has stored them.
         """
-        found = [x.flatten(0, -2)[-1] for name in ("cos", "sin") if (x := (cache_kwargs or {}).get(name)) is not None]
-        if len(found) < 2:
-            self._next_angle_check = math.inf
-            return
-        cos, rotary = found[0], layer.rotation.on(found[0].device)
-        if not rotary.rotary_dim:
-            return
-        expected = torch.stack(rotary.cos_sin(layer.get_seq_length())) * rotary.scaling
-        # Models lay the same angles out in different ways, or give each once.
-        expected = expected.sort(dim=-1).values[:, :: rotary.rotary_dim // cos.shape[-1]]
-        error = (torch.stack(found).sort(dim=-1).values - expected).abs().max().item()
-        if error > torch.finfo(cos.dtype).eps + 1e-6 * layer.get_seq_length():  # rounding of cosine and of angle
-            raise ValueError(
-                f"the model's rotary angles are {error:.1e} off those of its configuration: its frequencies were "
-                "probably cast to half precision with the weights. Load it with dtype=..., or use "
-                "StreamingLLMWrapper, which takes them from the model"
-            )
-        self._next_angle_check = 2 * layer.n_seen
+        if self._forward is None:
+            raise RuntimeError(BROKEN)
+        self._forward.require_turn(len(self.layers), self._forward.n_tokens)
+        self.progress.advance(self._forward.n_tokens)
+        self._forward = None
+
+    def abandon(self) -> None:
+        """A forward raised an error: if no layer has stored anything, it has not been."""
+        if not self.is_broken:
+            self._forward = None
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a forward is half done: its layers hold different tokens."""
+        return self._forward is not None and self._forward.layers_done > 0
+
+    # What Transformers asks for
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, which is the next token's position (of the row that is furthest); not the number kept."""
+        return self.progress.position
 
     def get_mask_sizes(self, cache_position: Tensor | int, layer_idx: int) -> tuple[int, int]:
         """``(kv_length, kv_offset)`` for Transformers' masks; see :meth:`StreamingLayer.get_mask_sizes`."""
-        if self._table_length is not None and not self.is_attached:
-            self._require_exact_bare(cache_position if isinstance(cache_position, int) else len(cache_position))
+        if self._forward is None:  # of an unmodified model, which makes its masks before any layer stores
+            n_tokens = cache_position if isinstance(cache_position, int) else len(cache_position)
+            self._bare.require_positions(self.progress, n_tokens)
         return self.layers[layer_idx].get_mask_sizes(cache_position)
 
+    # Whole-stream operations
+
     def reset(self) -> None:
-        """Forget the stream; the tensors stay allocated."""
-        super().reset()
-        self._open_plan = None
-        self._next_angle_check = self.layers[0].layout.capacity
+        """Forget the streams; the tensors stay allocated."""
+        self._changed()
+        self.progress.set((0,), (0,))
+        self._bare.forget_angles()
+
+    def _changed(self) -> None:
+        self._forward = self._moving = None
 
     def move_to(self, position: int) -> None:
-        """Go on as if ``position`` tokens had been seen: the next token gets that position.
+        """Go on as if ``position`` tokens had been seen: the next token (of the furthest row) gets that position.
 
         Every stored key is re-rotated once, so this is for tests and experiments, not for every step.
 
         Raises:
             ValueError: ``position`` is smaller than the number of tokens that the cache holds.
         """
-        require_int("position", position, self.layers[0].n_stored)
+        require_int("position", position, min(self.n_seen, self.streaming_config.cache_size + 1))
         distance = position - self.get_seq_length()
         for layer in self.layers:
             layer.move(distance)
+        self._changed()
+        self.progress.move(distance)
+
+    def crop(self, max_length: int) -> None:
+        """Forget the last tokens.
+
+        Transformers has changed what it passes from the length that remains to the number of tokens to remove, as a
+        negative number or zero. Both are understood: zero removes none, and :meth:`reset` forgets them all.
+
+        Args:
+            max_length: positive: so many tokens remain seen; otherwise: its magnitude is the number to forget.
+
+        Raises:
+            ValueError: the tokens that would come back into the window have been evicted, or rows are not equally far.
+        """
+        max_length = int(max_length)  # some versions pass a tensor
+        if not self.progress.together:
+            raise ValueError("rows that are not equally far cannot be cropped together")
+        seen, offset = self.progress.seen[0], self.progress.offset[0]
+        length = max_length - offset if max_length > 0 else seen + max_length
+        if length >= seen:
+            return
+        if length < 0 or any(seen > layer.layout.capacity for layer in self.layers):
+            raise ValueError(
+                f"cannot go back from {seen} to {length} tokens: a streaming cache has evicted the tokens "
+                "that would be in the window then"
+            )
+        self.take_back_to(length)
+
+    def take_back_to(self, n_seen: int) -> None:
+        """Go back to ``n_seen`` tokens, all of which are still stored."""
+        for layer in self.layers:
+            layer.put_sinks_back()
+        self._changed()
+        self.progress.set((n_seen,), self.progress.offset)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)), lambda rows: beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(
+            lambda x: x.repeat_interleave(repeats, dim=0), lambda rows: [row for row in rows for _ in range(repeats)]
+        )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(lambda x: x[indices.to(x.device)], lambda rows: torch.tensor(list(rows))[indices.cpu()].tolist())
+
+    def _select(self, of_tensor: Callable[[Tensor], Tensor], of_rows: Callable[[range], list[int]]) -> None:
+        if not self.progress.together:
+            n_rows = len(self.progress.seen)
+            self.progress.select(of_rows(range(n_rows)), n_rows)
+        for layer in self.layers:
+            layer.select(of_tensor)
+        self._changed()
+        self.progress.version += 1
+
+    # The token between two calls of generate()
+
+    @property
+    def pending(self) -> Tensor | None:
+        """Ids ``[batch]`` that the last ``generate`` returned at its end and did not feed; ``None`` if not known.
+
+        Any other use of the cache forgets them.
+        """
+        version, ids = self._pending
+        return ids if version == self.progress.version else None
+
+    def set_pending(self, token_ids: Tensor | None) -> None:
+        """Remember ids ``[batch]`` as :attr:`pending`."""
+        self._pending = self.progress.version, token_ids
+
+    # Sizes
+
+    @property
+    def n_seen(self) -> int:
+        """Tokens that have been fed, to the row that has most."""
+        return self.progress.n_seen
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every row holds as many tokens as the next one attends to."""
+        return min(self.progress.seen) >= self.streaming_config.cache_size
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows; ``None`` before the first forward."""
+        first = self.layers[0]
+        return first.batch_size if first.is_initialized else None
 
     @property
     def nbytes(self) -> int:
@@ -222,55 +328,5 @@ class StreamingKVCache(Cache):
             for x in (layer.keys, layer.values)
         )
 
-    # Saving
-
-    def save(self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the stream to a safetensors file, from which it goes on with the same bits; see :meth:`load`.
-
-        Only what is stored is written. An existing file is replaced whole or not at all.
-
-        Args:
-            metadata: strings to keep with it; ``streaming_llm.saving.read_metadata(path)`` gives them back.
-
-        Raises:
-            OSError: the file cannot be written.
-            RuntimeError: a forward ended before its last layer.
-        """
-        saving.write(path, self.state(), metadata)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike,
-        model,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> StreamingKVCache:
-        """A cache that goes on where a saved one was, with ``n_sink`` and ``window_size`` as saved.
-
-        Weights are not compared: that they are the same is the caller's to know.
-
-        Args:
-            model: the model, streaming or not, or its configuration alone (frequencies and dtype are then taken to be
-                those of a freshly loaded model).
-            device: where keys and values go; when ``None``, where the model's layers are, or the CPU.
-            dtype: convert keys and values, for a model loaded in another dtype; the outputs are then not the same.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: it is no saved stream, or of a model of other layers, heads, frequencies or dtype.
-        """
-        return saving.load(path, model, device=device, dtype=dtype)
-
-    def state(self) -> StreamState:
-        """Where the stream is, as a value; its tensors are views of the cache, for use before the next forward."""
-        return state_of(self)
-
-    def restore(self, state: StreamState, *, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
-        """Go on where ``state`` was taken, by a cache of the same model and size; buffers that fit stay in place.
-
-        Raises:
-            ValueError: ``state`` is of another model or size, or not whole; this cache is then unchanged.
-        """
-        put(self, state, device=torch.device(device), dtype=dtype)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_moving": None}  # a pickled view would be a tensor of its own

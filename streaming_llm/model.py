@@ -2,108 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
-from .attention import refuse_padding, switched_attention
-from .config import StreamingConfig, require_int
-from .families import decoder_of, family_of, module_angles, require_window_fits, rotaries_from_model, rotary_modules
-from .forwards import BlockForward, block_forward
-from .generation import generation_view, is_drafting, refuse_arguments, rows_of_each_prompt, take_prompt, with_rows
-from .inner_model import transformers_model
-from .kv_cache import ATTACHED, StreamingKVCache
-from .rope_utils import ExactRotaryEmbedding
-
-
-class Attachment:
-    """What streaming changes on one model: its attention functions and its rotary modules.
-
-    It does not depend on sinks or window, so wrappers and decoders of one model share it; the last to leave
-    restores the model.
-    """
-
-    _active: ClassVar[dict[int, Attachment]] = {}  # by the model's id; a changed model is alive until restored
-
-    def __init__(self, model: nn.Module) -> None:
-        family = family_of(model.config)
-        self._model_id = id(model)
-        self._users = 0
-        with ExitStack() as stack:
-            stack.enter_context(switched_attention(model, ATTACHED))
-            for found in rotary_modules(model):
-                exact = ExactRotaryEmbedding(found.module, module_angles(found, family))
-                setattr(found.parent, found.name, exact)
-                stack.callback(setattr, found.parent, found.name, found.module)
-            self._restore = stack.pop_all()
-
-    @classmethod
-    def enter(cls, model: nn.Module) -> Attachment:
-        """Attach ``model``, or join those who have."""
-        model = transformers_model(model)
-        attachment = cls._active.get(id(model))
-        if attachment is None:
-            attachment = cls._active[id(model)] = cls(model)
-        attachment._users += 1
-        return attachment
-
-    def leave(self) -> None:
-        """Leave; the last user restores the model."""
-        self._users -= 1
-        if self._users == 0:
-            del self._active[self._model_id]
-            self._restore.close()
-
-
-@contextmanager
-def attached(model: nn.Module) -> Iterator[None]:
-    """Attach ``model`` for a while."""
-    attachment = Attachment.enter(model)
-    try:
-        yield
-    finally:
-        attachment.leave()
-
-
-def new_cache(model: nn.Module, config: StreamingConfig) -> StreamingKVCache:
-    """A cache with the frequencies that the model holds, also where they were rounded with the weights."""
-    return StreamingKVCache(model.config, config.n_sink, config.window_size, rotary=rotaries_from_model(model))
-
-
-def default_block_size(window_size: int, model: nn.Module) -> int:
-    """Tokens to process at a time: enough to keep the device busy, a multiple of the window where that is larger."""
-    weight = model.get_input_embeddings().weight
-    least = max(16384, (1 << 24) // weight.shape[1]) if weight.device.type == "cuda" else 512
-    return max(1, -(-least // window_size)) * window_size
-
-
-def feed(
-    model: nn.Module,
-    cache: StreamingKVCache,
-    input_ids: Tensor,
-    block_size: int | None,
-    forward: BlockForward | None = None,
-) -> Tensor:
-    """Run tokens ``[batch, length >= 1]`` through an attached model block by block.
-
-    Args:
-        forward: how a block runs; the plain model call if not given.
-
-    Returns:
-        The final hidden state of the last token, ``[batch, 1, hidden]``.
-    """
-    if input_ids.dim() != 2 or not input_ids.numel():
-        raise ValueError(f"input_ids must be [batch, length >= 1], got {list(input_ids.shape)}")
-    if block_size is None:
-        block_size = default_block_size(cache.streaming_config.window_size, model)
-    require_int("block_size", block_size, 1)
-    forward = block_forward(model, "eager") if forward is None else forward
-    for block in input_ids.split(block_size, dim=1):
-        hidden = forward(block, cache)
-    return hidden[:, -1:]
+from .attachment import Attachment
+from .config import StreamingConfig
+from .engines.blocks import feed
+from .families import lm_head, transformers_model
+from .generation import (
+    GenerationForwards,
+    expand_size_of,
+    give_mask,
+    is_drafting,
+    refuse_arguments,
+    take_prompt,
+)
+from .kv_cache import StreamingKVCache
 
 
 class StreamingLLMWrapper:
@@ -116,22 +30,24 @@ class StreamingLLMWrapper:
 
     Inside, forwards with a cache from :meth:`new_cache` take blocks of any length, exactly as if fed token by token,
     and rotary angles are exact at any position. On leaving, also after an error, the model is as it was.
-    No weight and no class is changed. Wrappers of one model can be nested. For inference, in one thread: the
-    allowed SDPA kernels are a setting of the whole process. Positions are the cache's; pass no ``position_ids``.
+    No weight and no class is changed. Wrappers of one model can be nested. For inference, one forward of a model at a
+    time. Positions are the cache's; pass no ``position_ids``.
 
     Args:
         model: a Transformers causal language model of a supported family, loaded with ``sdpa`` or ``eager`` attention.
-        n_sink, window_size: see :class:`StreamingConfig`.
+        n_sink, window_size: see :class:`StreamingConfig`, or
+        config: both in one.
 
     Raises:
         ValueError: a number is out of range, or the model cannot stream.
     """
 
-    def __init__(self, model: nn.Module, n_sink: int = 4, window_size: int = 1020) -> None:
+    def __init__(
+        self, model: nn.Module, n_sink: int = 4, window_size: int = 1020, *, config: StreamingConfig | None = None
+    ) -> None:
         self.model = model
-        self.streaming_config = StreamingConfig(n_sink, window_size)
-        rotaries_from_model(transformers_model(model))  # refuse now what cannot stream
-        require_window_fits(model.config, self.streaming_config)
+        self.streaming_config = StreamingConfig.given(n_sink, window_size, config)
+        StreamingKVCache.from_model(model, config=self.streaming_config)  # refuse now what cannot stream
         self._attachment: Attachment | None = None
 
     def __enter__(self) -> StreamingLLMWrapper:
@@ -151,7 +67,7 @@ class StreamingLLMWrapper:
     def new_cache(self) -> StreamingKVCache:
         """An empty cache for one stream, or one batch of streams of equal length."""
         self._require_entered()
-        return new_cache(self.model, self.streaming_config)
+        return StreamingKVCache.from_model(self.model, config=self.streaming_config)
 
     def __call__(self, *args, **kwargs):
         """The model's forward; pass ``past_key_values=stream.new_cache()``."""
@@ -159,10 +75,15 @@ class StreamingLLMWrapper:
         return self.model(*args, **kwargs)
 
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor, cache: StreamingKVCache, block_size: int | None = None) -> None:
-        """Feed a prompt ``[batch, length]`` of any length to ``cache``, in memory that does not grow with it."""
+    def prefill(self, input_ids: Tensor, cache: StreamingKVCache, block_size: int | None = None) -> Tensor:
+        """Feed a prompt ``[batch, length]`` of any length to ``cache``, in memory that does not grow with it.
+
+        Returns:
+            Logits ``[batch, vocab]`` of the last token, in the model's dtype.
+        """
         self._require_entered()
-        feed(self.model, cache, input_ids, block_size)
+        hidden = feed(self.model, cache, input_ids, block_size)
+        return lm_head(transformers_model(self.model), hidden)[:, -1]
 
     def generate(self, inputs: Tensor | None = None, *, continues: bool = False, **kwargs):
         """``model.generate`` on a streaming cache: prompts of any length, as many new tokens as one likes.
@@ -172,7 +93,8 @@ class StreamingLLMWrapper:
 
         - all ids so far and at least one more, as Transformers expects; or
         - with ``continues=True`` only those that the cache has not seen, for streams too long to keep. They begin with
-          the last token of the previous result, which was returned and never fed::
+          the last token of the previous result, which was returned and never fed (the cache knows it, and refuses
+          ids that begin with another)::
 
               out = stream.generate(ids, past_key_values=cache)
               out = stream.generate(torch.cat((out[:, -1:], turn), 1), past_key_values=cache, continues=True)
@@ -200,32 +122,20 @@ class StreamingLLMWrapper:
         model = transformers_model(self.model)
         refuse_arguments(model, cache, continues, kwargs)
         n_seen = cache.get_seq_length()
-        prompt = take_prompt(inputs, kwargs, n_seen, continues)
-        n_rows, drafts, working = rows_of_each_prompt(model, kwargs), is_drafting(model, kwargs), cache
+        prompt = take_prompt(inputs, kwargs, cache, continues)
         if prompt is not None:
+            give_mask(prompt, kwargs)
             kwargs[prompt.name] = prompt.tokens
-            in_one_forward = self.streaming_config.cache_size if n_rows == 1 and not drafts else 0
-            if prompt.unseen.shape[1] > in_one_forward:
-                refuse_padding(kwargs.get("attention_mask"))
-                self._feed(prompt.unseen, cache)
-            if n_rows > 1:
-                working = with_rows(cache, n_rows)
-        with generation_view(model, working, n_seen if continues else 0, drafts) as view:
-            output = self.model.generate(past_key_values=view, **kwargs)
-        if getattr(output, "past_key_values", None) is view:
-            output.past_key_values = working
-        if continues and working is not cache:  # the stream goes on with the best beam
-            for tokens in prompt.left_to_feed(getattr(output, "sequences", output)):
-                self._feed(tokens, cache)
+        kwargs["cache_implementation"] = None  # the one that a model's generation configuration may name
+        first, expand_size = n_seen if continues else 0, expand_size_of(model, kwargs)
+        with GenerationForwards(model, cache, prompt, first, expand_size, is_drafting(model, kwargs)) as forwards:
+            output = self.model.generate(past_key_values=forwards.view, **kwargs)
+        if getattr(output, "past_key_values", None) is forwards.view:
+            output.past_key_values = forwards.working
+        sequences = getattr(output, "sequences", output)
+        if continues and expand_size > 1:  # the stream goes on with the best beam
+            for tokens in prompt.left_to_feed(sequences):
+                feed(self.model, cache, tokens)
+        if continues or expand_size == 1:
+            cache.set_pending(sequences[:, -1])
         return output
-
-    @torch.no_grad()
-    def _feed(self, tokens: Tensor, cache: StreamingKVCache) -> None:
-        """Feed ids ``[batch, length]`` or embeddings ``[batch, length, hidden]``."""
-        model = transformers_model(self.model)
-        tokens = tokens.to(model.device)
-        if tokens.dim() == 2:
-            self.prefill(tokens, cache)
-            return
-        for block in tokens.split(default_block_size(cache.streaming_config.window_size, model), dim=1):
-            decoder_of(model)(inputs_embeds=block, past_key_values=cache, use_cache=True)

@@ -1,4 +1,4 @@
-"""Which tokens survive and where they lie: integers only, no tensors.
+"""Which tokens survive, where they lie, and how far streams are: integers only, no tensors.
 
 Tokens of a stream are numbered from 0. Token ``t`` attends to itself, to the sinks ``0 .. S-1`` and to the
 ``W`` tokens before it. A cache therefore holds ``S + W + 1`` slots: the sinks at the front, and behind them a
@@ -8,6 +8,7 @@ one that has just left the window. Until the ring turns for the first time, slot
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .config import StreamingConfig
@@ -42,6 +43,10 @@ class StreamLayout:
         """Tokens that the next one attends to, besides itself, when ``n_seen`` have been seen."""
         return min(n_seen, self.config.cache_size)
 
+    def stored(self, n_seen: int) -> int:
+        """Slots that hold a token when ``n_seen`` have been seen."""
+        return min(n_seen, self.capacity)
+
     def survivors(self, start: int, end: int) -> list[range]:
         """Those of the tokens ``start .. end - 1`` that are still stored after token ``end - 1``.
 
@@ -63,3 +68,59 @@ class StreamLayout:
             runs.append(Segment(token, slot, length))
             token += length
         return runs
+
+
+class Progress:
+    """How far the streams of a batch are: one object for all layers of a cache, changed in place.
+
+    Attributes:
+        seen: tokens fed, for each row; a single entry where all rows are equally far.
+        offset: position of the first token, likewise.
+        version: grows with every change, so that what was derived from an earlier state can be told.
+    """
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.set((0,), (0,))
+
+    def set(self, seen: Iterable[int], offset: Iterable[int]) -> None:
+        """Put the streams where they are said to be."""
+        self.seen, self.offset = tuple(seen), tuple(offset)
+        if len(set(zip(self.seen, self.offset, strict=True))) == 1:
+            self.seen, self.offset = self.seen[:1], self.offset[:1]
+        self.version += 1
+
+    @property
+    def together(self) -> bool:
+        """Whether all rows are equally far."""
+        return len(self.seen) == 1
+
+    @property
+    def n_seen(self) -> int:
+        """Tokens that the longest of the streams has been fed."""
+        return max(self.seen)
+
+    @property
+    def position(self) -> int:
+        """Position of the next token of the stream that is furthest."""
+        return max(map(sum, zip(self.seen, self.offset, strict=True)))
+
+    def advance(self, n_tokens: int) -> None:
+        """Every stream has been fed ``n_tokens`` more."""
+        self.seen = tuple(n + n_tokens for n in self.seen)
+        self.version += 1
+
+    def move(self, distance: int) -> None:
+        """Every stream's position is shifted by ``distance``."""
+        self.set(self.seen, (n + distance for n in self.offset))
+
+    def of_rows(self, n_rows: int) -> list[tuple[int, int]]:
+        """``(seen, offset)`` of each of ``n_rows`` rows."""
+        rows = list(zip(self.seen, self.offset, strict=True))
+        return rows * n_rows if self.together else rows
+
+    def select(self, rows: Iterable[int], n_rows: int) -> None:
+        """Keep these of the ``n_rows`` rows, in this order."""
+        before = self.of_rows(n_rows)
+        chosen = [before[row] for row in rows]
+        self.set((seen for seen, _ in chosen), (offset for _, offset in chosen))

@@ -10,19 +10,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from .config import StreamingConfig
-from .inner_model import transformers_model
-from .stream_state import StreamState, put
-
-if TYPE_CHECKING:
-    from .kv_cache import StreamingKVCache
+from .stream_state import StreamState
 
 FORMAT, VERSION = "streaming_llm.stream", 1
 USER = "user."
@@ -86,7 +80,7 @@ def _read(path: str | os.PathLike, with_tensors: bool) -> tuple[dict[str, str], 
 
 def _facts(path: str | os.PathLike, header: dict[str, str]) -> dict[str, Any]:
     kinds = {"model": dict, "n_sink": int, "window_size": int, "rotary": list, "rotary_of_layer": list}
-    kinds |= {"n_seen": int, "position_offset": int, "slots": list, "dtype": str | None}
+    kinds |= {"n_seen": int | list, "position_offset": int | list, "slots": list, "dtype": str | None}
     try:
         facts = json.loads(header["facts"])
         broken = [name for name, kind in kinds.items() if not isinstance(facts[name], kind)]
@@ -95,71 +89,3 @@ def _facts(path: str | os.PathLike, header: dict[str, str]) -> dict[str, Any]:
     if broken:
         raise ValueError(f"{path}: not a whole saved stream ({', '.join(broken)} missing)")
     return facts
-
-
-def load(
-    path: str | os.PathLike,
-    model,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> StreamingKVCache:
-    """See :meth:`StreamingKVCache.load`."""
-    from .kv_cache import StreamingKVCache
-    from .model import new_cache
-
-    state = read(path)
-    config = StreamingConfig(state.facts["n_sink"], state.facts["window_size"])
-    if isinstance(model, nn.Module):
-        cache = new_cache(transformers_model(model), config)
-    else:
-        cache = StreamingKVCache(model, config.n_sink, config.window_size)
-    _restore(cache, path, state, model, device, dtype)
-    return cache
-
-
-def restore(
-    cache: StreamingKVCache,
-    path: str | os.PathLike,
-    model,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """As :func:`load`, into a cache that is there already: its buffers stay where they are, if they fit.
-
-    Raises:
-        OSError, ValueError: as :func:`load`, and for another ``n_sink`` or ``window_size``; the cache is unchanged.
-    """
-    _restore(cache, path, read(path), model, device, dtype)
-
-
-def _restore(cache: StreamingKVCache, path, state: StreamState, model, device, dtype: torch.dtype | None) -> None:
-    if isinstance(model, nn.Module):
-        model = transformers_model(model)
-        _require_dtype(path, model, state.facts["dtype"], dtype)
-        where = layer_devices(model, len(cache.layers)) if device is None else torch.device(device)
-    else:
-        where = torch.device("cpu" if device is None else device)
-    try:
-        put(cache, state, device=where, dtype=dtype)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _require_dtype(path: str | os.PathLike, model: nn.Module, saved: str | None, wanted: torch.dtype | None) -> None:
-    name = saved if wanted is None else str(wanted).removeprefix("torch.")
-    own = str(model.dtype).removeprefix("torch.")
-    if saved is not None and name != own:
-        raise ValueError(
-            f"{path}: dtype: {name} there, {own} here; pass dtype=torch.{own} to convert (the outputs will not be "
-            "the same to the bit)"
-        )
-
-
-def layer_devices(model: nn.Module, num_layers: int) -> torch.device | list[torch.device]:
-    """Where each decoder layer's keys belong."""
-    stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
-    if not stacks:
-        return model.get_input_embeddings().weight.device
-    return [next(layer.parameters()).device for layer in stacks[0]]

@@ -1,48 +1,19 @@
-"""What moves with the query: the sinks, their angles, and the plan of a block of queries, each of its own window."""
+"""What moves with the query: the sinks, and the angles by which they turn."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .positions import StreamLayout
+from .positions import Progress, StreamLayout
 from .rope_utils import Rotary, compute_dtype
 
 MAX_POSITIONS_AHEAD = 64
 MAX_BYTES_AHEAD = 1 << 20
 """Sinks are moved for so many of the coming positions at a time, where they are small enough."""
-
-
-@dataclass
-class BlockPlan:
-    """What attention over several new tokens needs to know beside queries, keys and values.
-
-    Travels on the key tensor that ``StreamingLayer.update`` returns, as its attribute ``streaming_plan``.
-
-    Args:
-        layout: the stream's layout.
-        rotation: the turns of the stream's sinks.
-        first_key: token number of the first key; keys and values are consecutive tokens from there on, first those
-            of ``previous``, then those that ``update`` returned.
-        first_query: token number of the first query.
-        sink_keys, sink_values: ``[batch, num_kv_heads, n_sink, head_dim]``, the keys as first rotated; ``None``
-            where no query is far enough into the stream to see a sink at other than its true distance.
-        previous: keys and values ``[batch, num_kv_heads, n, head_dim]`` of tokens before what ``update`` returned;
-            empty where that returned all of them.
-        consumed: set by the attention function, so that a plan that nobody reads is noticed.
-    """
-
-    layout: StreamLayout
-    rotation: SinkRotation
-    first_key: int
-    first_query: int
-    sink_keys: Tensor | None
-    sink_values: Tensor | None
-    previous: tuple[Tensor, ...] = ()
-    consumed: bool = False
 
 
 class SinkRotation:
@@ -66,13 +37,17 @@ class SinkRotation:
             self._on_device[device] = self.rotary.to(device)
         return self._on_device[device]
 
-    def cos_sin(self, queries: Tensor, anchor: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine ``[n, rotary_dim]``, float64, of turns from position ``anchor`` to ``queries`` ``[n]``."""
+    def cos_sin(self, queries: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine ``[..., rotary_dim]``, float64, of turns from position ``anchor`` to ``queries`` ``[...]``.
+
+        Queries before the anchor turn nothing.
+        """
         rotary = self.on(queries.device)
         if self.exact_angles:
-            return rotary.cos_sin(queries - anchor)
-        angles = (rotary.inv_freq.float() * queries.float().unsqueeze(-1)).double() - rotary.inv_freq * anchor
-        return rotary.cos_sin_of(angles)
+            return rotary.cos_sin((queries - anchor).clamp(min=0))
+        angles = (rotary.inv_freq.float() * queries.float().unsqueeze(-1)).double()
+        angles = angles - rotary.inv_freq * anchor.unsqueeze(-1)
+        return rotary.cos_sin_of(angles * (queries > anchor).unsqueeze(-1))
 
     def turns(self, first: int, count: int, device: torch.device, paired: bool = False) -> tuple[Tensor, Tensor]:
         """Cosine and sine of turns by ``first``, ``first - 1``, ..., computed once for all layers.
@@ -96,43 +71,77 @@ class SinkRotation:
         return self._turns[key]
 
 
-class MovingSinks:
-    """The sinks of layers that rotate alike and lie alike, moved together: for all layers, and several steps, at once.
+class LayerWithSinks(Protocol):
+    """A layer whose sinks move.
 
-    Args:
-        rotation: of these layers.
-        first: for each layer its sinks as first rotated, ``[batch, num_kv_heads, n_sink, head_dim]``, all of one
-            shape, dtype and device.
+    Attributes:
+        keys: its ring ``[batch, num_kv_heads, slots, head_dim]``, which begins with the sinks.
+        sinks: their keys as first rotated, ``[batch, num_kv_heads, n_sink, head_dim]``.
     """
 
-    def __init__(self, rotation: SinkRotation, first: Sequence[Tensor]) -> None:
-        self.rotation, rotary = rotation, rotation.rotary
-        turned = torch.stack([keys[..., : rotary.rotary_dim] for keys in first])
-        self.dtype = turned.dtype
+    layout: StreamLayout
+    rotation: SinkRotation
+    keys: Tensor
+    sinks: Tensor
+
+
+class MovingSinks:
+    """The sinks in the rings of all layers, turned to their distance from the query.
+
+    Valid for as long as no ring or first copy is replaced.
+
+    Args:
+        layers: those that rotate and lie alike are worked on together.
+    """
+
+    def __init__(self, layers: Iterable[LayerWithSinks]) -> None:
+        alike: dict[tuple, list[LayerWithSinks]] = {}
+        for layer in layers:
+            key = (id(layer.rotation), layer.layout, layer.sinks.shape, layer.sinks.dtype, layer.sinks.device)
+            alike.setdefault(key, []).append(layer)
+        self._groups = [_Alike(group) for group in alike.values()]
+
+    def move(self, progress: Progress) -> None:
+        """Bring every sink to its distance from the token that comes next in its row."""
+        for group in self._groups:
+            group.move(progress)
+
+
+class _Alike:
+    """Layers whose sinks rotate and lie alike, moved for all layers, and several steps, at once."""
+
+    def __init__(self, layers: list[LayerWithSinks]) -> None:
+        self.rotation, self.layout = layers[0].rotation, layers[0].layout
+        rotary_dim, n_sink = self.rotation.rotary.rotary_dim, self.layout.config.n_sink
+        turned = torch.stack([layer.sinks[..., :rotary_dim] for layer in layers])
+        with torch.inference_mode(False):
+            self._slots = [layer.keys[:, :, :n_sink, :rotary_dim] for layer in layers]
+        self._dtype = turned.dtype
         self._max_ahead = max(1, min(MAX_POSITIONS_AHEAD, MAX_BYTES_AHEAD // max(1, turned.nbytes)))
         self._turned = turned.to(compute_dtype(turned.dtype))
-        self._quarter = rotary.quarter_turn(self._turned)
-        self._ahead: list[tuple[Tensor, ...]] = []  # for positions from `_start` on, for each layer
-        self._start, self._turn = 0, (0, False)
+        self._quarter = self.rotation.rotary.quarter_turn(self._turned)
+        self._ahead: list[tuple[Tensor, ...]] = []  # for each position from `_start` on, for each layer
+        self._start: tuple[int, ...] = ()
+        self._valid_for: tuple = ()
 
-    def at(self, query: int, anchor: int) -> tuple[Tensor, ...]:
-        """For each layer ``[batch, num_kv_heads, n_sink, rotary_dim]``: the sinks turned from ``anchor`` to ``query``.
+    def move(self, progress: Progress) -> None:
+        ahead = progress.seen[0] - self._start[0] if self._start else -1
+        of_now = (progress.offset, self.rotation.exact_angles)
+        fits = 0 <= ahead < len(self._ahead) and of_now == self._valid_for
+        if not fits or progress.seen != tuple(n + ahead for n in self._start):
+            self._work_out(progress)
+            self._start, self._valid_for, ahead = progress.seen, of_now, 0
+        for slots, moved in zip(self._slots, self._ahead[ahead], strict=True):
+            slots.copy_(moved)
 
-        Worked out in float32 or better; given in the dtype of ``first``.
-        """
-        turn = (anchor, self.rotation.exact_angles)
-        if turn != self._turn or not self._start <= query < self._start + len(self._ahead):
-            self._work_out(query, anchor)
-            self._start, self._turn = query, turn
-        return self._ahead[query - self._start]
-
-    def _work_out(self, query: int, anchor: int) -> None:
-        """Move the sinks to ``query`` and to more and more positions after it: a beam search starts anew each step."""
-        count = min(self._max_ahead, max(1, 2 * len(self._ahead)))
-        positions = torch.arange(query, query + count, device=self._turned.device)
-        turns = self.rotation.cos_sin(positions, anchor)
-        cos, sin = (x.to(self._turned.dtype).view(count, 1, 1, 1, 1, -1) for x in turns)
-        moved = torch.addcmul(self._turned * cos, self._quarter, sin).to(self.dtype)
+    def _work_out(self, progress: Progress) -> None:
+        """Move the sinks to the next token and to more and more after it: a beam search starts anew each step."""
+        device, count = self._turned.device, min(self._max_ahead, max(1, 2 * len(self._ahead)))
+        offset = torch.tensor(progress.offset, device=device)
+        queries = torch.tensor(progress.seen, device=device) + offset + torch.arange(count, device=device)[:, None]
+        turns = self.rotation.cos_sin(queries, self.layout.config.cache_size + offset)  # [count, rows or 1, dim]
+        cos, sin = (x.to(self._turned.dtype)[:, None, :, None, None] for x in turns)
+        moved = torch.addcmul(self._turned * cos, self._quarter, sin).to(self._dtype)
         self._ahead = [of_position.unbind() for of_position in moved.unbind()]
 
 

@@ -1,22 +1,21 @@
 """A stream as a value: what everything to come depends on, and whether it fits a cache.
 
-That is the stored keys and values as they lie, the sinks as they were first rotated, and two counters. A state also
-says of which model and cache it is: one that does not fit is refused, because it would give wrong tokens without a
-sign.
+That is the stored keys and values as they lie, the sinks as they were first rotated, and how far the rows are. A state
+also says of which model and cache it is: one that does not fit is refused, because it would give wrong tokens without
+a sign.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from .config import StreamingConfig
+from .positions import StreamLayout
 from .rope_utils import Rotary
-
-if TYPE_CHECKING:
-    from .kv_cache import StreamingKVCache
 
 MODEL_FACTS = (
     "model_type",
@@ -38,15 +37,42 @@ class StreamState:
 
     Args:
         facts: JSON values. Of which cache: ``model`` (see ``MODEL_FACTS``), ``n_sink``, ``window_size``, ``rotary``
-            (the rotations that occur), ``rotary_of_layer``. Where: ``n_seen``, ``position_offset``, ``dtype`` (of an
-            empty stream ``None``), ``slots`` (allocated in each layer; the first of them are stored).
+            (the rotations that occur), ``rotary_of_layer``; where layers differ ``windows`` (of each), and
+            ``sliding_layers`` unless it is ``auto``. Where: ``n_seen`` and ``position_offset`` (a list of each row's
+            where rows are not equally far), ``dtype`` (of an empty stream ``None``), ``slots`` (allocated in each
+            layer; the first of them are stored).
         tensors: ``<layer>.keys`` and ``<layer>.values`` ``[batch, num_kv_heads, n_stored, head_dim]`` and, once the
-            sinks have moved, ``<layer>.sink_keys`` ``[batch, num_kv_heads, n_sink, head_dim]``. Those of
-            :meth:`StreamingKVCache.state` are views of the cache.
+            sinks have moved, ``<layer>.sink_keys`` ``[batch, num_kv_heads, n_sink, head_dim]``; ``pending``
+            ``[batch]`` where :attr:`StreamingKVCache.pending` is known. Those of a cache's state are views.
     """
 
     facts: dict[str, Any]
     tensors: dict[str, Tensor]
+
+    @property
+    def streaming_config(self) -> StreamingConfig:
+        """Sinks and window of the stream."""
+        sliding_layers = self.facts.get("sliding_layers", "auto")
+        return StreamingConfig(self.facts["n_sink"], self.facts["window_size"], sliding_layers)
+
+    @property
+    def seen(self) -> list[int]:
+        """Tokens seen, by each row or by all."""
+        return _as_list(self.facts["n_seen"])
+
+    @property
+    def offset(self) -> list[int]:
+        """Position of the first token, of each row or of all."""
+        return _as_list(self.facts["position_offset"])
+
+
+def _as_list(value: int | list[int]) -> list[int]:
+    return value if isinstance(value, list) else [value]
+
+
+def as_fact(values: Sequence[int]) -> int | list[int]:
+    """One number for all rows, or a list."""
+    return values[0] if len(values) == 1 else list(values)
 
 
 def model_facts(config) -> dict[str, Any]:
@@ -55,38 +81,24 @@ def model_facts(config) -> dict[str, Any]:
     return {name: value for name in MODEL_FACTS if (value := getattr(config, name, None)) is not None}
 
 
-def state_of(cache: StreamingKVCache) -> StreamState:
-    """The state of a cache; its tensors are views.
-
-    Raises:
-        RuntimeError: a forward ended before its last layer.
-    """
-    first = cache.layers[0]
-    if any(layer.n_seen != first.n_seen for layer in cache.layers):
-        raise RuntimeError("a forward with this cache ended before its last layer: its layers hold different tokens")
-    facts = {
-        **_identity(cache),
-        "n_seen": first.n_seen,
-        "position_offset": first.position_offset,
-        "dtype": str(first.keys.dtype).removeprefix("torch.") if first.n_stored else None,
-        "slots": [layer.keys.shape[2] if layer.n_stored else 0 for layer in cache.layers],
-    }
-    layers = [layer.state() for layer in cache.layers]
-    return StreamState(
-        facts, {f"{index}.{name}": tensor for index, state in enumerate(layers) for name, tensor in state.items()}
-    )
-
-
-def _identity(cache: StreamingKVCache) -> dict[str, Any]:
-    rotations = [_rotation_facts(layer.rotation.rotary) for layer in cache.layers]
+def identity(
+    model: dict[str, Any], streaming: StreamingConfig, rotaries: Sequence[Rotary], layouts: Sequence[StreamLayout]
+) -> dict[str, Any]:
+    """The facts that say of which cache a state is."""
+    rotations = [_rotation_facts(rotary) for rotary in rotaries]
     distinct = [rotation for index, rotation in enumerate(rotations) if rotation not in rotations[:index]]
-    return {
-        "model": cache.model_facts,
-        "n_sink": cache.streaming_config.n_sink,
-        "window_size": cache.streaming_config.window_size,
+    facts = {
+        "model": model,
+        "n_sink": streaming.n_sink,
+        "window_size": streaming.window_size,
         "rotary": distinct,
         "rotary_of_layer": [distinct.index(rotation) for rotation in rotations],
     }
+    if any(layout.config != streaming for layout in layouts):
+        facts["windows"] = [layout.config.window_size for layout in layouts]
+    if streaming.sliding_layers != "auto":
+        facts["sliding_layers"] = streaming.sliding_layers
+    return facts
 
 
 def _rotation_facts(rotary: Rotary) -> dict[str, Any]:
@@ -94,34 +106,8 @@ def _rotation_facts(rotary: Rotary) -> dict[str, Any]:
     return values | {name: value for name, value in vars(rotary).items() if not isinstance(value, Tensor)}
 
 
-def put(
-    cache: StreamingKVCache,
-    state: StreamState,
-    *,
-    device: torch.device | list[torch.device],
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Bring a cache to where ``state`` was taken. Buffers that fit stay where they are.
-
-    Args:
-        device: where keys and values go, for all layers or for each.
-        dtype: what keys and values are converted to; as saved when ``None``.
-
-    Raises:
-        ValueError: the state is of another model, of a cache of another size, or not whole. The cache is unchanged.
-    """
-    facts = state.facts
-    differing = _differences(facts, _identity(cache))
-    if differing:
-        raise ValueError("it is a stream of another model or cache: " + "; ".join(differing))
-    layers = [_layer_tensors(cache, state, index) for index in range(len(cache.layers))]
-    devices = device if isinstance(device, list) else [device] * len(cache.layers)
-    cache.reset()
-    for layer, tensors, n_slots, where in zip(cache.layers, layers, facts["slots"], devices, strict=True):
-        layer.restore(facts["n_seen"], facts["position_offset"], n_slots, tensors, where, dtype)
-
-
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What keeps a state with the facts ``theirs`` from a cache with the identity ``ours``, in words."""
     there, here = theirs["model"], ours["model"]
     found = [
         f"{name}: {there[name]} there, {here[name]} here"
@@ -131,9 +117,9 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     for name in ("rotary_of_layer", "slots"):
         if not found and len(theirs[name]) != len(ours["rotary_of_layer"]):
             found.append(f"layers in {name}: {len(theirs[name])} there, {len(ours['rotary_of_layer'])} here")
-    for name in ("n_sink", "window_size"):
-        if theirs[name] != ours[name]:
-            found.append(f"{name}: {theirs[name]} there, {ours[name]} here")
+    for name in ("n_sink", "window_size", "windows"):
+        if theirs.get(name) != ours.get(name):
+            found.append(f"{name}: {theirs.get(name)} there, {ours.get(name)} here")
     if found:
         return found
     for layer, (a, b) in enumerate(zip(theirs["rotary_of_layer"], ours["rotary_of_layer"], strict=True)):
@@ -154,12 +140,16 @@ def _pair(theirs: dict[str, Any], ours: dict[str, Any], name: str) -> str:
     return f"{a} there, {b} here"
 
 
-def _layer_tensors(cache: StreamingKVCache, state: StreamState, index: int) -> dict[str, Tensor]:
-    """A layer's tensors, checked against the counters and each other."""
+def layer_tensors(state: StreamState, index: int, layout: StreamLayout) -> dict[str, Tensor]:
+    """A layer's tensors.
+
+    Raises:
+        ValueError: they do not agree with the counters, or with each other.
+    """
     names = ("keys", "values", "sink_keys")
     found = {name: state.tensors[key] for name in names if (key := f"{index}.{name}") in state.tensors}
-    layout, n_seen = cache.layers[index].layout, state.facts["n_seen"]
-    n_stored, n_sink = min(n_seen, layout.capacity), layout.config.n_sink
+    n_seen = max(state.seen)
+    n_stored, n_sink = layout.stored(n_seen), layout.config.n_sink
     expected = {"keys": n_stored, "values": n_stored} if n_seen else {}
     if n_seen > layout.capacity and n_sink:
         expected["sink_keys"] = n_sink
@@ -167,6 +157,8 @@ def _layer_tensors(cache: StreamingKVCache, state: StreamState, index: int) -> d
     rows = {tuple(tensor.shape[:2]) for tensor in found.values()}
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in found.values()}
     whole = not found or (len(rows) == 1 and dtypes == {state.facts["dtype"]})
+    if found and len(state.seen) > 1:
+        whole = whole and next(iter(rows))[0] == len(state.seen) == len(state.offset)
     if lengths != expected or not whole or not n_stored <= state.facts["slots"][index] <= layout.capacity:
         raise ValueError(f"layer {index} is not whole: slots {lengths} where {expected} belong after {n_seen} tokens")
     return found

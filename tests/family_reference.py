@@ -247,10 +247,13 @@ FAMILIES: dict[str, Family] = {
 class _Attention:
     """One layer's cache of un-rotated keys, and attention of the next token over it."""
 
-    def __init__(self, block: Block, n_sink: int, window_size: int) -> None:
+    def __init__(self, block: Block, n_sink: int, window_size: int, keep: bool) -> None:
         self.block, self.n_sink, self.kept = block, n_sink, n_sink + window_size
         config, family = block.config, block.family
-        layer_type = (getattr(config, "layer_types", None) or ["full_attention"] * (block.index + 1))[block.index]
+        types = getattr(config, "layer_types", None) or ["full_attention"] * (block.index + 1)
+        layer_type = types[block.index]
+        if layer_type == "sliding_attention" and "full_attention" in types and keep:  # as the model has it
+            self.n_sink, self.kept = 0, config.sliding_window - 1
         dim = 0 if family.unrotated(config, block.index) else family.rotary_dim(config)
         if config.model_type == "gptj":
             self.frequency, self.factor = (10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)), 1.0
@@ -286,15 +289,19 @@ class _Attention:
 
 
 @torch.no_grad()
-def family_reference_logits(model, input_ids: Tensor, n_sink: int, window_size: int) -> Tensor:
-    """Float64 logits ``[batch, length, vocab]`` of ``input_ids`` ``[batch, length]`` fed one by one."""
+def family_reference_logits(model, input_ids: Tensor, n_sink: int, window_size: int, keep: bool = True) -> Tensor:
+    """Float64 logits ``[batch, length, vocab]`` of ``input_ids`` ``[batch, length]`` fed one by one.
+
+    Args:
+        keep: layers with a window of their own stay as they are, where other layers see everything.
+    """
     config = model.config.get_text_config(decoder=True)
     family = FAMILIES[config.model_type]
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     top = Block(weights, config, family, "")
     output_layer = next(name for name in ("lm_head", "embed_out") if f"{name}.weight" in weights)
     blocks = [Block(weights, config, family, f"{family.layers}.{i}.", i) for i in range(config.num_hidden_layers)]
-    attentions = [_Attention(block, n_sink, window_size) for block in blocks]
+    attentions = [_Attention(block, n_sink, window_size, keep) for block in blocks]
     logits = []
     for token in input_ids.T:
         x = F.embedding(token, weights[f"{family.embed}.weight"]) * family.embed_scale(config)

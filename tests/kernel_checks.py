@@ -19,8 +19,9 @@ from family_reference import family_reference_logits
 from reference import rotated
 from transformers import DynamicCache
 
-from streaming_llm import banded_attention, score_stream, sdpa_kernels, triton_kernels
-from streaming_llm.attention import maskless_attention
+from streaming_llm import score_stream
+from streaming_llm.attachment import maskless_attention
+from streaming_llm.attention import band, torch_kernels, triton_kernels
 from streaming_llm.config import StreamingConfig
 from streaming_llm.fused import attention, elementwise, gemv
 from streaming_llm.positions import StreamLayout
@@ -238,9 +239,9 @@ def use_kernels(monkeypatch, kernel: str) -> None:
     """Have blocks on a CPU go the way that they go on a CUDA device; cuDNN's calls are made by another kernel."""
     if DEVICE.type == "cuda":
         pytest.skip("the tests marked gpu run the kernels themselves")
-    monkeypatch.setattr(sdpa_kernels, "choose_kernel", lambda query: kernel)
+    monkeypatch.setattr(torch_kernels, "choose_kernel", lambda query: kernel)
     monkeypatch.setattr(triton_kernels, "available", lambda query: True)
-    monkeypatch.setitem(sdpa_kernels.FUSED, "cudnn", sdpa_kernels.flash)
+    monkeypatch.setitem(torch_kernels.FUSED, "cudnn", torch_kernels.flash)
 
 
 @pytest.mark.usefixtures("loops")
@@ -254,7 +255,7 @@ def test_a_stream_in_blocks_by_two_causal_calls(monkeypatch, n_sink, block_size,
     def continues(query, plan, kernel) -> bool:
         return plan.first_query > n_sink + window and query.shape[2] > window
 
-    monkeypatch.setattr(banded_attention, "_continues", continues)
+    monkeypatch.setattr(band, "_continues", continues)
     use_kernels(monkeypatch, "cudnn")
     model = make_family(case)
     nll = score_stream(model, ids, n_sink, window, block_size)

@@ -10,7 +10,8 @@ from reference import reference_logits
 from test_kv_cache import decode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from streaming_llm import StreamingLLMWrapper, banded_attention, blockwise, math_attention, score_stream
+from streaming_llm import StreamingLLMWrapper, losses, score_stream
+from streaming_llm.attention import band, math_kernel
 
 KERNELS = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
 
@@ -74,8 +75,8 @@ def test_the_kernel_asked_for_runs_without_a_mask_in_flash(kernel):
 def test_the_math_path_splits_large_scores(monkeypatch):
     model, ids = make_neox(), make_ids(300)
     expected = reference_nll(model, ids, 4, 60)
-    monkeypatch.setattr(math_attention, "MATH_SCORES_BYTES", 10_000)
-    monkeypatch.setattr(blockwise, "LOGITS_BYTES", 4 * 101 * 17)
+    monkeypatch.setattr(math_kernel, "MATH_SCORES_BYTES", 10_000)
+    monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * 101 * 17)
     with sdpa_kernel(SDPBackend.MATH):
         assert (score_stream(model, ids, 4, 60) - expected).abs().max() < 1e-5
 
@@ -90,7 +91,7 @@ def test_blocks_longer_than_the_window_attend_where_their_keys_lie(n_sink, windo
         taken.append(plan.first_query > config.cache_size and query.shape[2] > config.window_size)
         return taken[-1]
 
-    monkeypatch.setattr(banded_attention, "_continues", continues)
+    monkeypatch.setattr(band, "_continues", continues)
     model, ids = make_neox(torch.float64), make_ids(400, batch=2)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         nll = score_stream(model, ids, n_sink, window_size, 100)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from streaming_llm.copies import joined
+from streaming_llm.attention.wide_copies import joined
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

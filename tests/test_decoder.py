@@ -17,10 +17,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from streaming_llm import StreamingDecoder, score_stream
-from streaming_llm.engines import best_engine
+from streaming_llm import StreamingDecoder, resolve_block_engine, resolve_engine, score_stream
 from streaming_llm.families import rotary_from_model
-from streaming_llm.forwards import resolve_block_engine
 from streaming_llm.fused import fused_forward, require_fused, why_not_fused
 from streaming_llm.sampling import Sampling
 
@@ -222,14 +220,14 @@ def test_sampling_out_of_range_is_refused_before_anything_is_fed(decoder, wrong,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"engine": "warp"}, "engine must be one of eager, graph, fused or auto, got 'warp'"),
-        ({"engine": "graph"}, "engine 'graph' needs a CUDA device, the model is on cpu: use 'eager'"),
-        ({"engine": "graph", "compile": True}, "needs a CUDA device"),
-        ({"engine": "fused"}, "they need a CUDA device"),
-        ({"attention": "flash"}, "attention must be one of sdpa, triton, got 'flash'"),
-        ({"attention": "triton"}, "attention='triton' is for the fused engine, not 'eager'"),
-        ({"attention": "triton", "engine": "auto"}, "attention='triton' is for the fused engine, not 'eager'"),
-        ({"compile": True}, "compile=True is for the graph engine, not 'eager'"),
+        (
+            {"engine": "warp"},
+            "engine must be one of auto, eager, graph, graph.compile, fused, fused-triton, got 'warp'",
+        ),
+        ({"engine": "graph"}, "engine 'graph' cannot run: it needs a CUDA device, and the model is on cpu"),
+        ({"engine": "graph+compile"}, "needs a CUDA device"),
+        ({"engine": "fused"}, "it needs a CUDA device"),
+        ({"engine": "fused-tritn"}, "Did you mean 'fused-triton'"),
         ({"n_sink": -1}, "n_sink"),
         ({"window_size": 0}, "window_size"),
     ],
@@ -287,7 +285,7 @@ def test_a_closed_decoder_feeds_nothing(decoder):
 
 def test_on_a_cpu_the_plain_model_call_is_the_fastest_there_is():
     model = make_neox()
-    assert best_engine(model) == "eager"
+    assert resolve_engine(model) == "eager"
     with StreamingDecoder(model, S, W, "auto") as decoder:
         decoder.prefill(make_ids(5))
         assert decoder.engine == "eager"
@@ -298,11 +296,12 @@ def test_the_engine_of_blocks_is_resolved_or_refused():
     model = make_neox()
     assert resolve_block_engine(model) == resolve_block_engine(model, "auto") == "eager"
     assert resolve_block_engine(model, "eager") == "eager"
-    with pytest.raises(ValueError, match="fused forwards cannot run: they need a CUDA device"):
+    assert resolve_block_engine(model, "graph") == "eager"
+    with pytest.raises(ValueError, match="engine 'fused' cannot run: it needs a CUDA device"):
         resolve_block_engine(model, "fused")
-    with pytest.raises(ValueError, match="engine must be one of eager, fused or auto, got 'graph'"):
-        resolve_block_engine(model, "graph")
-    with pytest.raises(ValueError, match="they need a CUDA device"):
+    with pytest.raises(ValueError, match="engine must be one of auto, eager"):
+        resolve_block_engine(model, "warp")
+    with pytest.raises(ValueError, match="it needs a CUDA device"):
         score_stream(model, make_ids(30), S, W, engine="fused")
 
 
@@ -312,7 +311,7 @@ def test_fused_forwards_say_why_they_cannot_run():
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=9
     )
     llama = LlamaForCausalLM(config)
-    assert why_not_fused(neox) == "they need a CUDA device"
+    assert why_not_fused(neox) == "it needs a CUDA device, and the model is on cpu"
     assert why_not_fused(llama) == "there are none for model type 'llama' (only for gpt_neox)"
     for model in (neox, llama):
         assert fused_forward(model) is None

@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from personal_adapters.neox_flash import unwrap_attention, wrap_attention
-from streaming_llm import StreamingDecoder, StreamingKVCache, StreamingLLMWrapper, score_stream
-from streaming_llm.attention import maskless_attention
+from streaming_llm import StreamingConfig, StreamingDecoder, StreamingKVCache, StreamingLLMWrapper, score_stream
+from streaming_llm.attachment import maskless_attention
 from streaming_llm.families import (
     FAMILIES,
     layer_windows,
@@ -27,6 +27,7 @@ from streaming_llm.families import (
 
 IDS = torch.randint(VOCAB, (1, 200), generator=torch.Generator().manual_seed(1))
 HERE = [case for case in CASES if available(case) and make_config(case).model_type in supported_families()]
+MIXED = [case for case in HERE if None in (windows := layer_windows(make_config(case))) and any(windows)]
 SLIDING_CASES = [case for case in HERE if any(layer_windows(make_config(case)))]
 IN_BLOCKS = ((0, 70), (70, 71), (71, 72), (72, 150), (150, 151), (151, 200))
 
@@ -94,26 +95,31 @@ def test_bidirectional_attention_is_refused():
 # Sliding windows of the model's own
 
 
+def everywhere(window_size: int) -> StreamingConfig:
+    """The rule of the stream in every layer."""
+    return StreamingConfig(4, window_size, sliding_layers="stream")
+
+
 @pytest.mark.parametrize("case", SLIDING_CASES)
 def test_a_window_larger_than_the_layers_own_is_refused(case):
-    model = make_family(case)
+    model, config = make_family(case), everywhere(SLIDING + 1)
     for make in (StreamingLLMWrapper, StreamingDecoder):
         with pytest.raises(ValueError, match=f"window_size {SLIDING + 1} .* sliding window {SLIDING}"):
-            make(model, 4, SLIDING + 1)
+            make(model, config=config)
     with pytest.raises(ValueError, match=f"window_size {SLIDING + 1} .* sliding window {SLIDING}"):
-        StreamingKVCache(model.config, 4, SLIDING + 1)
+        StreamingKVCache(model.config, config=config)
 
 
 @pytest.mark.parametrize("case", SLIDING_CASES)
 def test_the_largest_window_in_the_wrapper(case):
     """Sinks and window together are more than a sliding layer sees: the stream's rule holds in every layer."""
-    model = make_family(case)
-    reference = family_reference_logits(model, IDS, 4, SLIDING)
-    with StreamingLLMWrapper(model, 4, SLIDING) as stream:
+    model, config = make_family(case), everywhere(SLIDING)
+    reference = family_reference_logits(model, IDS, 4, SLIDING, keep=False)
+    with StreamingLLMWrapper(model, config=config) as stream:
         assert (in_blocks(model, stream.new_cache()) - reference).abs().max() < 2e-5
         assert (decode(model, stream.new_cache(), 200) - reference).abs().max() < 2e-5
     with pytest.raises(ValueError, match="StreamingLLMWrapper"):  # the model's own masks would hide the rest
-        decode(model, StreamingKVCache(model.config, 4, SLIDING), 1)
+        decode(model, StreamingKVCache(model.config, config=config), 1)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -122,10 +128,39 @@ def test_the_largest_window_on_a_bare_cache(case, attention):
     if case == "gemma2":
         attention = "eager"
     model = make_family(case, attention=attention)
-    logits = decode(model, StreamingKVCache(model.config, 4, SLIDING - 5), 150)
-    assert (logits - family_reference_logits(model, IDS[:, :150], 4, SLIDING - 5)).abs().max() < 2e-5
+    logits = decode(model, StreamingKVCache(model.config, config=everywhere(SLIDING - 5)), 150)
+    assert (logits - family_reference_logits(model, IDS[:, :150], 4, SLIDING - 5, keep=False)).abs().max() < 2e-5
     with pytest.raises(ValueError, match="StreamingLLMWrapper"):
-        decode(model, StreamingKVCache(model.config, 4, SLIDING - 4), 1)
+        decode(model, StreamingKVCache(model.config, config=everywhere(SLIDING - 4)), 1)
+
+
+@pytest.mark.parametrize("window_size", [SLIDING - 30, SLIDING + 40])
+@pytest.mark.parametrize("case", MIXED)
+def test_layers_with_a_window_of_their_own_keep_it(case, window_size, tmp_path):
+    """Whatever the stream's window is; blocks, tokens, a saved stream, and a bare cache."""
+    attention = "eager" if case == "gemma2" else "sdpa"
+    model = make_family(case, attention=attention)
+    reference = family_reference_logits(model, IDS, 4, window_size)
+    with StreamingLLMWrapper(model, 4, window_size) as stream:
+        cache = stream.new_cache()
+        assert (in_blocks(model, cache) - reference).abs().max() < 2e-5
+        assert sorted({layer.keys.shape[2] for layer in cache.layers}) == sorted({SLIDING, 4 + window_size + 1})
+        assert (score_stream(model, IDS, 4, window_size) - losses(reference)).abs().max() < 2e-5
+        cache = stream.new_cache()
+        decode(model, cache, 120)
+        cache.save(tmp_path / "stream.safetensors")
+        cache = StreamingKVCache.load(tmp_path / "stream.safetensors", model)
+        logits = torch.cat([model(IDS[:, t : t + 1], past_key_values=cache).logits for t in range(120, 200)], dim=1)
+        assert (logits - reference[:, 120:]).abs().max() < 2e-5
+    bare, first = StreamingKVCache(model.config, 4, window_size), 4 + window_size
+    with torch.no_grad():  # a first block longer than the model's own window, where the stream's allows for it
+        block = model(IDS[:, :first], past_key_values=bare, use_cache=True).logits
+        rest = [model(IDS[:, t : t + 1], past_key_values=bare, use_cache=True).logits for t in range(first, 200)]
+    assert (torch.cat((block, *rest), dim=1) - reference).abs().max() < 2e-5
+
+
+def losses(logits: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits[:, :-1].mT, IDS[:, 1:], reduction="none")
 
 
 @pytest.mark.parametrize("case", HERE)

@@ -15,13 +15,12 @@ from conftest import make_ids, make_neox
 from family_models import VOCAB, available, make_family
 from family_reference import family_reference_logits
 from reference import reference_logits
+from streaming_llm.graphs import WARM_UP, record
 
 from personal_adapters.neox_flash import wrap_attention
 from personal_adapters.sdpa import check_backend_available
-from streaming_llm import StreamingDecoder, score_stream
+from streaming_llm import StreamingDecoder, resolve_block_engine, score_stream
 from streaming_llm.engines import best_engine
-from streaming_llm.forwards import resolve_block_engine
-from streaming_llm.graphs import WARM_UP, record
 
 if torch.cuda.is_available():
     from streaming_llm.fused.neox import StepForward

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from personal_adapters.neox_flash import wrap_attention
 from streaming_llm import StreamingDecoder, StreamingLLMWrapper
-from streaming_llm.attention import maskless_attention
+from streaming_llm.attachment import maskless_attention
 from streaming_llm.families import supported_families
 
 pytestmark = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from inspect import signature
 
 import pytest
@@ -10,11 +11,11 @@ from conftest import make_ids, make_neox
 from reference import reference_logits
 from transformers import Cache, GPT2Config, OPTConfig
 
-from streaming_llm import StreamingKVCache, StreamingLLMWrapper
-from streaming_llm.cache_layer import StreamingLayer
-from streaming_llm.drafts import OverwrittenSlots
+from streaming_llm import StreamingConfig, StreamingKVCache, StreamingLLMWrapper
+from streaming_llm.positions import Progress, StreamLayout
 from streaming_llm.rope_utils import Rotary
 from streaming_llm.sinks import MovingSinks, SinkRotation
+from streaming_llm.speculative import OverwrittenSlots
 
 CONFIGS = [(4, 60), (0, 60), (1, 60), (4, 1), (0, 1), (4, 600)]  # the last never fills
 
@@ -170,58 +171,56 @@ def test_other_tokens_become_the_sinks_after_a_crop():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sinks_that_move_together_move_as_each_alone(dtype, monkeypatch):
-    config, generator = make_neox().config, torch.Generator().manual_seed(0)
+def test_sinks_that_move_together_move_as_each_alone(dtype):
+    generator = torch.Generator().manual_seed(0)
     slow, fast = (Rotary(base ** -(torch.arange(4, dtype=torch.float64) / 4)) for base in (10_000.0, 100.0))
-    cache = StreamingKVCache(config, 4, 30, rotary=[slow, slow, fast, slow])
-    alone = [StreamingLayer(x.layout, SinkRotation(x.rotation.rotary)) for x in cache.layers]
-    made = []
-    work_out = MovingSinks._work_out
-    monkeypatch.setattr(MovingSinks, "_work_out", lambda self, *args: made.append(self) or work_out(self, *args))
-
-    def step(batch: int) -> None:
-        for index, layer in enumerate(alone):
-            keys, values = torch.randn(2, batch, 4, 1, 16, generator=generator).to(dtype)
-            expected = layer.update(keys, values)
-            assert all(map(torch.equal, cache.update(keys, values, index), expected))
-
-    def both(change) -> None:
-        for layers in (cache.layers, alone):
-            for layer in layers:
-                change(layer)
+    rotaries, one = [slow, slow, fast, slow], make_neox(num_hidden_layers=1).config
+    cache = StreamingKVCache(make_neox().config, 4, 30, rotary=rotaries)
+    alone = [StreamingKVCache(one, 4, 30, rotary=rotary) for rotary in rotaries]
 
     for change in (
-        lambda layer: None,
-        lambda layer: layer.move(1000),
-        lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
-        lambda layer: layer.batch_repeat_interleave(2),
-        lambda layer: layer.reset(),
+        lambda cache: None,
+        lambda cache: cache.move_to(1100),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.reset(),
     ):
-        both(change)
+        for changed in (cache, *alone):
+            change(changed)
         for _ in range(100):
-            step(cache.layers[0].batch_size if cache.layers[0].is_initialized else 2)
-    assert len({id(x) for x in made}) == 5 * (2 + 4)  # one for each rotation, and one for each layer alone
+            for index, single in enumerate(alone):
+                keys, values = torch.randn(2, cache.batch_size or 2, 4, 1, 16, generator=generator).to(dtype)
+                together = cache.update(keys, values, index)
+                assert all(map(torch.equal, together, single.update(keys, values, 0)))
 
 
-def test_sinks_worked_out_ahead_are_those_of_each_position():
+@dataclass
+class Sinks:
+    """A layer as far as its sinks are concerned."""
+
+    layout: StreamLayout
+    rotation: SinkRotation
+    keys: torch.Tensor
+    sinks: torch.Tensor
+
+
+@pytest.mark.parametrize("rows", [(0,), (0, 7, 100_000)])  # of equal streams, or how far each row is before the first
+def test_sinks_worked_out_ahead_are_those_of_each_position(rows):
     rotation = SinkRotation(Rotary(10_000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)))
-    first = [torch.randn(1, 2, 4, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    together, start = MovingSinks(rotation, first), 10_000_000  # where float32 angles are off
+    layout, generator = StreamLayout(StreamingConfig(4, 60)), torch.Generator().manual_seed(0)
+    layers = [
+        Sinks(layout, rotation, torch.zeros(3, 2, 65, 16), torch.randn(3, 2, 4, 16, generator=generator))
+        for _ in range(3)
+    ]
+    together, progress, start = MovingSinks(layers), Progress(), 10_000_000  # where float32 angles are off
     for step in [*range(300), 298, 299, 1000, 5]:
-        # Now and then another anchor or other angles.
-        anchor, rotation.exact_angles = 64 + (step % 50 == 0), step % 30 > 0
-        expected = MovingSinks(rotation, first).at(start + step, anchor)
-        assert all(map(torch.equal, together.at(start + step, anchor), expected))
-
-
-def test_a_layer_whose_sinks_were_replaced_moves_on_with_the_others():
-    model, ids = make_neox(), make_ids(200)
-    cache = StreamingKVCache(model.config, 4, 60)
-    decode(model, cache, ids[:, :100])
-    middle = cache.layers[2]
-    middle.restore(middle.n_seen, 0, 65, {name: x.clone() for name, x in middle.state().items()}, middle.device)
-    logits = decode(model, cache, ids[:, 100:])
-    assert (logits - reference_logits(model, ids, 4, 60)[:, 100:]).abs().max() < 5e-6
+        # Now and then another position of the first token, or other angles.
+        offset, rotation.exact_angles = int(step % 50 == 0), step % 30 > 0
+        progress.set([start + step - row for row in rows], [offset] * len(rows))
+        together.move(progress)
+        moved = [layer.keys.clone() for layer in layers]
+        MovingSinks(layers).move(progress)
+        assert all(map(torch.equal, moved, [layer.keys for layer in layers]))
 
 
 def test_generate_on_a_bare_cache():

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 
 from streaming_llm import StreamingDecoder, StreamingKVCache, StreamingLLMWrapper
-from streaming_llm.attention import maskless_attention
+from streaming_llm.attachment import maskless_attention
 
 
 def test_a_moved_stream_leaves_nothing_behind():

@@ -19,7 +19,7 @@ from experiments.results import hash_of
 from experiments.session import Machine, resolve_machine
 from experiments.texts import RANDOM_TOKENS
 from streaming_llm import StreamingConfig
-from streaming_llm.model import default_block_size
+from streaming_llm.engines.blocks import default_block_size
 
 from .documents import Corpus, Survey, open_corpus
 from .tokens import DocumentTokenizer, RandomStream, TokenStream

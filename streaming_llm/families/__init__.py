@@ -1,5 +1,6 @@
 """Which models can stream, where each family keeps its rotation, and what else of it the library has to know."""
 
+from .parts import decoder_of, lm_head, transformers_model
 from .rotations import (
     RotaryModule,
     module_angles,
@@ -9,18 +10,8 @@ from .rotations import (
     rotary_from_model,
     rotary_modules,
 )
-from .table import (
-    FAMILIES,
-    ModelFamily,
-    bare_refusal,
-    decoder_of,
-    family_of,
-    layer_windows,
-    lm_head,
-    require_window_fits,
-    supported_families,
-    text_config,
-)
+from .table import FAMILIES, ModelFamily, family_of, supported_families, text_config
+from .windows import bare_refusal, layer_layouts, layer_windows
 
 __all__ = [
     "FAMILIES",
@@ -29,10 +20,10 @@ __all__ = [
     "bare_refusal",
     "decoder_of",
     "family_of",
+    "layer_layouts",
     "layer_windows",
     "lm_head",
     "module_angles",
-    "require_window_fits",
     "rotaries_from_config",
     "rotaries_from_model",
     "rotary_from_config",
@@ -40,4 +31,5 @@ __all__ = [
     "rotary_modules",
     "supported_families",
     "text_config",
+    "transformers_model",
 ]

@@ -15,8 +15,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..config import StreamingConfig
-
 TRANSFORMERS_MAJOR = int(transformers.__version__.partition(".")[0])
 
 
@@ -180,6 +178,11 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 """Kinds of attention layers that can stream."""
 
 
+def text_config(config):
+    """The part of a configuration that describes the language model."""
+    return config.get_text_config(decoder=True)
+
+
 def supported_families() -> list[str]:
     """Model types that can stream with the installed Transformers."""
     return sorted(model_type for model_type, family in FAMILIES.items() if family.is_installed)
@@ -206,71 +209,3 @@ def family_of(config) -> ModelFamily:
     raise ValueError(
         f"model type {model_type!r} cannot stream: {reason}. Supported model types: {', '.join(supported_families())}"
     )
-
-
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The model without its output layer: embeddings in, final hidden states out."""
-    # Older Transformers calls Gemma 3's by the name that it has beside a vision tower.
-    return model.model if model.base_model is model else model.base_model
-
-
-def text_config(config):
-    """The part of a configuration that describes the language model."""
-    return config.get_text_config(decoder=True)
-
-
-def lm_head(model: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Logits ``[..., vocab]`` of final hidden states ``[..., hidden]``, in the model's dtype, as its forward's."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"{type(model).__name__} has no output layer: use a causal language model")
-    logits, family = head(hidden_states), family_of(model.config)
-    return family.logits(text_config(model.config), logits) if family.logits else logits
-
-
-# Sliding windows and soft-capping of the model's own
-
-
-def layer_windows(config) -> tuple[int | None, ...]:
-    """Each layer's own sliding window in tokens, the current one included; ``None`` where it sees everything."""
-    text = text_config(config)
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    types = getattr(text, "layer_types", None)
-    if types is None:
-        types = ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
-    return tuple(window if layer_type == "sliding_attention" else None for layer_type in types)
-
-
-def require_window_fits(config, streaming: StreamingConfig) -> None:
-    """Raise ``ValueError`` where the stream's window is larger than a sliding window of the model's own.
-
-    The rule of the stream holds in every layer: a sliding layer too attends to the sinks and to ``window_size``
-    tokens. What it never does is to look further back among recent tokens than it was made for.
-    """
-    windows = [window for window in layer_windows(config) if window]
-    if windows and streaming.window_size > min(windows):
-        raise ValueError(
-            f"window_size {streaming.window_size} is larger than the sliding window {min(windows)} of "
-            f"{sum(w is not None for w in windows)} of the model's layers: use window_size <= {min(windows)}"
-        )
-
-
-def bare_refusal(config, streaming: StreamingConfig) -> str | None:
-    """Why a cache on an unmodified model of this configuration would not be exact, or ``None`` if it is.
-
-    The model's own attention then applies its own mask and scores, which a cache cannot change.
-    """
-    windows = [window for window in layer_windows(config) if window]
-    if windows and streaming.cache_size >= min(windows):
-        return (
-            f"sliding layers of the model see {min(windows)} tokens and hide the rest of the {streaming.cache_size} "
-            "kept ones and the new one: use n_sink + window_size < "
-            f"{min(windows)}, or `with StreamingLLMWrapper(model, ...)`, where the stream's rule holds in every layer"
-        )
-    capped = getattr(text_config(config), "attn_logit_softcapping", None) is not None
-    if capped and getattr(text_config(config), "_attn_implementation", None) == "sdpa":
-        return (
-            "Transformers' sdpa attention leaves out the soft-capping of the model's scores: load it with "
-            "attn_implementation='eager', or use `with StreamingLLMWrapper(model, ...)`"
-        )
-    return None

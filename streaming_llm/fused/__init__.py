@@ -13,6 +13,7 @@ from types import ModuleType
 from torch import Tensor, nn
 
 from ..families import rotary_from_model
+from ..placement import why_not_one_cuda_device
 
 FUSED = {"gpt_neox": "neox"}
 """Transformers' ``model_type`` -> module of this package."""
@@ -26,8 +27,9 @@ def why_not_fused(model: nn.Module) -> str | None:
     """Why ``model`` cannot go through fused forwards here; ``None`` if it can."""
     if model.config.model_type not in FUSED:
         return f"there are none for model type {model.config.model_type!r} (only for {', '.join(sorted(FUSED))})"
-    if next(model.parameters()).device.type != "cuda":
-        return "they need a CUDA device"
+    elsewhere = why_not_one_cuda_device(model)
+    if elsewhere:
+        return elsewhere
     try:
         module = _module(model)
     except ImportError:

@@ -6,24 +6,21 @@ Matrix products over many tokens are cuBLAS's; of a single token they are :mod:`
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..banded_attention import block_attention
+from ..attention.band import block_attention
+from ..attention.kernel_choice import OWN_MODULES, choose_kernel, kernel_context, unwrapped
+from ..attention.plan import BlockPlan
 from ..kv_cache import StreamingKVCache
 from ..rope_utils import Rotary
-from ..sdpa_kernels import choose_kernel
 from .attention import RingAttention, RingState, begin_step, rotate_and_store
 from .elementwise import gelu_, rotate_qk_, sum_and_norms
 from .gemv import gemv_sum, norm_gemv
 from .launch import pdl_available
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-OWN_MODULES = ("torch.nn.", "transformers.", "streaming_llm.", "personal_adapters.")
-"""Where the classes of a model come from that nothing has been put into."""
 
 
 def why_not(model: nn.Module, rotary: Rotary) -> str | None:
@@ -49,20 +46,13 @@ def why_not(model: nn.Module, rotary: Rotary) -> str | None:
         if part.weight.dtype != model.dtype or not part.weight.is_contiguous():
             return "its weights are not all of one dtype and contiguous"
     for layer in model.gpt_neox.layers:
-        parts = type(layer), type(layer.mlp), type(getattr(layer.attention, "wrapped", layer.attention))
+        parts = type(layer), type(layer.mlp), type(unwrapped(layer.attention))
         if [part.__name__ for part in parts] != ["GPTNeoXLayer", "GPTNeoXMLP", "GPTNeoXAttention"]:
             return "a layer is of another class than Transformers' own"
-    if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in model.modules()):
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    if any(not hook.__module__.startswith("streaming_llm.") for hook in hooks):
         return "hooks are registered on it"
-    devices = {p.device for p in model.parameters()}
-    if len(devices) != 1 or next(iter(devices)).type != "cuda":
-        return "its weights are not on one CUDA device"
     return None
-
-
-def kernel_context(attention: nn.Module) -> AbstractContextManager:
-    """The SDPA kernels that an attention layer asks for, if it is wrapped by one that does."""
-    return getattr(attention, "kernel_context", nullcontext)()
 
 
 class BlockForward:
@@ -87,6 +77,8 @@ class BlockForward:
             cache: the stream that they continue; ``None``: plain causal attention over themselves.
         """
         start = 0 if cache is None else cache.get_seq_length()
+        if cache is not None:
+            cache.begin(input_ids.shape[1], attached=True)
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
         cos, sin = (x[:, : self.rotary.rotary_dim // 2].float().contiguous() for x in self.rotary.cos_sin(positions))
         x, add = F.embedding(input_ids, self.body.embed_in.weight), None
@@ -97,6 +89,8 @@ class BlockForward:
             hidden = gelu_(F.linear(to_mlp, inner.weight, inner.bias))
             outer = layer.mlp.dense_4h_to_h
             add = attended, F.linear(hidden, outer.weight, outer.bias)
+        if cache is not None:
+            cache.end()
         return sum_and_norms(x, add, (self.body.final_layer_norm,))[1][0]
 
     def _attention(
@@ -112,11 +106,11 @@ class BlockForward:
                 out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
             else:
                 key, value = cache.update(key, value, index)
-                plan = getattr(key, "streaming_plan", None)  # a single token has none: it attends to all of them
-                if plan is None:
-                    out = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
-                else:
+                plan = cache.take_plan(index)
+                if isinstance(plan, BlockPlan):
                     out = block_attention(query, key, value, plan, self.scale)
+                else:  # a single token attends to all of them
+                    out = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
         out = out.transpose(1, 2).reshape(batch, length, hidden)
         return F.linear(out, attention.dense.weight, attention.dense.bias)
 
@@ -143,7 +137,7 @@ class StepForward:
         logits: Tensor,
     ) -> None:
         self.model, self.layers, self.own_attention = model, list(model.gpt_neox.layers), own_attention
-        self.caches, device = cache.layers, model.device
+        self.cache, self.caches, device = cache, cache.layers, model.device
         self.pdl = pdl_available(device)
         config, dtype = model.config, model.dtype
         batch, hidden = self.caches[0].batch_size, config.hidden_size
@@ -163,15 +157,14 @@ class StepForward:
         self.logits = logits
         self.side = torch.cuda.Stream(device)
 
-    def load(self, n_seen: int, position_offset: int) -> None:
+    def load(self) -> None:
         """Take over the stream from the host: counters, and the sinks as first rotated."""
-        self.state.set(n_seen, position_offset)
-        n_sink = self.state.layout.config.n_sink
+        self.state.set(self.cache.progress.seen[0], self.cache.progress.offset[0])
         for layer, copy in zip(self.caches, self.sinks, strict=True):
-            if not self.own_attention:
-                copy.copy_(layer._keep_sinks())
-            elif layer._sink_keys is not None:
-                layer.keys[:, :, :n_sink].copy_(layer._sink_keys)
+            if self.own_attention:
+                layer.put_sinks_back()
+            else:
+                copy.copy_(layer.sinks)
 
     def __call__(self, tokens: Tensor) -> None:
         """Feed ``tokens`` ``[batch]`` and advance."""

@@ -8,7 +8,7 @@ kernels that are allowed (``torch.nn.attention.sdpa_kernel``):
   which is causal once both are reversed. The sinks are scored with the query turned to their distance, and
   everything is merged by log-sum-exp.
 * ``cudnn`` (where neither of the others is allowed): the two causal calls.
-* ``math``: one softmax with a mask, see :mod:`math_attention`. Soft-capped scores (Gemma 2) take this path alone.
+* ``math``: one softmax with a mask, see :mod:`.math_kernel`. Soft-capped scores (Gemma 2) take this path alone.
 
 Shapes: query ``[batch, num_heads, q_len, head_dim]``, key and value ``[batch, num_kv_heads, kv_len, head_dim]``.
 """
@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .copies import joined
-from .math_attention import band_math
-from .rope_utils import rotate
-from .sdpa_kernels import FUSED, causal_attention, kernel_for, merge, repeat_heads, windowed_flash
-from .sinks import BlockPlan
+from ..rope_utils import rotate
+from .kernel_choice import kernel_for
+from .math_kernel import band_math
+from .plan import BlockPlan
+from .torch_kernels import WITH_LSE, causal_attention, merge, repeat_heads, windowed_flash
+from .wide_copies import joined
 
 try:
     from . import triton_kernels
@@ -39,14 +40,13 @@ def block_attention(
     Args:
         query: rotated to the tokens' positions in the stream.
         key, value: of the new tokens; those that ``plan.previous`` lacks precede them.
-        plan: made by the cache; marked as consumed.
+        plan: made by the cache.
         scale: factor on the scores.
         softcap: bound of the scores, see :func:`explicit_attention`.
 
     Returns:
         ``[batch, num_heads, q_len, head_dim]`` in the dtype of ``query``.
     """
-    plan.consumed = True
     kernel = kernel_for(query, softcap)
     # Under autocast a cache may hold another dtype.
     key, value, *previous = (repeat_heads(query, x.to(query.dtype), kernel) for x in (key, value, *plan.previous))
@@ -155,7 +155,7 @@ def _band_halves(
     query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, kernel: str
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """A multiple of ``W`` queries by two causal calls, not merged: see :func:`triton_kernels.merge_parts`."""
-    attend = FUSED[kernel]
+    attend = WITH_LSE[kernel]
     own = (x.unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
            for x in (query, key[:, :, window:], value[:, :, window:]))  # fmt: skip
     before = (triton_kernels.reversed_blocks(x, window)
@@ -186,7 +186,7 @@ def _band_fused(
     q_len = query.shape[2]
     if q_len > window:
         return _band_folded(query, key, value, window, scale, kernel)
-    attend = FUSED[kernel]
+    attend = WITH_LSE[kernel]
     out, lse = attend(query, key[:, :, window:], value[:, :, window:], scale, causal=True)
     # Of the W keys before, query i sees those from the i-th on: causal among the first q_len once reversed.
     reverse = [x[:, :, :q_len].flip(2) for x in (query, key, value)]
@@ -216,7 +216,7 @@ def _band_folded(
     queries, keys, values = fold(query), fold(key), fold(value)
     own = [x.flatten(0, 1) for x in (queries, keys[:, 1:], values[:, 1:])]
     before = [x.flatten(0, 1).flip(2) for x in (queries, keys[:, :-1], values[:, :-1])]
-    out, lse = FUSED[kernel](*own, scale, causal=True)
-    older, older_lse = FUSED[kernel](*before, scale, causal=True)
+    out, lse = WITH_LSE[kernel](*own, scale, causal=True)
+    older, older_lse = WITH_LSE[kernel](*before, scale, causal=True)
     out, lse = merge(out, lse, older.flip(2), older_lse.flip(2))
     return unfold(out), unfold(lse)

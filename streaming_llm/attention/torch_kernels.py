@@ -1,6 +1,6 @@
 """PyTorch's attention kernels without a mask, and how the results of several are put together.
 
-Which may run is said by ``torch.nn.attention.sdpa_kernel``, as for PyTorch's own attention.
+Which one runs is said by :mod:`.kernel_choice`.
 
 Shapes: query ``[batch, num_heads, q_len, head_dim]``, key and value ``[batch, num_heads, kv_len, head_dim]``.
 """
@@ -13,48 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .math_attention import causal_math
-
-
-def choose_kernel(query: Tensor) -> str:
-    """The kernel to use among those that are allowed for SDPA: ``flash``, else ``math``, else ``cudnn``.
-
-    With gradients only math will do: the other operators do not differentiate the log-sum-exp that results are
-    merged by.
-
-    Raises:
-        RuntimeError: none of the allowed kernels can do it.
-    """
-    needs_grad = torch.is_grad_enabled() and query.requires_grad
-    on_cuda = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
-    flash_runs = query.device.type == "cpu" or (query.device.type == "cuda" and on_cuda)
-    if flash_runs and not needs_grad and torch.backends.cuda.flash_sdp_enabled():
-        return "flash"
-    if torch.backends.cuda.math_sdp_enabled():
-        return "math"
-    if query.device.type == "cuda" and on_cuda and not needs_grad and torch.backends.cuda.cudnn_sdp_enabled():
-        return "cudnn"
-    raise RuntimeError(
-        f"no allowed attention kernel takes a block of {query.dtype} with head_dim {query.shape[-1]} on "
-        f"{query.device.type}{' with gradients' if needs_grad else ''}: allow math, or flash or cudnn with bfloat16 "
-        "or float16 under torch.no_grad()"
-    )
-
-
-def kernel_for(query: Tensor, softcap: float | None) -> str:
-    """The kernel to use, as :func:`choose_kernel` says, for scores that may be soft-capped.
-
-    Raises:
-        RuntimeError: none of the allowed kernels can do it. No kernel of PyTorch's caps scores, so that they have to
-            be written out, which is ``math``.
-    """
-    if softcap is None:
-        return choose_kernel(query)
-    if torch.backends.cuda.math_sdp_enabled():
-        return "math"
-    raise RuntimeError(
-        f"no allowed attention kernel soft-caps scores (at {softcap}): allow math, which writes the scores out"
-    )
+from .math_kernel import causal_math
 
 
 def repeat_heads(query: Tensor, x: Tensor, kernel: str) -> Tensor:
@@ -76,7 +35,7 @@ def causal_attention(
     if kernel == "math":
         return causal_math(query, key, value, scale, softcap)
     past = kv_len - q_len
-    attend = FUSED[kernel]
+    attend = WITH_LSE[kernel]
     out, lse = attend(query, key[:, :, past:], value[:, :, past:], scale, causal=True)
     if not past:
         return out
@@ -126,7 +85,7 @@ def cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool)
     return out[..., :head_dim], lse.view(query.shape[:3])
 
 
-FUSED: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"flash": flash, "cudnn": cudnn}
+WITH_LSE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"flash": flash, "cudnn": cudnn}
 """Kernels that give the log-sum-exp with the result."""
 
 

@@ -1,9 +1,11 @@
-"""The Transformers model itself, inside what other libraries put around it."""
+"""The parts of a model: the Transformers model inside what other libraries put around it, its decoder, its output."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from .table import family_of, text_config
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
@@ -22,3 +24,18 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
     if inner is None:
         raise ValueError(f"{type(model).__name__} holds no Transformers model")
     return inner
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The model without its output layer: embeddings in, final hidden states out."""
+    # Older Transformers calls Gemma 3's by the name that it has beside a vision tower.
+    return model.model if model.base_model is model else model.base_model
+
+
+def lm_head(model: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Logits ``[..., vocab]`` of final hidden states ``[..., hidden]``, in the model's dtype, as its forward's."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output layer: use a causal language model")
+    logits, family = head(hidden_states), family_of(model.config)
+    return family.logits(text_config(model.config), logits) if family.logits else logits

@@ -16,7 +16,7 @@ class OverwrittenSlots:
     """The slots of the latest block of tokens as they were before it, in every layer.
 
     Args:
-        cache: the cache about to be fed.
+        cache: the cache about to be fed; a single stream.
         n_tokens: length of the block.
 
     Raises:
@@ -24,23 +24,22 @@ class OverwrittenSlots:
     """
 
     def __init__(self, cache: StreamingKVCache, n_tokens: int) -> None:
-        first = cache.layers[0]
-        window_size = cache.streaming_config.window_size
-        self.start, self.end = first.n_seen, first.n_seen + n_tokens
+        self.start = cache.progress.seen[0]
+        self.end = self.start + n_tokens
         self._kept: list[list[tuple[Segment, Tensor, Tensor]]] = []  # per layer: keys and values of runs of slots
-        if not first.is_initialized or self.end <= first.layout.capacity:
-            return  # nothing is overwritten, or what is held goes back to nothing
-        if n_tokens > window_size + 1:
-            raise ValueError(
-                f"{n_tokens} drafted tokens at once cannot be taken back from a window of {window_size}: draft fewer "
-                "(num_assistant_tokens, prompt_lookup_num_tokens)"
-            )
         for layer in cache.layers:
-            layer.reserve(layer.layout.capacity)
             kept = []
-            for run in layer.layout.segments(range(self.start, self.end)):
-                slots = slice(run.slot, run.slot + run.length)
-                kept.append((run, layer.keys[:, :, slots].clone(), layer.values[:, :, slots].clone()))
+            if self.end > layer.layout.capacity and layer.is_initialized:  # else nothing is overwritten
+                window_size = layer.layout.config.window_size
+                if n_tokens > window_size + 1:
+                    raise ValueError(
+                        f"{n_tokens} drafted tokens at once cannot be taken back from a window of {window_size}: "
+                        "draft fewer (num_assistant_tokens, prompt_lookup_num_tokens)"
+                    )
+                layer.reserve(layer.layout.capacity)
+                for run in layer.layout.segments(range(self.start, self.end)):
+                    slots = slice(run.slot, run.slot + run.length)
+                    kept.append((run, layer.keys[:, :, slots].clone(), layer.values[:, :, slots].clone()))
             self._kept.append(kept)
 
     def take_back(self, cache: StreamingKVCache, n_tokens: int) -> None:
@@ -49,11 +48,11 @@ class OverwrittenSlots:
         Raises:
             ValueError: they are more than the block, or others have been fed since.
         """
-        n_seen = cache.layers[0].n_seen
-        if n_seen <= cache.layers[0].layout.capacity:
+        n_seen = cache.progress.seen[0]
+        if all(n_seen <= layer.layout.capacity for layer in cache.layers):
             cache.crop(-n_tokens)
             return
-        if n_seen != self.end or n_tokens > self.end - self.start or not self._kept:
+        if n_seen != self.end or n_tokens > self.end - self.start or not any(self._kept):
             raise ValueError(f"cannot take back {n_tokens} of {n_seen} tokens: the ones evicted for them are gone")
         for layer, kept in zip(cache.layers, self._kept, strict=True):
             for run, keys, values in kept:
@@ -62,4 +61,4 @@ class OverwrittenSlots:
                     target = slice(run.slot + skipped, run.slot + run.length)
                     layer.keys[:, :, target] = keys[:, :, skipped:]
                     layer.values[:, :, target] = values[:, :, skipped:]
-            layer.n_seen = n_seen - n_tokens
+        cache.take_back_to(n_seen - n_tokens)

@@ -9,12 +9,10 @@ Shapes: query ``[batch, num_heads, q_len, head_dim]``, key and value ``[batch, n
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .rope_utils import compute_dtype
-from .sinks import BlockPlan
+from ..rope_utils import compute_dtype
+from .plan import BlockPlan
 
 MATH_SCORES_BYTES = 1 << 28
 """Attention scores that are held at a time."""
@@ -49,8 +47,9 @@ def explicit_attention(
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
     if softcap is not None:
         return explicit_attention(query, key, value, scale, mask, softcap)[0]
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    # The kernel itself: which kernels scaled_dot_product_attention may choose from is a setting of all threads.
+    bias = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, bias, scale=scale)[0]
 
 
 def _query_rows(query: Tensor, kv_len: int) -> int:

@@ -2,22 +2,20 @@
 
 While a model's attention is switched, such a layer runs a forward of this module: the same projections and the same
 cache, but the attention function that the model's configuration names. GPT-J's rotations are computed instead of read
-from its table, so that a stream has no end. Only attributes of the layers are set, no class is touched, and what was
-there is put back.
+from its table, so that a stream has no end. Nothing is changed here: see :mod:`streaming_llm.attachment`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .families import family_of, rotary_from_model
-from .rope_utils import Rotary, rotate
+from ..families import family_of, rotary_from_model
+from ..rope_utils import Rotary, rotate
+from .kernel_choice import unwrapped
 
 
 def attend(
@@ -159,7 +157,7 @@ class _StableLm:
         return layer.o_proj(out), weights
 
 
-OWN_ATTENTION: dict[str, Callable[[nn.Module], Callable]] = {"gptj": _GPTJ, "falcon": _Falcon, "stablelm": _StableLm}
+REWRITTEN: dict[str, Callable[[nn.Module], Callable]] = {"gptj": _GPTJ, "falcon": _Falcon, "stablelm": _StableLm}
 """Model type -> what makes the forward of its attention layers, where its file does without attention functions."""
 
 
@@ -169,43 +167,11 @@ def require_no_mask(attention_mask: Tensor | None) -> None:
         raise ValueError("a mask was given: attention is causal here, over streams without padding, and takes none")
 
 
-class _Replaced:
-    """An attribute of one object that several users have replaced; the last to leave puts back what was there."""
-
-    _of: ClassVar[dict[tuple[int, str], _Replaced]] = {}
-
-    def __init__(self, owner: object, name: str) -> None:
-        self.owner, self.name, self.users = owner, name, 0
-        self.before = owner.__dict__.get(name)
-
-    @classmethod
-    def change(cls, owner: object, name: str, value: Any, users: int) -> None:
-        """Add ``users`` (1 or -1) of the replacement; the first one's ``value`` stays."""
-        key = (id(owner), name)
-        replaced = cls._of.setdefault(key, cls(owner, name))
-        replaced.users += users
-        if replaced.users == 1 and users == 1:
-            owner.__dict__[name] = value
-        elif not replaced.users:
-            del cls._of[key]
-            if replaced.before is None:
-                del owner.__dict__[name]
-            else:
-                owner.__dict__[name] = replaced.before
-
-
-def _own_layers(model: nn.Module) -> list[nn.Module]:
+def _attention_layers(model: nn.Module) -> list[nn.Module]:
     """Attention layers of the model; where a kernel adapter has taken a layer's place, the layer in it."""
     name = f"{family_of(model.config).prefix}Attention"
-    layers = (getattr(module, "wrapped", module) for module in model.modules())
+    layers = map(unwrapped, model.modules())
     return [layer for layer in layers if any(kind.__name__ == name for kind in type(layer).__mro__)]
-
-
-def _no_mask_at_all(refuse_padding: Callable[[Tensor | None], None]) -> Callable:
-    def update_causal_mask(attention_mask: Tensor | None, *args, **kwargs) -> None:
-        refuse_padding(attention_mask)
-
-    return update_causal_mask
 
 
 def uses_attention_functions(model: nn.Module) -> bool:
@@ -213,39 +179,37 @@ def uses_attention_functions(model: nn.Module) -> bool:
     return hasattr(family_of(model.config).load_module(), "ALL_ATTENTION_FUNCTIONS")
 
 
-def _forwards(model: nn.Module) -> list[tuple[nn.Module, str, Callable]]:
-    """The forward for each attention layer, as ``(layer, attribute, value)``."""
-    model_type = model.config.model_type
-    if model_type not in OWN_ATTENTION:
-        raise ValueError(f"model type {model_type!r} can stream under Transformers 5.0 and later only")
-    forward = OWN_ATTENTION[model_type](model)
-    return [
-        # accelerate keeps the forward that its hooks call under another name
-        (layer, "_old_forward" if "_old_forward" in layer.__dict__ else "forward", functools.partial(forward, layer))
-        for layer in _own_layers(model)
-    ]
-
-
-@contextmanager
-def own_attention_replaced(model: nn.Module, refuse_padding: Callable[[Tensor | None], None]) -> Iterator[None]:
-    """The model's attention layers go through the attention function that its configuration names, until leaving.
-
-    The layers of a model whose file does so anyway stay; masks that a model makes itself are not made.
+def rewritten_forwards(
+    model: nn.Module, check_mask: Callable[[Tensor | None], None]
+) -> list[tuple[nn.Module, str, Callable]]:
+    """What makes a model go through the attention function that its configuration names, and make no mask itself.
 
     Args:
-        refuse_padding: called with the two-dimensional mask of a forward, where a model makes its masks itself.
+        check_mask: called with the two-dimensional mask of a forward, where a model makes its masks itself.
+
+    Returns:
+        ``(module, attribute, value)`` to set on each; empty for a model whose file does all that anyway.
 
     Raises:
         ValueError: the layers of this family cannot be replaced under the installed Transformers.
     """
-    replacements = [] if uses_attention_functions(model) else _forwards(model)
-    with ExitStack() as stack:
-        replacements += [  # a file may go through the functions and make its own mask still
-            (module, "_update_causal_mask", _no_mask_at_all(refuse_padding))
-            for module in model.modules()
-            if hasattr(type(module), "_update_causal_mask")
-        ]
-        for owner, name, value in replacements:
-            _Replaced.change(owner, name, value, 1)
-            stack.callback(_Replaced.change, owner, name, None, -1)
-        yield
+
+    def update_causal_mask(attention_mask: Tensor | None, *args, **kwargs) -> None:
+        check_mask(attention_mask)
+
+    changes: list[tuple[nn.Module, str, Callable]] = [
+        (module, "_update_causal_mask", update_causal_mask)  # a file may use the functions and make its own mask still
+        for module in model.modules()
+        if hasattr(type(module), "_update_causal_mask")
+    ]
+    if uses_attention_functions(model):
+        return changes
+    model_type = model.config.model_type
+    if model_type not in REWRITTEN:
+        raise ValueError(f"model type {model_type!r} can stream under Transformers 5.0 and later only")
+    forward = REWRITTEN[model_type](model)
+    for layer in _attention_layers(model):
+        # Accelerate keeps the forward that its hooks call under another name.
+        name = "_old_forward" if "_old_forward" in layer.__dict__ else "forward"
+        changes.append((layer, name, functools.partial(forward, layer)))
+    return changes

@@ -1,0 +1,216 @@
+"""The one place that changes a model, and makes it as it was again.
+
+A model is attached while somebody needs it to stream: wrappers, decoders and scorers enter, and the last to leave
+restores it. What is changed stands in one list: an attribute of one of the model's modules, and its new value. No
+class is touched, and nothing outside the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse_padding
+from .attention.kernel_choice import unwrapped
+from .attention.plan import ForwardAtHand
+from .attention.rewritten_layers import rewritten_forwards
+from .families import decoder_of, family_of, module_angles, rotary_modules, transformers_model
+from .kv_cache import StreamingKVCache
+from .rope_utils import ExactRotaryEmbedding
+
+ATTRIBUTE = "_streaming_attachment"
+"""Where an attached model keeps its attachment."""
+
+Change = tuple[nn.Module, str, Any]
+"""A module, the name of an attribute, and its value while the model is attached."""
+
+
+class Attachment:
+    """What is changed on one model, and who needs it.
+
+    It is attached with the prefix of an attention implementation: ``STREAMING``, or ``MASKLESS`` for a model that only
+    has to do without masks, which streaming includes. Uses may overlap in any order.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._users: Counter[str] = Counter()
+        self._in_force: str | None = None
+        self._undo = ExitStack()
+
+    @classmethod
+    def enter(cls, model: nn.Module, prefix: str = STREAMING) -> Attachment:
+        """Attach ``model``, or join those who have. Whoever enters calls :meth:`leave` with the same prefix.
+
+        Raises:
+            ValueError: the model cannot stream.
+        """
+        model = transformers_model(model)
+        attachment = model.__dict__.get(ATTRIBUTE) or cls(model)
+        attachment._users[prefix] += 1
+        try:
+            attachment._bring_in_force()
+        except BaseException:
+            attachment.leave(prefix)
+            raise
+        return attachment
+
+    def leave(self, prefix: str = STREAMING) -> None:
+        """Leave; the last user restores the model."""
+        self._users[prefix] -= 1
+        self._bring_in_force()
+
+    def _bring_in_force(self) -> None:
+        """Change the model to what its users need now."""
+        wanted = next((prefix for prefix in (STREAMING, MASKLESS) if self._users[prefix]), None)
+        if wanted == self._in_force:
+            return
+        self._undo.close()
+        self._in_force = None
+        if wanted is not None:
+            self._put(self._changes(wanted), wanted)
+
+    def _put(self, changes: list[Change], prefix: str) -> None:
+        with ExitStack() as undo:
+            for module, name, value in changes:
+                undo.callback(_set(module, name, value))
+            for hook in self._hooks() if prefix == STREAMING else ():
+                undo.callback(hook.remove)
+            self._undo = undo.pop_all()
+        self._in_force, self._put_now = prefix, changes
+
+    def _changes(self, prefix: str) -> list[Change]:
+        """Everything that is changed but for hooks."""
+        model = self.model
+        changes: list[Change] = [(model, ATTRIBUTE, self), (model, "__deepcopy__", self._copy_of_model)]
+        changes += _switched_attention(model, prefix)
+        changes += rewritten_forwards(model, refuse_padding)
+        if prefix != STREAMING:
+            return changes
+        self._at_hand = ForwardAtHand()
+        family = family_of(model.config)
+        for found in rotary_modules(model):
+            exact = ExactRotaryEmbedding(found.module, module_angles(found, family))
+            changes.append((found.parent, found.name, exact))
+        layers = {id(x): x for x in map(unwrapped, model.modules()) if "layer_idx" in vars(x)}
+        return changes + [(layer, AT_HAND, self._at_hand) for layer in layers.values()]
+
+    def _copy_of_model(self, memo: dict) -> PreTrainedModel:
+        """``copy.deepcopy(model)`` gives a model as it is without being attached."""
+        changes, prefix = self._put_now, self._in_force
+        self._undo.close()
+        try:
+            return copy.deepcopy(self.model, memo)
+        finally:
+            self._put(changes, prefix)  # the same objects: a recorded step reads their tensors
+
+    # Every forward of the decoder begins and ends with its cache
+
+    def _hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
+        decoder = decoder_of(self.model)
+        self._parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]  # without self
+        return [
+            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
+            decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def _before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        cache = given.get("past_key_values")
+        if isinstance(cache, (tuple, list)):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__} of keys and values, which Transformers no longer uses: "
+                "give a cache (StreamingKVCache.from_model(model), or stream.new_cache())"
+            )
+        self._at_hand.cache = cache if hasattr(cache, "take_plan") else None
+        if self._at_hand.cache is None:
+            return None
+        tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        cache.begin(tokens.shape[1], attached=True)
+        if not isinstance(cache, StreamingKVCache):
+            return None
+        own = {"position_ids": None, "cache_position": None}  # whatever was given: positions are the cache's
+        if not cache.progress.together:
+            rows = cache.progress.of_rows(len(tokens))
+            own["position_ids"] = torch.tensor([[seen + offset] for seen, offset in rows], device=tokens.device)
+        return (), given | {name: value for name, value in own.items() if name in self._parameters}
+
+    def _after(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        cache, self._at_hand.cache = self._at_hand.cache, None
+        if cache is None:
+            return
+        if output is None:  # the forward raised an error
+            cache.abandon()
+        else:
+            cache.end()
+
+
+def _set(module: nn.Module, name: str, value: Any) -> Any:
+    """Give an attribute of a module another value; returns what puts the old one back."""
+    table = module._modules if isinstance(value, nn.Module) and name in module._modules else module.__dict__
+    missing = name not in table
+    before = table.get(name)
+    table[name] = value
+
+    def put_back() -> None:
+        if missing:
+            table.pop(name, None)
+        else:
+            table[name] = before
+
+    return put_back
+
+
+def _switched_attention(model: nn.Module, prefix: str) -> list[Change]:
+    """A copy of its configuration for each module, which names the attention implementation with ``prefix``.
+
+    Configurations may be shared by models, so they are not changed.
+
+    Raises:
+        ValueError: the model's attention implementation is neither ``sdpa`` nor ``eager``.
+    """
+    modules = [module for module in map(unwrapped, model.modules()) if "config" in vars(module)]
+    originals = {id(m.config): m.config for m in modules if getattr(m.config, "_attn_implementation", None)}
+    copies: dict[int, Any] = {}
+    for original in originals.values():
+        copy.deepcopy(original, copies)  # configurations inside it too, each once
+    for key, original in originals.items():
+        name = original._attn_implementation
+        if name not in DELEGATES:
+            raise ValueError(
+                f"attention implementation {name!r} cannot be streamed: load the model with "
+                f"attn_implementation={' or '.join(map(repr, DELEGATES))}"
+            )
+        copies[key]._attn_implementation_internal = prefix + name
+    return [(module, "config", copies[id(module.config)]) for module in modules if id(module.config) in originals]
+
+
+@contextmanager
+def attached(model: nn.Module, prefix: str = STREAMING) -> Iterator[None]:
+    """Attach ``model`` for a while."""
+    attachment = Attachment.enter(model, prefix)
+    try:
+        yield
+    finally:
+        attachment.leave(prefix)
+
+
+def maskless_attention(model: nn.Module):
+    """The model's attention is causal and no mask is built or inspected, so a forward never waits for the GPU.
+
+    For loops without padding, which is not checked: a two-dimensional ``attention_mask`` is not read. Several queries
+    over a longer cache are causal with the last query at the last key. The model is restored on leaving; uses may
+    overlap.
+
+    Raises:
+        ValueError: the model's attention implementation is neither ``sdpa`` nor ``eager``.
+    """
+    return attached(model, MASKLESS)

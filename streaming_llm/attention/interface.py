@@ -1,0 +1,209 @@
+"""Attention functions registered with Transformers: no mask is ever built, and blocks of a stream are exact.
+
+Transformers builds a mask in several cases in which none is needed, and CUDA's flash kernel takes none. While a
+model is attached (:mod:`streaming_llm.attachment`), its layers go through an attention function of this module; the
+model's own one still does the work of a single query.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..config import StreamingConfig
+from ..families import FAMILIES
+from ..positions import StreamLayout
+from .band import block_attention
+from .kernel_choice import kernel_for
+from .math_kernel import explicit_attention
+from .plan import BlockPlan, ForwardAtHand, StepPlan
+from .rewritten_layers import require_no_mask
+from .torch_kernels import causal_attention, repeat_heads
+
+STREAMING = "streaming_llm_"
+"""Prefix of the implementation of a model that streams."""
+
+MASKLESS = "maskless_"
+"""Prefix of the implementation that is causal and neither builds nor inspects a mask."""
+
+DELEGATES = ("sdpa", "eager")
+"""Attention implementations of Transformers that can be attached."""
+
+AT_HAND = "forward_at_hand"
+"""Attribute of the attention layers of an attached model: a :class:`ForwardAtHand` that they share."""
+
+Attended = tuple[Tensor, Tensor | None]
+"""``[batch, q_len, num_heads, head_dim]`` and, from an eager model with one query, the weights."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of an attention function.
+
+    Args:
+        delegate: name of the model's own attention.
+        query: ``[batch, num_heads, q_len, head_dim]``.
+        window: sliding window of the model's own.
+        rest: what the model's own attention takes beside.
+    """
+
+    module: nn.Module
+    delegate: str
+    query: Tensor
+    scale: float
+    window: int | None
+    softcap: float | None
+    dropout: float
+    rest: dict[str, Any] = field(default_factory=dict)
+
+    def one_query(self, key: Tensor, value: Tensor) -> Attended:
+        """A single query over all keys, or a plain forward over itself: the model's own attention."""
+        if self.softcap is not None and self.delegate != "eager":
+            return self.causal(key, value)  # no kernel of PyTorch's caps scores
+        if key.shape[1] != self.query.shape[1] and not hasattr(self.module, "num_key_value_groups"):
+            key, value = repeat_heads(self.query, key, "math"), repeat_heads(self.query, value, "math")
+        capping = {} if self.softcap is None else {"softcap": self.softcap}
+        given = {"scaling": self.scale, "dropout": self.dropout, **capping, **self.rest}
+        return self._own_function()(self.module, self.query, key, value, None, **given)
+
+    def _own_function(self) -> Callable:
+        if self.delegate != "eager":
+            return ALL_ATTENTION_FUNCTIONS[self.delegate]
+        return getattr(sys.modules[type(self.module).__module__], "eager_attention_forward", _explicit)
+
+    def one_query_for_each_row(self, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Attended:
+        """Rows that see different numbers of keys, those that see as many together: no kernel needs a mask."""
+        out = torch.empty_like(self.query).transpose(1, 2)
+        for length in sorted(set(lengths)):
+            rows = torch.tensor([row for row, n in enumerate(lengths) if n == length], device=key.device)
+            call = _Call(**{**vars(self), "query": self.query[rows]})
+            out[rows] = call.one_query(key[rows, :, :length], value[rows, :, :length])[0]
+        return out, None
+
+    def causal(self, key: Tensor, value: Tensor) -> Attended:
+        """New tokens after those of a cache that is none of ours, or scores that have to be written out."""
+        self._refuse_dropout()
+        kernel = kernel_for(self.query, self.softcap)
+        key, value = repeat_heads(self.query, key, kernel), repeat_heads(self.query, value, kernel)
+        return self._result(causal_attention(self.query, key, value, self.scale, kernel, self.softcap))
+
+    def block(self, key: Tensor, value: Tensor, plan: BlockPlan) -> Attended:
+        """Several new tokens, each with a window of its own."""
+        self._refuse_dropout()
+        return self._result(block_attention(self.query, key, value, plan, self.scale, self.softcap))
+
+    def _refuse_dropout(self) -> None:
+        if self.dropout:
+            raise ValueError(
+                f"a block of {self.query.shape[2]} tokens cannot have attention dropout {self.dropout}: "
+                "use model.eval()"
+            )
+
+    def _result(self, out: Tensor) -> Attended:
+        return out.transpose(1, 2).to(self.query.dtype).contiguous(), None
+
+    def without_stream(self, key: Tensor, value: Tensor) -> Attended:
+        """A forward without a streaming cache: causal, within the model's own window."""
+        q_len, kv_len = self.query.shape[2], key.shape[2]
+        if self.window and kv_len > self.window:
+            if q_len > 1:
+                return self.block(key, value, _own_window(self.window, q_len, kv_len))
+            key, value = key[:, :, -self.window :], value[:, :, -self.window :]
+        if q_len == 1 or (q_len == kv_len and self.delegate != "eager"):
+            return self.one_query(key, value)
+        return self.causal(key, value)
+
+
+def _own_window(window: int, q_len: int, kv_len: int) -> BlockPlan:
+    """A sliding window of the model's own, over the last ``kv_len`` tokens: a stream's rule without sinks."""
+    return BlockPlan(StreamLayout(StreamingConfig(0, window - 1)), 0, kv_len - q_len)
+
+
+def _explicit(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **unused):
+    """Eager attention of a layer whose model file has no function of it."""
+    key, value = repeat_heads(query, key, "math"), repeat_heads(query, value, "math")
+    out, weights = explicit_attention(query, key, value, scaling)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _attention_function(delegate: str) -> Callable[..., Attended]:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **rest,
+    ) -> Attended:
+        """Attention of ``query`` ``[batch, num_heads, q_len, head_dim]`` over keys from a cache or a plain forward."""
+        require_no_mask(attention_mask)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        call = _Call(module, delegate, query, scale, sliding_window, softcap, dropout, rest)
+        at_hand: ForwardAtHand | None = getattr(module, AT_HAND, None)
+        if at_hand is None or at_hand.cache is None:
+            return call.without_stream(key, value)
+        plan = at_hand.cache.take_plan(module.layer_idx)
+        if isinstance(plan, BlockPlan):
+            return call.block(key, value, plan)
+        assert isinstance(plan, StepPlan)
+        if plan.lengths is None:
+            return call.one_query(key, value)
+        return call.one_query_for_each_row(key, value, plan.lengths)
+
+    return attention
+
+
+def refuse_padding(attention_mask: Tensor | None) -> None:
+    """Raise ``ValueError`` if a padding mask ``[batch, length]`` hides a token."""
+    if attention_mask is not None and not bool(torch.all(attention_mask)):
+        raise ValueError(
+            "attention_mask hides tokens: a stream cannot be padded. Give all sequences of a batch the same length, "
+            "or run them one by one"
+        )
+
+
+def _no_mask(
+    *args, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, config=None, **sizes
+) -> None:
+    """The mask function of attached models: none, after making sure that none is needed.
+
+    Raises:
+        ValueError: a padding mask hides a token, or attention would be other than causal (packed sequences, a mask
+            function of the caller's, a static cache).
+    """
+    refuse_padding(attention_mask)
+    family = FAMILIES.get(getattr(config, "model_type", None))
+    asks_for_one = not allow_is_causal_skip and not (family is not None and family.forces_mask)
+    if asks_for_one or _has_unwritten_keys(**sizes):
+        raise ValueError(
+            "packed sequences, mask functions and static caches need a mask, and a streaming model has none: use "
+            "consecutive positions and a StreamingKVCache or DynamicCache"
+        )
+
+
+def _has_unwritten_keys(
+    q_length: int | None = None, q_offset=0, kv_length: int = 0, kv_offset: int = 0, **other
+) -> bool:
+    """Whether a cache has more slots than tokens: a static one, which newer Transformers does not announce."""
+    if q_length is None:  # older Transformers, which does
+        return False
+    return isinstance(q_offset, Tensor) or kv_offset + kv_length > q_offset + q_length
+
+
+for _name in DELEGATES:
+    AttentionInterface.register(STREAMING + _name, _attention_function(_name))
+    AttentionMaskInterface.register(STREAMING + _name, _no_mask)
+    # Without a mask function Transformers neither builds a mask nor looks for packed sequences.
+    AttentionInterface.register(MASKLESS + _name, _attention_function(_name))

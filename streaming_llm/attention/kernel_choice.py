@@ -1,0 +1,82 @@
+"""Which attention kernel is meant: by PyTorch's settings in force, and by the adapter on a layer.
+
+The library knows the adapters of ``personal_adapters`` by this protocol alone. An adapter takes the place of an
+attention layer in the module tree, and has
+
+* ``wrapped``: the attention layer itself,
+* ``backend``: the name of the one kernel that it allows,
+* ``kernel_context()``: a context manager in which PyTorch allows that kernel and no other.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+OWN_MODULES = ("torch.nn.", "transformers.", "streaming_llm.", "personal_adapters.")
+"""Where the classes of a model come from that no other library has put anything into."""
+
+
+def unwrapped(layer: nn.Module) -> nn.Module:
+    """The attention layer in an adapter; a layer without one is returned as it is."""
+    return getattr(layer, "wrapped", layer)
+
+
+def kernel_context(layer: nn.Module) -> AbstractContextManager:
+    """The kernels that an attention layer asks for, if it is wrapped in an adapter."""
+    return getattr(layer, "kernel_context", nullcontext)()
+
+
+def adapters(model: nn.Module) -> list[nn.Module]:
+    """The adapters in a model."""
+    return [module for module in model.modules() if hasattr(module, "kernel_context")]
+
+
+def kernels_in_force(adapters: list[nn.Module]) -> tuple:
+    """What decides the kernels of a model with these adapters: PyTorch's settings, and each adapter's backend."""
+    flags = torch.backends.cuda
+    allowed = (flags.math_sdp_enabled(), flags.flash_sdp_enabled(), flags.cudnn_sdp_enabled())
+    return (*allowed, *(adapter.backend for adapter in adapters))
+
+
+def choose_kernel(query: Tensor) -> str:
+    """The kernel to use among those that are allowed for SDPA: ``flash``, else ``math``, else ``cudnn``.
+
+    With gradients only math will do: the other operators do not differentiate the log-sum-exp that results are
+    merged by.
+
+    Raises:
+        RuntimeError: none of the allowed kernels can do it.
+    """
+    needs_grad = torch.is_grad_enabled() and query.requires_grad
+    on_cuda = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+    flash_runs = query.device.type == "cpu" or (query.device.type == "cuda" and on_cuda)
+    if flash_runs and not needs_grad and torch.backends.cuda.flash_sdp_enabled():
+        return "flash"
+    if torch.backends.cuda.math_sdp_enabled():
+        return "math"
+    if query.device.type == "cuda" and on_cuda and not needs_grad and torch.backends.cuda.cudnn_sdp_enabled():
+        return "cudnn"
+    raise RuntimeError(
+        f"no allowed attention kernel takes a block of {query.dtype} with head_dim {query.shape[-1]} on "
+        f"{query.device.type}{' with gradients' if needs_grad else ''}: allow math, or flash or cudnn with bfloat16 "
+        "or float16 under torch.no_grad()"
+    )
+
+
+def kernel_for(query: Tensor, softcap: float | None) -> str:
+    """The kernel to use, as :func:`choose_kernel` says, for scores that may be soft-capped.
+
+    Raises:
+        RuntimeError: none of the allowed kernels can do it. No kernel of PyTorch's caps scores, so that they have to
+            be written out, which is ``math``.
+    """
+    if softcap is None:
+        return choose_kernel(query)
+    if torch.backends.cuda.math_sdp_enabled():
+        return "math"
+    raise RuntimeError(
+        f"no allowed attention kernel soft-caps scores (at {softcap}): allow math, which writes the scores out"
+    )

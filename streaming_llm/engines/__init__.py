@@ -1,0 +1,117 @@
+"""How a decode step runs: one table of names, and which of them run a model here.
+
+All engines advance the same :class:`~streaming_llm.StreamingKVCache`, which is up to date after every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from torch import nn
+
+from ..attention.kernel_choice import adapters
+from ..families import transformers_model
+from ..fused import why_not_fused
+from ..kv_cache import StreamingKVCache
+from ..placement import why_not_one_cuda_device
+from .base import EagerEngine, Engine
+from .fused_step import FusedStep, FusedTritonStep
+from .model_call import CompiledModelCall, ModelCall
+from .recorded import RecordedEngine
+
+__all__ = ["ENGINES", "Engine", "make_engine", "resolve_block_engine", "resolve_engine", "why_not_engine"]
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """A row of the table.
+
+    Args:
+        make: ``(model, cache) -> engine``.
+        why_not: ``model -> reason`` why it cannot run, or ``None``.
+        blocks: how blocks of tokens run beside it, one of ``BLOCK_ENGINES``.
+        about: what it is.
+    """
+
+    make: Callable[[nn.Module, StreamingKVCache], Engine]
+    why_not: Callable[[nn.Module], str | None]
+    blocks: str
+    about: str
+
+
+def _recorded(name: str, step: type) -> Callable[[nn.Module, StreamingKVCache], Engine]:
+    return lambda model, cache: RecordedEngine(model, cache, name, step)
+
+
+ENGINES: dict[str, EngineKind] = {
+    "eager": EngineKind(EagerEngine, lambda model: None, "eager", "the plain model call"),
+    "graph": EngineKind(
+        _recorded("graph", ModelCall), why_not_one_cuda_device, "eager", "a CUDA graph of the plain model call"
+    ),
+    "graph+compile": EngineKind(
+        _recorded("graph+compile", CompiledModelCall), why_not_one_cuda_device, "eager", "the same after torch.compile"
+    ),
+    "fused": EngineKind(
+        _recorded("fused", FusedStep),
+        why_not_fused,
+        "fused",
+        "a CUDA graph of this library's kernels, with PyTorch's attention kernel that is allowed",
+    ),
+    "fused-triton": EngineKind(
+        _recorded("fused-triton", FusedTritonStep), why_not_fused, "fused", "the same with its own attention kernel"
+    ),
+}
+"""Name -> how a step runs. All but ``eager`` and ``fused-triton`` run the plain model call until the cache is full."""
+
+
+def _kind(name: str) -> EngineKind:
+    if name not in ENGINES:
+        nearest = get_close_matches(str(name), [*ENGINES, "auto"], n=1)
+        hint = f". Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"engine must be one of auto, {', '.join(ENGINES)}, got {name!r}{hint}")
+    return ENGINES[name]
+
+
+def why_not_engine(model: nn.Module, name: str) -> str | None:
+    """Why ``model`` cannot run with an engine here; ``None`` if it can.
+
+    Raises:
+        ValueError: there is no engine of this name.
+    """
+    return _kind(name).why_not(transformers_model(model))
+
+
+def resolve_engine(model: nn.Module, name: str = "auto") -> str:
+    """The engine that runs ``model`` here: ``name`` itself, or for ``auto`` the fastest.
+
+    Where the model's attention is wrapped in adapters, these name the kernel: ``auto`` is then none that has another.
+
+    Raises:
+        ValueError: there is no engine of this name, or it cannot run this model; says why.
+    """
+    if name == "auto":
+        order = ("fused" if adapters(model) else "fused-triton", "graph", "eager")
+        return next(engine for engine in order if why_not_engine(model, engine) is None)
+    reason = why_not_engine(model, name)
+    if reason is not None:
+        raise ValueError(f"engine {name!r} cannot run: {reason}. 'auto' takes the fastest that can")
+    return name
+
+
+def resolve_block_engine(model: nn.Module, name: str = "auto") -> str:
+    """How blocks of tokens run with an engine: ``eager`` (the plain model call) or ``fused`` (this library's kernels).
+
+    Raises:
+        ValueError: as :func:`resolve_engine`, but that blocks need no recording.
+    """
+    if name == "auto":
+        return "eager" if why_not_fused(transformers_model(model)) else "fused"
+    kind = _kind(name)
+    return kind.blocks if kind.blocks == "eager" else ENGINES[resolve_engine(model, name)].blocks
+
+
+def make_engine(model: nn.Module, cache: StreamingKVCache, name: str = "auto") -> Engine:
+    """An engine for an attached model and a cache of it; see :func:`resolve_engine`."""
+    return ENGINES[resolve_engine(model, name)].make(model, cache)

@@ -1,0 +1,64 @@
+"""What an engine is, and the plainest one: the model call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from ..kv_cache import StreamingKVCache
+from ..losses import cross_entropy
+from ..placement import input_device
+from ..sampling import Sampling
+
+
+class Engine(ABC):
+    """Feeds one token after the other to a model with a streaming cache.
+
+    Args:
+        model: attached as long as the engine is used.
+        cache: a cache of this model; up to date after every call.
+
+    Attributes:
+        name: what really runs.
+        compile_sec: seconds spent on compiling, tuning and recording so far.
+    """
+
+    name: str
+
+    def __init__(self, model: nn.Module, cache: StreamingKVCache) -> None:
+        self.model, self.cache = model, cache
+        self.compile_sec = 0.0
+
+    @abstractmethod
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Feed ``[batch]``; logits ``[batch, vocab]``."""
+
+    def score(self, logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses of ``token_ids`` ``[batch, n]``, each fed after its loss is taken; and the last logits."""
+        losses = []
+        for token in token_ids.unbind(1):
+            losses.append(cross_entropy(logits, token))
+            logits = self.step(token)
+        return torch.stack(losses, dim=1), logits
+
+    def generate(
+        self, logits: Tensor, n: int, sampling: Sampling, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """``n`` tokens ``[batch, n]``, each chosen from the logits before it and fed; and the last logits."""
+        tokens = []
+        for _ in range(n):
+            tokens.append(sampling.choose(logits, generator))
+            logits = self.step(tokens[-1])
+        return torch.stack(tokens, dim=1), logits
+
+
+class EagerEngine(Engine):
+    """The plain model call."""
+
+    name = "eager"
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        ids = token_ids.unsqueeze(1).to(input_device(self.model))
+        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[:, -1]

@@ -1,0 +1,35 @@
+"""A recorded step of this library's kernels."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..families import rotary_from_model
+from ..fused import require_fused
+from ..kv_cache import StreamingKVCache
+from .recorded import RecordedStep, StaticTensors
+
+
+class FusedStep(RecordedStep):
+    """The family's fused kernels, with the SDPA kernel that is allowed, on a full cache."""
+
+    own_attention = False
+
+    def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None:
+        self._static = static
+        self._forward = require_fused(model).StepForward(
+            model, cache, rotary_from_model(model), own_attention=self.own_attention, logits=static.logits
+        )
+
+    def load(self) -> None:
+        self._forward.load()
+
+    def run(self) -> None:
+        self._forward(self._static.tokens)
+
+
+class FusedTritonStep(FusedStep):
+    """The same with this library's attention kernel, on a cache filled to any degree."""
+
+    own_attention = True
+    from_any_fill = True

@@ -1,0 +1,158 @@
+"""A recorded step of the plain model call, on a full cache: PyTorch's kernels take no length from the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..attention.plan import StepPlan
+from ..cache_layer import StreamingLayer
+from ..kv_cache import StreamingKVCache
+from ..positions import StreamLayout
+from ..rope_utils import compute_dtype
+from .recorded import RecordedStep, StaticTensors
+
+
+class ModelCall(RecordedStep):
+    """The model's own call, recorded as it is."""
+
+    def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None:
+        self._model, self._static = model, static
+        self._cache = DeviceCache(cache, static.tokens.device)
+        self._call = self._model_call
+
+    def load(self) -> None:
+        self._cache.load()
+
+    def run(self) -> None:
+        self._static.logits.copy_(self._call(self._static.tokens))
+
+    def _model_call(self, tokens: Tensor) -> Tensor:
+        return self._model(
+            input_ids=tokens.unsqueeze(1),
+            past_key_values=self._cache,
+            use_cache=True,
+            position_ids=self._cache.position_ids(),
+        ).logits[:, -1]
+
+
+class CompiledModelCall(ModelCall):
+    """The model's call after ``torch.compile`` has fused what it can."""
+
+    def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None:
+        super().__init__(model, cache, static)
+        self._call = torch.compile(self._model_call, dynamic=False)
+
+
+class DeviceCache(Cache):
+    """A full :class:`StreamingKVCache` as a model sees it while its step is recorded.
+
+    Attributes:
+        seen, offset: int64 ``[batch]`` on the device: tokens seen, and position of the stream's first token.
+    """
+
+    def __init__(self, cache: StreamingKVCache, device: torch.device) -> None:
+        self.source = cache
+        self.seen, self.offset = (torch.zeros(cache.batch_size, dtype=torch.int64, device=device) for _ in range(2))
+        self.rows = torch.arange(cache.batch_size, device=device)
+        self._slots: dict[StreamLayout, Tensor] = {}
+        self._turns: dict[tuple, tuple[Tensor, Tensor]] = {}
+        super().__init__(layers=[DeviceLayer(layer, self) for layer in cache.layers])
+
+    def load(self) -> None:
+        """Take the stream's state from the host."""
+        rows = self.source.progress.of_rows(len(self.rows))
+        self.seen.copy_(torch.tensor([seen for seen, _ in rows]))
+        self.offset.copy_(torch.tensor([offset for _, offset in rows]))
+        for layer in self.layers:
+            layer.load()
+
+    def position_ids(self) -> Tensor:
+        """Positions ``[batch, 1]`` of the tokens at hand."""
+        return (self.seen + self.offset).unsqueeze(1)
+
+    def begin(self, n_tokens: int, *, attached: bool) -> None:
+        """Forget what was worked out for the step before."""
+        self._slots, self._turns = {}, {}
+
+    def end(self) -> None:
+        """The token at hand has been seen."""
+        self.seen += 1
+
+    def abandon(self) -> None:
+        """Nothing to do: a failed recording is given up."""
+
+    def slot(self, layout: StreamLayout) -> Tensor:
+        """Where each row's token goes in layers of a layout, ``[batch]``."""
+        if layout not in self._slots:
+            n_sink, ring = layout.config.n_sink, layout.config.window_size + 1
+            self._slots[layout] = n_sink + (self.seen - n_sink) % ring
+        return self._slots[layout]
+
+    def turn(self, layer: StreamingLayer) -> tuple[Tensor, Tensor]:
+        """Cosine and sine ``[batch, 1, 1, rotary_dim]`` of the turn that a layer's sinks have made."""
+        key = id(layer.rotation), layer.layout
+        if key not in self._turns:
+            rotary, dtype = layer.rotation.on(layer.device), compute_dtype(layer.dtype)
+            cos, sin = rotary.cos_sin(self.seen - layer.layout.config.cache_size)
+            self._turns[key] = cos.to(dtype)[:, None, None], sin.to(dtype)[:, None, None]
+        return self._turns[key]
+
+    def take_plan(self, layer_idx: int) -> StepPlan:
+        """The token at hand attends to the whole ring."""
+        return StepPlan()
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Store one layer's token; see :meth:`DeviceLayer.update`."""
+        return self.layers[layer_idx].update(key_states, value_states)
+
+
+class DeviceLayer(CacheLayerMixin):
+    """A full layer of a stream for single tokens whose slot and position only the device knows."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, layer: StreamingLayer, cache: DeviceCache) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.layer, self.cache = layer, cache
+        self.keys, self.values = layer.keys, layer.values
+        self.n_sink = layer.layout.config.n_sink if layer.sinks_turn else 0
+        rotary = layer.rotation.on(layer.device)
+        self.rotary, self.rotary_dim = rotary, rotary.rotary_dim
+        rotated = layer.sinks[..., : self.rotary_dim]
+        self.turned = torch.zeros_like(rotated, dtype=compute_dtype(self.keys.dtype))
+        self.quarter = torch.zeros_like(self.turned)
+
+    def lazy_initialization(self, *states: Tensor) -> None:
+        """Nothing to do: the ring is there."""
+
+    def load(self) -> None:
+        """Take the sinks as first rotated from the layer."""
+        self.turned.copy_(self.layer.sinks[..., : self.rotary_dim])
+        self.quarter.copy_(self.rotary.quarter_turn(self.turned))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store one token of each row and move the sinks: the whole ring is what the token attends to."""
+        rows, slots = self.cache.rows, self.cache.slot(self.layer.layout)
+        self.keys[rows, :, slots] = key_states[:, :, 0]
+        self.values[rows, :, slots] = value_states[:, :, 0]
+        if self.n_sink:
+            cos, sin = self.cache.turn(self.layer)
+            moved = torch.addcmul(self.turned * cos, self.quarter, sin)
+            self.keys[:, :, : self.n_sink, : self.rotary_dim] = moved.to(self.keys.dtype)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.layer.layout.config.cache_size
+
+    def get_mask_sizes(self, cache_position: Tensor | int) -> tuple[int, int]:
+        return self.layer.layout.capacity, 0
+
+    def get_max_cache_shape(self) -> int:
+        return self.layer.layout.capacity
+
+    def get_max_length(self) -> int:
+        return self.layer.layout.capacity

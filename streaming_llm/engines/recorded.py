@@ -1,0 +1,239 @@
+"""The engine that replays a recorded step: one CUDA graph per token, or one after the other without the host.
+
+What the step consists of is said by a :class:`RecordedStep`; the engine feeds it, and keeps the cache's progress. A
+cache that was changed in any other way is taken over anew before the next replay.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.kernel_choice import adapters, kernels_in_force
+from ..cache_forward import BROKEN
+from ..kv_cache import StreamingKVCache
+from ..losses import cross_entropy
+from ..placement import output_device
+from ..sampling import Sampling
+from .base import EagerEngine, Engine
+from .recorder import Recording
+
+CHUNK = 1024
+"""Tokens of a stream that a graph reads or writes without the host."""
+
+MAX_RECORDINGS = 8
+"""Recordings that are kept: a step, a scored token, and a sampled one for each of the latest settings."""
+
+
+class StaticTensors:
+    """What feeds a recorded step, and what it leaves.
+
+    Attributes:
+        tokens: ids to feed, ``[batch]``.
+        logits: of the last token, ``[batch, vocab]``.
+        chunk: ids ``[batch, CHUNK]`` that are given to score, or were generated.
+        losses: ``[batch, CHUNK]``, float32 or better.
+        index: int64 ``[1]``, the place in the chunk.
+    """
+
+    def __init__(self, batch: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.logits = torch.zeros(batch, vocab, dtype=dtype, device=device)
+        self.chunk = torch.zeros(batch, CHUNK, dtype=torch.int64, device=device)
+        self.losses = torch.zeros(batch, CHUNK, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def start(self, logits: Tensor) -> None:
+        """Begin a chunk after these logits."""
+        self.logits.copy_(logits)
+        self.index.zero_()
+
+    def next_of_chunk(self) -> Tensor:
+        """The ids at the place in the chunk, ``[batch]``."""
+        return self.chunk.index_select(1, self.index).squeeze(1)
+
+
+class RecordedStep(ABC):
+    """One step from static token ids to static logits, with all that depends on the position on the device.
+
+    Args:
+        model: attached.
+        cache: with every slot allocated.
+        static: where ids are read and logits written.
+    """
+
+    from_any_fill = False
+    """Whether it runs on a cache that is not full."""
+
+    @abstractmethod
+    def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None: ...
+
+    @abstractmethod
+    def load(self) -> None:
+        """Take over the stream from the cache, as the host knows it."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """Feed the static ids, write the static logits, and advance the counters on the device."""
+
+
+class RecordedEngine(Engine):
+    """Replays a step; runs the plain model call until the cache is filled as far as the step needs it.
+
+    Args:
+        name: of the engine.
+        make_step: a :class:`RecordedStep`.
+    """
+
+    def __init__(self, model: nn.Module, cache: StreamingKVCache, name: str, make_step: type[RecordedStep]) -> None:
+        super().__init__(model, cache)
+        self.name = name
+        self._make_step = make_step
+        self._eager = EagerEngine(model, cache)
+        self._adapters: list[nn.Module] = []
+        self._bound: tuple = ()  # version of the stream, and kernels in force, that the device knows
+        self._built_for: tuple = ()
+
+    # What an engine does
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        if not self._bind():
+            return self._eager.step(token_ids)
+        self._static.tokens.copy_(token_ids)
+        self._replay("step", self._step.run)
+        return self._static.logits.clone()
+
+    def score(self, logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        losses = []
+        while token_ids.shape[1] and not self._bind():
+            loss, logits = super().score(logits, token_ids[:, :1])
+            losses, token_ids = [*losses, loss], token_ids[:, 1:]
+        for part in token_ids.split(CHUNK, dim=1) if token_ids.shape[1] else ():
+            static = self._static
+            static.start(logits)
+            static.chunk[:, : part.shape[1]] = part
+            self._replay("score", self._score_one, part.shape[1])
+            losses.append(static.losses[:, : part.shape[1]].clone())
+            logits = static.logits.clone()
+        return torch.cat(losses, dim=1), logits
+
+    def generate(
+        self, logits: Tensor, n: int, sampling: Sampling, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        tokens = []
+        while n and not self._bind():
+            token, logits = super().generate(logits, 1, sampling, generator)
+            tokens, n = [*tokens, token], n - 1
+        for start in range(0, n, CHUNK):
+            count, static = min(CHUNK, n - start), self._static
+            static.start(logits)
+            key = ("generate", sampling, id(generator))
+            self._replay(key, lambda: self._generate_one(sampling, generator), count, generator)
+            tokens.append(static.chunk[:, :count].clone())
+            logits = static.logits.clone()
+        return torch.cat(tokens, dim=1), logits
+
+    def _score_one(self) -> None:
+        static = self._static
+        static.tokens.copy_(static.next_of_chunk())
+        static.losses.index_copy_(1, static.index, cross_entropy(static.logits, static.tokens).unsqueeze(1))
+        static.index += 1
+        self._step.run()
+
+    def _generate_one(self, sampling: Sampling, generator: torch.Generator | None) -> None:
+        static = self._static
+        static.tokens.copy_(sampling.choose(static.logits, generator))
+        static.chunk.index_copy_(1, static.index, static.tokens.unsqueeze(1))
+        static.index += 1
+        self._step.run()
+
+    # The recorded step and the stream
+
+    def _bind(self) -> bool:
+        """Make the recorded step continue the stream; whether it can."""
+        progress = self.cache.progress
+        if self._bound == (progress.version, kernels_in_force(self._adapters)):
+            return True
+        layers = self.cache.layers
+        if not (layers[0].is_initialized and (self._make_step.from_any_fill or self.cache.is_full)):
+            return False
+        if self.cache.is_broken:
+            raise RuntimeError(BROKEN)
+        for layer in layers:
+            layer.reserve(layer.layout.capacity)
+        self._adapters = adapters(self.model)
+        with torch.inference_mode(False), torch.no_grad():
+            built_for = self._fixed_by_recording()
+            if built_for != self._built_for:
+                self._build()
+                self._built_for = built_for
+            self._step.load()
+        self._bound = progress.version, kernels_in_force(self._adapters)
+        return True
+
+    def _fixed_by_recording(self) -> tuple:
+        """Everything that is fixed in a recording: where tensors lie, and which kernels are allowed."""
+        layers = self.cache.layers
+        return (
+            layers[0].batch_size,
+            tuple(x.data_ptr() for layer in layers for x in (layer.keys, layer.values, layer.sinks)),
+            tuple(p.data_ptr() for p in self.model.parameters()),
+            kernels_in_force(self._adapters),
+        )
+
+    def _build(self) -> None:
+        vocab = self.model.get_output_embeddings().weight.shape[0]
+        self._static = StaticTensors(self.cache.batch_size, vocab, self.model.dtype, output_device(self.model))
+        self._step = self._make_step(self.model, self.cache, self._static)
+        self._recordings: OrderedDict[object, Recording] = OrderedDict()
+
+    def _replay(
+        self, key: object, call: Callable[[], None], times: int = 1, generator: torch.Generator | None = None
+    ) -> None:
+        recordings = self._recordings
+        if key not in recordings:
+            recordings[key] = self._record(call, generator)
+            if len(recordings) > MAX_RECORDINGS:
+                recordings.popitem(last=False)
+        recordings.move_to_end(key)
+        recordings[key].replay(times)
+        self.cache.progress.advance(times)
+        self._bound = self.cache.progress.version, self._bound[1]
+
+    def _record(self, call: Callable[[], None], generator: torch.Generator | None) -> Recording:
+        """Record ``call`` and put back what its trial runs have changed."""
+        static, start = self._static, time.perf_counter()
+        saved = [(x, x.clone()) for x in (static.tokens, static.logits, static.chunk)]
+        random_state = None if generator is None else generator.get_state()
+        device = static.tokens.device
+        # Trial runs write the slot of the token at hand, which the first real step writes again.
+        recording = Recording(self._rewinding(call), device, generator=generator)
+        with torch.inference_mode(False), torch.no_grad():
+            for x, before in saved:
+                x.copy_(before)
+            static.index.zero_()
+            self._step.load()
+        if random_state is not None:
+            generator.set_state(random_state)
+        torch.cuda.synchronize(device)
+        self.compile_sec += time.perf_counter() - start
+        return recording
+
+    def _rewinding(self, call: Callable[[], None]) -> Callable[[], None]:
+        """``call`` after going back to the stream's position, so that trial runs do not turn the ring.
+
+        The last run is the recorded one: a copy between host and device must not be in it.
+        """
+        runs = iter(range(1 << 30))
+
+        def trial() -> None:
+            if not torch.cuda.is_current_stream_capturing() and next(runs):
+                self._step.load()
+            call()
+
+        return trial

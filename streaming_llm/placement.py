@@ -1,0 +1,59 @@
+"""Where a model's parts are: on one device, spread over several, offloaded, or split into shards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights are, or, with Accelerate's offloading, where they are brought."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))  # one hook, or a sequence of them
+    for device in (getattr(h, "execution_device", None) for h in hooks if h is not None):
+        if device is not None:
+            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    parameter = next(module.parameters(), None)
+    if parameter is not None:
+        return parameter.device
+    return next(module.buffers()).device
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model's token ids go."""
+    return _device_of(model.get_input_embeddings())
+
+
+def output_device(model: nn.Module) -> torch.device:
+    """Where a model's logits come from."""
+    head = model.get_output_embeddings()
+    return input_device(model) if head is None else _device_of(head)
+
+
+def layer_devices(model: nn.Module, num_layers: int) -> list[torch.device]:
+    """Where the keys of each decoder layer belong."""
+    stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    if not stacks:
+        return [input_device(model)] * num_layers
+    attention = [next((m for m in layer.modules() if hasattr(m, "_hf_hook")), layer) for layer in stacks[0]]
+    return [_device_of(layer) for layer in attention]
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether parameters are shards of a tensor-parallel model (``tp_plan``)."""
+    kinds = {type(parameter.data) for parameter in model.parameters()} | set(map(type, model.parameters()))
+    return any(kind.__name__ == "DTensor" for kind in kinds)
+
+
+def why_not_one_cuda_device(model: nn.Module) -> str | None:
+    """Why a model's steps cannot be recorded as a CUDA graph, or run by kernels of this library; ``None`` if not."""
+    if is_split(model):
+        return "the model is split over several processes (tp_plan)"
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    devices = {x.device for x in tensors} | {input_device(model)}
+    if any(device.type == "meta" for device in devices):
+        return "the model is offloaded"
+    if len(devices) > 1:
+        return f"the model is spread over {', '.join(sorted(map(str, devices)))}"
+    device = next(iter(devices))
+    return None if device.type == "cuda" else f"it needs a CUDA device, and the model is on {device}"
