@@ -6,7 +6,8 @@ A backend is exactly one SDPA kernel. Where it cannot run, PyTorch raises; nothi
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -64,15 +65,35 @@ def _allowed() -> set[SDPBackend]:
     return {kernel for kernel, enabled in flags.items() if enabled}
 
 
+class _OneKernel:
+    """One SDPA kernel is allowed, in the whole process: other threads that ask for one wait until it is left."""
+
+    _lock = threading.RLock()
+
+    def __init__(self, kernel: SDPBackend) -> None:
+        self._kernel = kernel
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._change = None if _allowed() == {self._kernel} else sdpa_kernel(self._kernel)
+        if self._change is not None:
+            self._change.__enter__()
+
+    def __exit__(self, *exc_info) -> None:
+        if self._change is not None:
+            self._change.__exit__(*exc_info)
+        self._lock.release()
+
+
 def backend_context(backend: str) -> AbstractContextManager:
     """Context in which SDPA may run the kernel of ``backend`` and no other.
 
-    Costs next to nothing where the same backend is in force already.
+    Costs next to nothing where the same backend is in force already. Which kernels are allowed is a setting of the
+    whole process, so that threads take turns.
     """
     kernel = ATTN_BACKENDS[backend]
-    if torch.compiler.is_compiling() or _allowed() != {kernel}:  # a compiled graph sets the flags, it cannot read them
-        return sdpa_kernel(kernel)
-    return nullcontext()
+    # A compiled graph sets the flags; it can neither read them nor take a lock.
+    return sdpa_kernel(kernel) if torch.compiler.is_compiling() else _OneKernel(kernel)
 
 
 def check_backend_available(

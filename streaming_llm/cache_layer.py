@@ -91,18 +91,23 @@ class StreamingLayer(CacheLayerMixin):
             self.values[:, :, target] = value_states[:, :, source]
 
     def _require_fitting(self, key_states: Tensor, value_states: Tensor) -> None:
-        if not self.is_initialized or (self.progress.n_seen == 0 and key_states.shape[0] != self.batch_size):
+        given = [(x.shape[0], x.dtype, x.device) for x in (key_states, value_states)]
+        held = [(x.shape[0], x.dtype, x.device) for x in (self.keys, self.values)] if self.is_initialized else None
+        if given == held:
+            return
+        if held is None or self.progress.n_seen == 0:
             self.lazy_initialization(key_states, value_states)
+            return
         if key_states.shape[0] != self.batch_size:
             raise ValueError(
                 f"this cache holds {self.batch_size} streams and was given keys of {key_states.shape[0]}: use a new "
                 "cache, reset(), batch_select_indices() or batch_repeat_interleave()"
             )
-        if key_states.dtype != self.dtype and self.progress.n_seen:
-            raise ValueError(
-                f"this cache holds {self.dtype} and was given keys of {key_states.dtype}: run all forwards of a "
-                "stream under the same autocast, or none"
-            )
+        there, here = (" and ".join(f"{dtype} on {device}" for _, dtype, device in x) for x in (held, given))
+        raise ValueError(
+            f"this cache holds keys and values of {there} and was given {here}: run all forwards of a stream under "
+            "the same autocast, or none, and leave the model where it is"
+        )
 
     # New tokens
 
@@ -126,7 +131,7 @@ class StreamingLayer(CacheLayerMixin):
             the new tokens attend to them.
 
         Raises:
-            ValueError: the batch size or the dtype is another than before.
+            ValueError: the batch size, dtype or device is another than before.
         """
         self._require_fitting(key_states, value_states)
         if slots is not None:

@@ -128,7 +128,7 @@ class StreamingKVCache(SaveableCache):
         self._forward = CacheForward(n_tokens, len(self.layers), self.progress, attached)
         if n_tokens == 1 and self.progress.n_seen > self.streaming_config.cache_size:
             if self._moving is None:
-                self._moving = MovingSinks(layer for layer in self.layers if layer.sinks_turn)
+                self._moving = MovingSinks([layer for layer in self.layers if layer.sinks_turn])
             self._moving.move(self.progress)
 
     def update(
@@ -179,6 +179,12 @@ class StreamingKVCache(SaveableCache):
         """
         if self._forward is None:
             raise RuntimeError(BROKEN)
+        if not self._forward.layers_done:
+            self._forward = None
+            raise RuntimeError(
+                "the model ran a forward without the stream's cache, so that its result is of no stream: it does not "
+                "take past_key_values here"
+            )
         self._forward.require_turn(len(self.layers), self._forward.n_tokens)
         self.progress.advance(self._forward.n_tokens)
         self._forward = None

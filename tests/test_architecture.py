@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,43 @@ def test_the_two_libraries_import_nothing_else_of_the_project(package):
     for path in paths:
         foreign = {name.split(".")[0] for name in imported(path)} & (PACKAGES - {package})
         assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
+
+
+def files_imported(path: Path) -> set[Path]:
+    """The project's own files that a file imports, wherever in it."""
+    found = set()
+    for name in imported(path):
+        at = ROOT.joinpath(*name.split("."))
+        found |= {candidate for candidate in (at.with_suffix(".py"), at / "__init__.py") if candidate.is_file()}
+    return found - {path} - {parent / "__init__.py" for parent in path.parents}  # nor its own packages
+
+
+@pytest.mark.parametrize("package", ["streaming_llm", "personal_adapters", "experiments"])
+def test_no_files_import_each_other(package):
+    """Nor in a circle of several; imports inside functions count."""
+    open_files = {path: files_imported(path) for path in modules_below(package)}
+    while leaves := [path for path, needs in open_files.items() if not needs & open_files.keys()]:
+        for path in leaves:
+            del open_files[path]
+    assert not open_files, {str(p.relative_to(ROOT)) for p in open_files}
+
+
+def calls_and_subscripts(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and source of what is called, for each call in a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield node.lineno, ast.unparse(node.func)
+
+
+def test_kernels_and_graphs_are_launched_in_one_place():
+    """Which makes the tensors' device current: elsewhere they would run on another device, without an error."""
+    for path in modules_below("streaming_llm"):
+        for line, function in calls_and_subscripts(path):
+            where = f"{path.relative_to(ROOT)}:{line}"
+            if path.name != "launch.py":
+                assert not re.fullmatch(r"\w+\[.*\]", function) or function[0] != "_", f"a kernel launched at {where}"
+            if path.name != "recorder.py":
+                assert not re.search(r"cuda\.graph$|CUDAGraph|graph\.replay$", function), where
 
 
 def test_experiments_do_not_import_scripts():
