@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from streaming_llm import StreamingDecoder
+import streaming_llm
 
 Forward = Callable[[Tensor], Tensor]
 """Token ids [batch, length] -> logits of the last token [batch, vocab]."""
@@ -32,7 +32,9 @@ def _fused_forward(model) -> Forward:
 _FORWARDS: dict[str, Callable[[torch.nn.Module], Forward]] = {
     "eager": plain_forward,
     "graph": plain_forward,
+    "graph+compile": plain_forward,
     "fused": _fused_forward,
+    "fused-triton": _fused_forward,
 }
 
 
@@ -60,7 +62,4 @@ def resolve_engine(model, asked: str, n_sink: int, window_size: int) -> str:
 
     Raises ValueError where it cannot run.
     """
-    if asked != "auto":
-        return asked
-    with StreamingDecoder(model, n_sink=n_sink, window_size=window_size, engine="auto") as decoder:
-        return decoder.engine
+    return streaming_llm.resolve_engine(model, asked)

@@ -25,12 +25,12 @@ from experiments.environment import device_name
 from experiments.models import find_model
 from experiments.session import resolve_machine
 from experiments.storage import check_writable
-from streaming_llm import score_stream
+from streaming_llm import resolve_block_engine, score_stream
 from streaming_llm.attachment import maskless_attention
-from streaming_llm.losses import token_nll
+from streaming_llm.engines.blocks import BLOCK_ENGINES
 from streaming_llm.families import rotary_from_model, text_config
-from streaming_llm.engines.blocks import BLOCK_ENGINES, resolve_block_engine
 from streaming_llm.fused import require_fused
+from streaming_llm.losses import token_nll
 
 EPILOG = """examples:
   python scripts/benchmark_scoring.py --attn-backend-list math flash --tokens 20000 --block-size 4096

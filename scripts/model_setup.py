@@ -80,16 +80,14 @@ def wrap_loaded(loaded: LoadedModel, source: ModelSource, machine: Machine, back
         raise SetupError(f"model {source.name!r} cannot be used: {error}") from None
 
 
-def make_decoder(
-    loaded: LoadedModel, config: StreamingConfig, engine: str, attention: str = "sdpa"
-) -> StreamingDecoder:
+def make_decoder(loaded: LoadedModel, config: StreamingConfig, engine: str) -> StreamingDecoder:
     """A decoder of a loaded model.
 
     Raises:
         SetupError: the model cannot stream so, or the engine cannot run it.
     """
     try:
-        return StreamingDecoder(loaded.model, config.n_sink, config.window_size, engine, attention=attention)
+        return StreamingDecoder(loaded.model, engine=engine, config=config)
     except ValueError as error:
         raise SetupError(str(error)) from None
 

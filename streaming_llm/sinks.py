@@ -37,17 +37,18 @@ class SinkRotation:
             self._on_device[device] = self.rotary.to(device)
         return self._on_device[device]
 
-    def cos_sin(self, queries: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine ``[..., rotary_dim]``, float64, of turns from position ``anchor`` to ``queries`` ``[...]``.
+    def cos_sin(self, queries: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine ``[..., rotary_dim]``, float64, of turns to positions ``queries`` ``[...]``.
 
-        Queries before the anchor turn nothing.
+        Args:
+            distance: from where the turns begin, ``[...]``; where it is negative, nothing is turned.
         """
         rotary = self.on(queries.device)
         if self.exact_angles:
-            return rotary.cos_sin((queries - anchor).clamp(min=0))
+            return rotary.cos_sin(distance.clamp(min=0))
         angles = (rotary.inv_freq.float() * queries.float().unsqueeze(-1)).double()
-        angles = angles - rotary.inv_freq * anchor.unsqueeze(-1)
-        return rotary.cos_sin_of(angles * (queries > anchor).unsqueeze(-1))
+        angles = angles - rotary.inv_freq * (queries - distance).unsqueeze(-1)
+        return rotary.cos_sin_of(angles * (distance > 0).unsqueeze(-1))
 
     def turns(self, first: int, count: int, device: torch.device, paired: bool = False) -> tuple[Tensor, Tensor]:
         """Cosine and sine of turns by ``first``, ``first - 1``, ..., computed once for all layers.
@@ -137,9 +138,13 @@ class _Alike:
     def _work_out(self, progress: Progress) -> None:
         """Move the sinks to the next token and to more and more after it: a beam search starts anew each step."""
         device, count = self._turned.device, min(self._max_ahead, max(1, 2 * len(self._ahead)))
-        offset = torch.tensor(progress.offset, device=device)
-        queries = torch.tensor(progress.seen, device=device) + offset + torch.arange(count, device=device)[:, None]
-        turns = self.rotation.cos_sin(queries, self.layout.config.cache_size + offset)  # [count, rows or 1, dim]
+        ahead = torch.arange(count, device=device)[:, None]
+        if progress.together:  # numbers of the host, which wait for nothing
+            tokens, queries = ahead + progress.seen[0], ahead + progress.position
+        else:
+            seen, offsets = (torch.tensor(rows, device=device) for rows in (progress.seen, progress.offset))
+            tokens, queries = ahead + seen, ahead + (seen + offsets)
+        turns = self.rotation.cos_sin(queries, tokens - self.layout.config.cache_size)  # [count, rows or 1, dim]
         cos, sin = (x.to(self._turned.dtype)[:, None, :, None, None] for x in turns)
         moved = torch.addcmul(self._turned * cos, self._quarter, sin).to(self._dtype)
         self._ahead = [of_position.unbind() for of_position in moved.unbind()]

@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from personal_adapters.neox_flash import wrap_attention
 from personal_adapters.sdpa import ATTN_BACKENDS, check_backend_available, resolve_attn_backend
-from streaming_llm import StreamingDecoder, sdpa_kernels
+from streaming_llm import StreamingDecoder
+from streaming_llm.attention import kernel_choice, torch_kernels
 
 CUDNN = pytest.mark.skipif(
     not check_backend_available("cudnn", torch.bfloat16, "cuda"), reason="needs cuDNN attention on a CUDA device"
@@ -37,7 +38,7 @@ def test_it_allows_one_kernel_and_no_other():
 
 def test_a_block_on_a_cpu_runs_no_other_kernel_instead():
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), pytest.raises(RuntimeError, match="no allowed attention kernel"):
-        sdpa_kernels.choose_kernel(torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16))
+        kernel_choice.choose_kernel(torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(("n_sink", "window_size"), [(4, 28), (0, 28), (4, 3)])
@@ -48,10 +49,10 @@ def test_blocks_of_causal_calls_alone_are_exact(monkeypatch, n_sink, window_size
 
     def causal_calls(query, key, value, scale, causal):
         calls.append(causal)
-        return sdpa_kernels.flash(query, key, value, scale, causal)
+        return torch_kernels.flash(query, key, value, scale, causal)
 
-    monkeypatch.setattr(sdpa_kernels, "choose_kernel", lambda query: "cudnn")
-    monkeypatch.setitem(sdpa_kernels.FUSED, "cudnn", causal_calls)
+    monkeypatch.setattr(kernel_choice, "choose_kernel", lambda query: "cudnn")
+    monkeypatch.setitem(torch_kernels.WITH_LSE, "cudnn", causal_calls)
     model, ids = make_neox(), make_ids(150)
     with StreamingDecoder(model, n_sink, window_size) as decoder:
         logits = decoder.prefill(ids, block_size)

@@ -15,12 +15,11 @@ from conftest import make_ids, make_neox
 from family_models import VOCAB, available, make_family
 from family_reference import family_reference_logits
 from reference import reference_logits
-from streaming_llm.graphs import WARM_UP, record
 
-from personal_adapters.neox_flash import wrap_attention
+from personal_adapters.neox_flash import unwrap_attention, wrap_attention
 from personal_adapters.sdpa import check_backend_available
-from streaming_llm import StreamingDecoder, resolve_block_engine, score_stream
-from streaming_llm.engines import best_engine
+from streaming_llm import StreamingDecoder, resolve_block_engine, resolve_engine, score_stream
+from streaming_llm.engines.recorder import WARM_UP, Recording
 
 if torch.cuda.is_available():
     from streaming_llm.fused.neox import StepForward
@@ -38,14 +37,9 @@ HALF = [torch.bfloat16, torch.float16]
 BACKENDS = ["math", "flash", "cudnn"]
 SIZES = {"hidden_size": 160, "intermediate_size": 320, "num_hidden_layers": 3}  # heads of 40, of which 20 rotate
 
-VARIANTS = {
-    "eager": {"engine": "eager"},
-    "graph": {"engine": "graph"},
-    "fused": {"engine": "fused"},
-    "fused-triton": {"engine": "fused", "attention": "triton"},
-}
-"""Arguments of StreamingDecoder."""
-RECORDED = list(VARIANTS)[1:]
+VARIANTS = ["eager", "graph", "fused", "fused-triton"]
+"""Engines."""
+RECORDED = VARIANTS[1:]
 
 
 @functools.cache
@@ -86,7 +80,7 @@ def backends(dtype: torch.dtype) -> list[str]:
 
 
 def decoder_of(model, variant: str, n_sink: int = S) -> StreamingDecoder:
-    return StreamingDecoder(model, n_sink, W, **VARIANTS[variant])
+    return StreamingDecoder(model, n_sink, W, variant)
 
 
 def stepped(decoder: StreamingDecoder, ids: torch.Tensor, prompt: int) -> torch.Tensor:
@@ -114,7 +108,7 @@ def mean_error(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_float32_is_exact(variant, batch, n_sink, prompt):
     with decoder_of(model_with(torch.float32), variant, n_sink) as decoder:
         logits = stepped(decoder, make_ids(LENGTH, batch), prompt)
-        assert decoder.engine == VARIANTS[variant]["engine"]
+        assert decoder.engine == variant
         assert (decoder.compile_sec > 0) == (variant in RECORDED)
         assert decoder.cache.get_seq_length() == LENGTH
     assert far(logits, exact_logits(torch.float32, batch, n_sink)[:, prompt - 1 :]) < 1e-4
@@ -202,7 +196,7 @@ def test_other_families_are_recorded(case):
     exact = family_reference_logits(model, ids, 4, 48)[:, 29:]
     model = model.to(DEVICE)
     wrap_attention(model, "math")
-    assert best_engine(model) == "graph"
+    assert resolve_engine(model) == "graph"
     with StreamingDecoder(model, 4, 48, "auto") as decoder:
         assert far(stepped(decoder, ids, 30), exact) < 1e-4
         assert decoder.engine == "graph"
@@ -211,15 +205,17 @@ def test_other_families_are_recorded(case):
 
 @pytest.mark.slow  # the compiler takes its time
 def test_the_compiled_graph_is_exact():
-    with StreamingDecoder(model_with(torch.float32), S, W, "graph", compile=True) as decoder:
+    with StreamingDecoder(model_with(torch.float32), S, W, "graph+compile") as decoder:
         logits = stepped(decoder, make_ids(LENGTH), 30)
         assert decoder.engine == "graph+compile"
     assert far(logits, exact_logits(torch.float32, 1, S)[:, 29:]) < 1e-4
 
 
 def test_the_fastest_engine_is_found():
-    assert best_engine(model_with(torch.bfloat16)) == "fused"
-    assert best_engine(make_neox(use_parallel_residual=False).to(DEVICE)) == "graph"
+    model = model_with(torch.bfloat16)
+    assert resolve_engine(model) == "fused"  # its adapters name a kernel
+    unwrap_attention(model)
+    assert resolve_engine(model) == "fused-triton"
 
 
 # ------------------------------------------------------------------------------------------ recordings and the stream
@@ -404,7 +400,7 @@ def test_no_garbage_is_collected_while_a_graph_is_recorded():
         seen.append((torch.cuda.is_current_stream_capturing(), gc.isenabled()))
         torch.zeros(1, device=DEVICE)
 
-    record(call)
+    Recording(call, torch.device(DEVICE, 0))
     assert seen == [(False, True)] * WARM_UP + [(True, False)]
     assert gc.isenabled()
 

@@ -80,8 +80,6 @@ class Contender:
 
 
 def _decoder(label: str, engine: str, partner: str, attention: str = "", prefills: bool = False, **options):
-    if attention:
-        options["attention"] = attention
     return Contender(
         label=f"StreamingDecoder, {label}",
         group="streaming",
@@ -92,7 +90,7 @@ def _decoder(label: str, engine: str, partner: str, attention: str = "", prefill
         prefills=prefills,
         attention=attention,
         compared_with=partner,
-        at_once=bool(options.get("compile")),
+        at_once=engine == "graph+compile",
     )
 
 
@@ -109,9 +107,9 @@ CONTENDERS: dict[str, Contender] = {
     "attention-sinks": Contender("attention_sinks", "mit", None),
     "eager": _decoder("eager", "eager", "recompute", prefills=True),
     "graph": _decoder("graph", "graph", "recompute-graph"),
-    "graph+compile": _decoder("graph+compile", "graph", "", compile=True),
+    "graph+compile": _decoder("graph+compile", "graph+compile", ""),
     "fused": _decoder("fused", "fused", "recompute-fused", prefills=True),
-    "fused-triton": _decoder("fused, triton", "fused", "", attention="triton"),
+    "fused-triton": _decoder("fused, triton", "fused-triton", ""),
 }
 PEER = "attention-sinks"
 """Runs in a Python of its own."""

@@ -19,7 +19,8 @@ from transformers.generation.logits_process import (
 
 from experiments.config import SetupError
 from streaming_llm import StreamingDecoder
-from streaming_llm.saving import read_metadata, restore
+from streaming_llm.saved_cache import require_dtype
+from streaming_llm.saving import read, read_metadata
 
 KEY = "stream_chat"
 
@@ -118,7 +119,9 @@ class TokenStream:
             SetupError: the file does not fit the model.
         """
         try:
-            restore(self.decoder.cache, path, self.decoder.model)
+            state = read(path)
+            require_dtype(path, self.decoder.model, state.facts["dtype"], None)
+            self.decoder.restore(state)
         except (ValueError, OSError) as error:
             raise SetupError(f"--resume: {error}") from None
         value = read_notes(path)
