@@ -12,7 +12,7 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from streaming_llm import triton_kernels
+from streaming_llm.attention import triton_kernels
 from streaming_llm.config import StreamingConfig
 from streaming_llm.fused import attention, elementwise, gemv
 from streaming_llm.positions import StreamLayout
