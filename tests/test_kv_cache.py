@@ -164,7 +164,7 @@ def test_other_tokens_become_the_sinks_after_a_crop():
         model(other[:, :63], past_key_values=cache, use_cache=True)
         overwritten = OverwrittenSlots(cache, 5)
         model(other[:, 63:], past_key_values=cache, use_cache=True)  # evicts, so that the sinks are kept
-        overwritten.take_back(cache, 5)
+        overwritten.take_back(cache, [5])
         cache.crop(2)
         logits = decode(model, cache, ids[:, 2:])
     assert (logits - reference[:, 2:]).abs().max() < 5e-6

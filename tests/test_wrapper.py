@@ -164,15 +164,13 @@ def test_drafted_tokens_are_taken_back():
 
 
 @pytest.mark.parametrize("prompt", [20, 200])
-def test_padding_is_refused(prompt):
+def test_padding_in_a_forward_of_ones_own_is_refused(prompt):
+    """A cache cannot see which rows it is for; `generate`, `prefill` and `score_stream` can."""
     model, ids = make_neox(), make_ids(prompt, batch=2)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    with (
-        StreamingLLMWrapper(model, 4, 60) as stream,
-        pytest.raises(ValueError, match="same length"),
-    ):
-        stream.generate(ids, attention_mask=mask, max_new_tokens=5)
+    with StreamingLLMWrapper(model, 4, 60) as stream, pytest.raises(ValueError, match="attention_mask hides tokens"):
+        stream(ids, attention_mask=mask, past_key_values=stream.new_cache())
 
 
 def test_misuse_is_named():
