@@ -7,7 +7,8 @@ import functools
 import pytest
 import torch
 from family_models import VOCAB, available, make_family
-from test_unequal_prompts import Ends, padded
+from streams import Ends, padded
+from transformers import StoppingCriteriaList
 
 from streaming_llm import ENGINES, StreamingDecoder, StreamingKVCache, StreamingLLMWrapper
 from streaming_llm.engines import why_not_engine
@@ -95,13 +96,13 @@ def test_rows_that_end_early_stay_where_they_ended(setting):
     ids, mask = (x.cuda() for x in padded([prompt(row).cpu() for row in range(3)], "left"))
     eos, stops = tokens[0][60].item(), [100, 70, 90]
     first = [row.tolist().index(eos) + 1 if eos in row.tolist() else NEW for row in tokens]
-    for criteria in (None, [Ends(stops)]):
+    for criteria in (None, StoppingCriteriaList([Ends(stops)])):
         ends = first if criteria is None else [min(a, b) for a, b in zip(first, stops, strict=True)]
         with StreamingDecoder(model, S, W, engine) as decoder:
             decoder.prefill(ids, attention_mask=mask)
             controls = {"temperature": 0, "eos_token_id": eos, "pad_token_id": 1}
             if criteria:
-                controls["stopping_criteria"] = lambda ids, scores: criteria[0](ids, scores)
+                controls["stopping_criteria"] = criteria
             out = decoder.generate(NEW - 5, **controls)
             ends = [min(end, NEW - 5) for end in ends]
             assert out.shape[1] == max(ends)
@@ -116,7 +117,7 @@ def test_rows_that_end_early_stay_where_they_ended(setting):
 
 
 def test_beams(setting):
-    case, engine, model = setting
+    _, engine, model = setting
     asked = {"max_new_tokens": 40, "num_beams": 3, "length_penalty": 0.0}
     for row in range(3):
         with StreamingLLMWrapper(model, S, W, "eager") as stream:
@@ -139,7 +140,7 @@ def test_caches_take_turns_in_an_engines_buffers(setting):
 
 
 def test_fifty_turns_in_constant_memory(setting):
-    case, engine, model = setting
+    _, engine, model = setting
     memory = []
     with StreamingLLMWrapper(model, S, W, engine) as stream:
         cache, turn = stream.new_cache(), prompt(1)
