@@ -163,7 +163,7 @@ class StreamingLLMWrapper:
         if continues and expand_size > 1:  # the stream goes on with the best beam
             self._feed_best(prompt, cache, sequences)
         if continues or expand_size == 1:
-            cache.set_pending(sequences[:, -1])
+            cache.set_pending(sequences[:, -1].clone())
         return output
 
     def run_generation(

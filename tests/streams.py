@@ -33,7 +33,7 @@ class Ends(StoppingCriteria):
         self.after = after
 
     def __call__(self, input_ids, scores, **kwargs):
-        return torch.tensor([input_ids.shape[1] >= n for n in self.after])
+        return torch.tensor([input_ids.shape[1] >= n for n in self.after], device=input_ids.device)
 
 
 CUTS = (0, 3, 10, 40, 130, 131, 260, 500)
