@@ -153,6 +153,15 @@ class Attachment:
             cache.end()
 
 
+@contextmanager
+def changed(changes: list[Change]) -> Iterator[None]:
+    """Attributes of modules have other values until leaving."""
+    with ExitStack() as undo:
+        for module, name, value in changes:
+            undo.callback(_set(module, name, value))
+        yield
+
+
 def _set(module: nn.Module, name: str, value: Any) -> Any:
     """Give an attribute of a module another value; returns what puts the old one back."""
     table = module._modules if isinstance(value, nn.Module) and name in module._modules else module.__dict__
@@ -191,6 +200,18 @@ def _switched_attention(model: nn.Module, prefix: str) -> list[Change]:
             )
         copies[key]._attn_implementation_internal = prefix + name
     return [(module, "config", copies[id(module.config)]) for module in modules if id(module.config) in originals]
+
+
+def foreign_hooks(model: nn.Module) -> bool:
+    """Whether hooks of others are registered on the model's modules, or Accelerate's.
+
+    Transformers' own stay behind where hidden states were asked for once, and do nothing otherwise.
+    """
+    for module in model.modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if not getattr(hook, "__module__", "").startswith(("streaming_llm.", "transformers.")):
+                return True
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 @contextmanager

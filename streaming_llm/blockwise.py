@@ -20,6 +20,7 @@ from .engines.blocks import block_forward, default_block_size
 from .kv_cache import StreamingKVCache
 from .losses import token_nll
 from .placement import input_device
+from .rows import rows_of
 
 
 def in_blocks(input_ids: Tensor | Iterable[Tensor], block_size: int) -> Iterator[Tensor]:
@@ -116,6 +117,7 @@ def score_stream(
     block_size: int | None = None,
     *,
     config: StreamingConfig | None = None,
+    attention_mask: Tensor | None = None,
     engine: str = "auto",
     return_hidden: bool = False,
     on_block: Callable[[int, Tensor, Tensor], None] | None = None,
@@ -133,6 +135,8 @@ def score_stream(
         n_sink, window_size: see :class:`StreamingConfig`, or
         config: both in one.
         block_size: tokens processed at a time; chosen for model and device when ``None``.
+        attention_mask: ``[batch, length]``, 0 at padding, left or right, of ids in one tensor: each row is a stream
+            of its own.
         engine: ``eager`` (and ``graph``): the plain model call. ``fused``: this library's kernels, on CUDA. ``auto``:
             fused where it runs; :func:`streaming_llm.resolve_block_engine` says which that is.
         return_hidden: also return the final hidden states ``[batch, length, hidden]``.
@@ -141,12 +145,18 @@ def score_stream(
 
     Returns:
         ``[batch, length - 1]`` in nats, float32, on the device of ``input_ids``; entry ``i`` is the loss of token
-        ``i + 1``. With ``return_hidden`` a pair; with ``on_block`` ``None``.
+        ``i + 1``, and 0 where that is padding or the first of its row. With ``return_hidden`` a pair; with
+        ``on_block`` ``None``.
 
     Raises:
         ValueError: an argument is out of range, the model cannot stream, or the stream is shorter than two tokens.
     """
     config = StreamingConfig.given(n_sink, window_size, config)
+    if attention_mask is not None:
+        if return_hidden or on_block is not None or not isinstance(input_ids, Tensor):
+            raise ValueError("attention_mask needs ids in one tensor, and neither return_hidden nor on_block")
+        _require_ids(input_ids)
+        return _score_rows(model, input_ids, attention_mask, config, block_size, engine)
     if block_size is None:
         block_size = default_block_size(config.window_size, model)
     require_int("block_size", block_size, 1)
@@ -168,6 +178,26 @@ def score_stream(
     if n_seen < 2:
         raise ValueError(f"a stream of at least two tokens is needed to score one, got {n_seen}")
     return None if on_block is not None else collected.result()
+
+
+def _score_rows(
+    model: nn.Module, ids: Tensor, mask: Tensor, config: StreamingConfig, block_size: int | None, engine: str
+) -> Tensor:
+    """Losses of padded rows, those that are as long together."""
+    rows = rows_of(ids, mask)
+    nll = torch.zeros(len(ids), ids.shape[1] - 1, dtype=torch.float32, device=ids.device)
+    alike: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        alike.setdefault(len(row), []).append(index)
+    with attached(model):
+        for length, group in alike.items():
+            if length < 2:
+                raise ValueError(f"at least two tokens are needed to score one, got {length} in row {group[0]}")
+            packed = torch.stack([rows[index] for index in group])
+            losses = score_stream(model, packed, block_size=block_size, config=config, engine=engine)
+            for index, of_row in zip(group, losses, strict=True):
+                nll[index, mask[index].nonzero()[1:, 0].to(nll.device) - 1] = of_row
+    return nll
 
 
 class _Collector:

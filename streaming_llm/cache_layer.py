@@ -231,12 +231,36 @@ class StreamingLayer(CacheLayerMixin):
             self.keys[:, :, :n_sink].copy_(self.sinks[:, :, :n_sink])
 
     def select(self, select: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor by ``select(tensor)``, which acts on the batch dimension."""
+        """Replace what every tensor holds by ``select(tensor)``, which acts on the batch dimension."""
         if not self.is_initialized:
             return
         with torch.inference_mode(False):
-            self.keys, self.values, self.sinks = select(self.keys), select(self.values), select(self.sinks)
+            for name in ("keys", "values", "sinks"):
+                before, selected = getattr(self, name), select(getattr(self, name))
+                if selected.shape == before.shape:
+                    before.copy_(selected)  # where a recorded step reads it
+                else:
+                    setattr(self, name, selected)
         self.batch_size = self.max_batch_size = self.keys.shape[0]
+
+    def take_rows(self, rows: list[int], progress: Progress) -> StreamingLayer:
+        """A layer of copies of these rows; an empty one, where nothing has been fed."""
+        layer = StreamingLayer(self.layout, self.rotation, progress, self.is_sliding)
+        if self.progress.n_seen:
+            with torch.inference_mode(False):
+                keys, values, sinks = self.keys[rows], self.values[rows], self.sinks[rows]
+            layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+            layer.keys, layer.values, layer.sinks = keys, values, sinks
+        return layer
+
+    def put_rows(self, rows: list[int], other: StreamingLayer, n_rows: int) -> None:
+        """Take over ``other``'s rows as these of ``n_rows``."""
+        if not self.is_initialized or self.batch_size != n_rows:
+            self.lazy_initialization(*(x[:1, :, :0].expand(n_rows, -1, -1, -1) for x in (other.keys, other.values)))
+        n_slots = other.keys.shape[2]
+        self.reserve(n_slots)
+        self.keys[rows, :, :n_slots], self.values[rows, :, :n_slots] = other.keys, other.values
+        self.sinks[rows] = other.sinks
 
     # The stream as a value
 

@@ -8,16 +8,19 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
 
 from . import saving
 from .attachment import Attachment
 from .config import StreamingConfig, require_int
+from .endings import Criterion, generate_until
 from .engines import make_engine, resolve_block_engine, resolve_engine
 from .engines.blocks import block_forward, feed
 from .families import lm_head, transformers_model
 from .kv_cache import StreamingKVCache
 from .placement import layer_devices, output_device
-from .sampling import Sampling
+from .rows import feed_rows, rows_of
+from .sampling import Ending, Sampling
 from .saved_cache import require_dtype
 from .stream_state import StreamState
 
@@ -113,18 +116,26 @@ class StreamingDecoder:
         return logits
 
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor, block_size: int | None = None) -> Tensor:
-        """Feed a prompt of any length, exactly as if token by token; goes on where the stream is.
+    def prefill(
+        self, input_ids: Tensor, block_size: int | None = None, *, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Feed prompts of any length, exactly as if token by token; goes on where the streams are.
 
         Args:
             input_ids: ``[batch, length]``, ``length >= 1``.
             block_size: tokens processed at a time; chosen for the device when ``None``.
+            attention_mask: ``[batch, length]``, 0 at padding, left or right: rows of unequal length, each a stream
+                of its own.
 
         Returns:
-            Logits ``[batch, vocab]`` of the last token, in the model's dtype.
+            Logits ``[batch, vocab]`` of each row's last token, in the model's dtype.
         """
         self._require_open()
-        hidden = feed(self._inner, self._cache, input_ids, block_size, self._forward)
+        if attention_mask is None and self._cache.progress.together:
+            hidden = feed(self._inner, self._cache, input_ids, block_size, self._forward)
+        else:
+            rows = rows_of(input_ids, attention_mask)
+            hidden = feed_rows(self._inner, self._cache, rows, block_size, self._forward)
         return self._keep(lm_head(self._inner, hidden)[:, -1])
 
     @torch.no_grad()
@@ -173,17 +184,27 @@ class StreamingDecoder:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        stopping_criteria: Criterion | None = None,
+        streamer: BaseStreamer | None = None,
     ) -> Tensor:
         """Sample tokens and feed each of them; with a graph, without coming back to the host per token.
 
         Args:
-            max_new_tokens: at least 1; there is no other end.
+            max_new_tokens: at least 1.
             temperature: divides the logits; 0 takes the most likely token.
             top_k, top_p: only the most likely tokens, so many or with so much probability together.
             seed: starts the random numbers anew; ``None`` goes on with them.
+            eos_token_id: tokens that end a row. They are fed; the row is filled with padding from there on, and its
+                stream stays there, whatever the other rows do.
+            pad_token_id: the padding; ``eos_token_id`` if not given.
+            stopping_criteria: Transformers' criteria, or any function ``(ids [batch, n], None) -> bool or [batch]``
+                of the ids generated in this call. What a row was fed behind its stop is taken back.
+            streamer: one of Transformers'; tokens reach it some at a time.
 
         Returns:
-            Token ids ``[batch, max_new_tokens]``, on the device.
+            Token ids ``[batch, n]``, on the device; ``n`` is ``max_new_tokens`` or that of the longest row.
 
         Raises:
             RuntimeError: nothing has been fed.
@@ -195,7 +216,13 @@ class StreamingDecoder:
             self._generator.seed()
         if seed is not None:
             self._generator.manual_seed(seed)
-        tokens, logits = self._engine.generate(logits, max_new_tokens, sampling, self._generator)
+        if eos_token_id is None and stopping_criteria is None and streamer is None:
+            tokens, logits = self._engine.generate(logits, max_new_tokens, sampling, self._generator)
+        else:
+            ending = Ending.of(logits, eos_token_id, pad_token_id)
+            tokens, logits = generate_until(
+                self._engine, logits, max_new_tokens, sampling, self._generator, ending, stopping_criteria, streamer
+            )
         self._keep(logits)
         return tokens
 

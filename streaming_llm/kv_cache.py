@@ -10,6 +10,7 @@ again and again would destroy it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -262,14 +263,14 @@ class StreamingKVCache(SaveableCache):
                 f"cannot go back from {seen} to {length} tokens: a streaming cache has evicted the tokens "
                 "that would be in the window then"
             )
-        self.take_back_to(length)
+        self.take_back([seen - length] * (self.batch_size or 1))
 
-    def take_back_to(self, n_seen: int) -> None:
-        """Go back to ``n_seen`` tokens, all of which are still stored."""
+    def take_back(self, n_tokens: Sequence[int]) -> None:
+        """Forget the last ``n_tokens`` of each row; what they had overwritten has to be there again."""
         for layer in self.layers:
             layer.put_sinks_back()
         self._changed()
-        self.progress.set((n_seen,), self.progress.offset)
+        self.progress.take_back(n_tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(lambda x: x.index_select(0, beam_idx.to(x.device)), lambda rows: beam_idx.tolist())
@@ -281,6 +282,25 @@ class StreamingKVCache(SaveableCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select(lambda x: x[indices.to(x.device)], lambda rows: torch.tensor(list(rows))[indices.cpu()].tolist())
+
+    def take_rows(self, rows: list[int], n_rows: int) -> StreamingKVCache:
+        """A cache of copies of these of its ``n_rows`` rows; an empty one, where nothing has been fed."""
+        part = copy.copy(self)
+        part._forward, part.progress = None, Progress()
+        part.layers = [layer.take_rows(rows, part.progress) for layer in self.layers]
+        progress = self.progress.of_rows(n_rows)
+        part.progress.set(*zip(*(progress[row] for row in rows), strict=True))
+        return part
+
+    def put_rows(self, rows: list[int], part: StreamingKVCache, n_rows: int) -> None:
+        """Take over ``part``'s rows as these of ``n_rows``; buffers that fit stay in place."""
+        for layer, of_part in zip(self.layers, part.layers, strict=True):
+            layer.put_rows(rows, of_part, n_rows)
+        progress = self.progress.of_rows(n_rows)
+        for row, of_row in zip(rows, part.progress.of_rows(len(rows)), strict=True):
+            progress[row] = of_row
+        self._changed()
+        self.progress.set(*zip(*progress, strict=True))
 
     def _select(self, of_tensor: Callable[[Tensor], Tensor], of_rows: Callable[[range], list[int]]) -> None:
         if not self.progress.together:
@@ -315,8 +335,8 @@ class StreamingKVCache(SaveableCache):
 
     @property
     def is_full(self) -> bool:
-        """Whether every row holds as many tokens as the next one attends to."""
-        return min(self.progress.seen) >= self.streaming_config.cache_size
+        """Whether every row holds, in every layer, as many tokens as the next one attends to."""
+        return min(self.progress.seen) >= max(layer.layout.config.cache_size for layer in self.layers)
 
     @property
     def batch_size(self) -> int | None:

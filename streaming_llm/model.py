@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from .attachment import Attachment
+from .attachment import Attachment, foreign_hooks
 from .config import StreamingConfig
-from .engines.blocks import feed
+from .engines import resolve_block_engine, resolve_engine
+from .engines.blocks import block_forward, feed
+from .engines.pool import EnginePool
 from .families import lm_head, transformers_model
-from .generation import (
-    GenerationForwards,
-    expand_size_of,
-    give_mask,
-    is_drafting,
-    refuse_arguments,
-    take_prompt,
-)
+from .generate_arguments import Prompt, expand_size_of, is_drafting, refuse_arguments, setting, take_prompt
+from .generation import GenerationForwards
 from .kv_cache import StreamingKVCache
+from .rows import feed_rows, rows_of
 
 
 class StreamingLLMWrapper:
@@ -37,17 +37,35 @@ class StreamingLLMWrapper:
         model: a Transformers causal language model of a supported family, loaded with ``sdpa`` or ``eager`` attention.
         n_sink, window_size: see :class:`StreamingConfig`, or
         config: both in one.
+        engine: how :meth:`generate` and :meth:`prefill` run: a name of :data:`streaming_llm.ENGINES`, or ``auto``, the
+            fastest of them that runs here.
+
+    Attributes:
+        engine: its name; never ``auto``.
+        engine_of_last_generate: what ran the single tokens of the last :meth:`generate`.
+        why_eager: where that was the plain model call instead of :attr:`engine`, why.
 
     Raises:
-        ValueError: a number is out of range, or the model cannot stream.
+        ValueError: a number is out of range, the model cannot stream, or the engine cannot run it.
     """
 
     def __init__(
-        self, model: nn.Module, n_sink: int = 4, window_size: int = 1020, *, config: StreamingConfig | None = None
+        self,
+        model: nn.Module,
+        n_sink: int = 4,
+        window_size: int = 1020,
+        engine: str = "auto",
+        *,
+        config: StreamingConfig | None = None,
     ) -> None:
         self.model = model
         self.streaming_config = StreamingConfig.given(n_sink, window_size, config)
         StreamingKVCache.from_model(model, config=self.streaming_config)  # refuse now what cannot stream
+        self.engine = resolve_engine(model, engine)
+        self.engine_of_last_generate: str | None = None
+        self.why_eager: str | None = None
+        self._block = block_forward(model, resolve_block_engine(model, self.engine))
+        self._engines = EnginePool(model, self.engine)
         self._attachment: Attachment | None = None
 
     def __enter__(self) -> StreamingLLMWrapper:
@@ -75,14 +93,25 @@ class StreamingLLMWrapper:
         return self.model(*args, **kwargs)
 
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor, cache: StreamingKVCache, block_size: int | None = None) -> Tensor:
-        """Feed a prompt ``[batch, length]`` of any length to ``cache``, in memory that does not grow with it.
+    def prefill(
+        self,
+        input_ids: Tensor,
+        cache: StreamingKVCache,
+        block_size: int | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Feed prompts ``[batch, length]`` of any length to ``cache``, in memory that does not grow with it.
+
+        Args:
+            attention_mask: ``[batch, length]``, 0 at padding, left or right.
 
         Returns:
-            Logits ``[batch, vocab]`` of the last token, in the model's dtype.
+            Logits ``[batch, vocab]`` of each row's last token, in the model's dtype.
         """
         self._require_entered()
-        hidden = feed(self.model, cache, input_ids, block_size)
+        rows = rows_of(input_ids, attention_mask)
+        hidden = feed_rows(self.model, cache, rows, block_size, self._block)
         return lm_head(transformers_model(self.model), hidden)[:, -1]
 
     def generate(self, inputs: Tensor | None = None, *, continues: bool = False, **kwargs):
@@ -109,33 +138,80 @@ class StreamingLLMWrapper:
         lookup) that were wrong are taken back exactly; an assistant's own cache is an ordinary one and grows.
 
         Args:
-            inputs: ids ``[batch, length]`` (or ``input_ids=``, ``inputs_embeds=``) of sequences of equal length. Rows
-                that end early are filled with the padding token, which then belongs to their stream.
+            inputs: ids ``[batch, length]`` (or ``input_ids=``, ``inputs_embeds=``). ``attention_mask`` hides padding,
+                left or right: each row is a stream of its own. Rows that end early are filled with the padding token,
+                which then belongs to their stream.
             continues: the ids are those that the cache has not seen.
 
         Raises:
-            ValueError: a prompt is padded (``attention_mask`` hides tokens), or an argument would not stream exactly.
+            ValueError: an argument would not stream exactly.
         """
         self._require_entered()
         given = kwargs.pop("past_key_values", None)
         cache = self.new_cache() if given is None else given
         model = transformers_model(self.model)
         refuse_arguments(model, cache, continues, kwargs)
-        n_seen = cache.get_seq_length()
         prompt = take_prompt(inputs, kwargs, cache, continues)
         if prompt is not None:
-            give_mask(prompt, kwargs)
             kwargs[prompt.name] = prompt.tokens
         kwargs["cache_implementation"] = None  # the one that a model's generation configuration may name
-        first, expand_size = n_seen if continues else 0, expand_size_of(model, kwargs)
-        with GenerationForwards(model, cache, prompt, first, expand_size, is_drafting(model, kwargs)) as forwards:
-            output = self.model.generate(past_key_values=forwards.view, **kwargs)
-        if getattr(output, "past_key_values", None) is forwards.view:
-            output.past_key_values = forwards.working
+        expand_size = expand_size_of(model, kwargs)
+        output = self.run_generation(
+            lambda view: self.model.generate(past_key_values=view, **kwargs), cache, prompt, expand_size, kwargs
+        )
         sequences = getattr(output, "sequences", output)
         if continues and expand_size > 1:  # the stream goes on with the best beam
-            for tokens in prompt.left_to_feed(sequences):
-                feed(self.model, cache, tokens)
+            self._feed_best(prompt, cache, sequences)
         if continues or expand_size == 1:
-            cache.set_pending(sequences[:, -1])
+            cache.set_pending(sequences[:, -1].clone())
         return output
+
+    def run_generation(
+        self,
+        generate: Callable[[StreamingKVCache], Any],
+        cache: StreamingKVCache,
+        prompt: Prompt | None,
+        expand_size: int,
+        kwargs: dict[str, Any],
+    ):
+        """Run ``generate(view)``, whose forwards with the view go to ``cache``.
+
+        Args:
+            expand_size: rows that it makes of each row of the prompt.
+            kwargs: its arguments.
+
+        Returns:
+            What it returns, with the cache in place of the view.
+        """
+        model = transformers_model(self.model)
+        drafts = is_drafting(model, kwargs)
+        self.why_eager = self._why_plain_call(model, drafts, kwargs)
+        self.engine_of_last_generate = "eager" if self.why_eager else self.engine
+        engines = None if self.engine_of_last_generate == "eager" else self._engines
+        with GenerationForwards(
+            model, cache, prompt, expand_size=expand_size, drafts=drafts, block=self._block, engines=engines
+        ) as forwards:
+            output = generate(forwards.view)
+        if getattr(output, "past_key_values", None) is forwards.view:
+            output.past_key_values = forwards.working
+        return output
+
+    def _why_plain_call(self, model: nn.Module, drafts: bool, kwargs: dict[str, Any]) -> str | None:
+        """Why the engine cannot run a call of ``generate``."""
+        asked = [name for name in ("output_attentions", "output_hidden_states") if setting(model, kwargs, name)]
+        asked += [name for name in ("output_attentions", "output_hidden_states") if getattr(model.config, name, None)]
+        if asked:
+            return f"{asked[0]} asks for what only the model's own call gives"
+        if drafts:
+            return "drafted tokens are fed several at a time"
+        if foreign_hooks(model):
+            return "hooks are registered on the model's modules"
+        return None
+
+    def _feed_best(self, prompt: Prompt, cache: StreamingKVCache, sequences: Tensor) -> None:
+        """What a cache that has seen all but the last of the prompt lacks of all but the last of the best sequence."""
+        last = torch.stack([row[-1:] for row in prompt.unseen()])
+        feed(self.model, cache, last, forward=self._block)
+        n_repeated = prompt.length if prompt.name == "input_ids" else 0  # generate() returns ids alone
+        if sequences.shape[1] > n_repeated + 1:
+            feed(self.model, cache, sequences[:, n_repeated:-1], forward=self._block)

@@ -110,6 +110,12 @@ class Progress:
         self.seen = tuple(n + n_tokens for n in self.seen)
         self.version += 1
 
+    def take_back(self, n_tokens: Iterable[int]) -> None:
+        """Each row has been fed so many tokens less."""
+        n_tokens = list(n_tokens)
+        rows = self.of_rows(len(n_tokens))
+        self.set((seen - n for (seen, _), n in zip(rows, n_tokens, strict=True)), (offset for _, offset in rows))
+
     def move(self, distance: int) -> None:
         """Every stream's position is shifted by ``distance``."""
         self.set(self.seen, (n + distance for n in self.offset))

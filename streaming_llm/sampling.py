@@ -1,4 +1,4 @@
-"""The next token from logits, with tensor operations alone: nothing waits for the device."""
+"""The next token from logits, and which tokens end a row, with tensor operations alone: nothing waits."""
 
 from __future__ import annotations
 
@@ -52,3 +52,48 @@ class Sampling:
         noise = torch.empty_like(probabilities).exponential_(generator=generator)
         choice = (probabilities / noise).argmax(-1, keepdim=True)
         return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
+
+
+@dataclass
+class Ending:
+    """Tokens that end a row.
+
+    Args:
+        eos_token_ids: ``[n]``, int64, on the device of the logits; may be empty.
+        pad_token_id: what fills rows that have ended; a tensor ``[1]`` in a recorded step.
+        active: boolean ``[batch]``: rows that go on; changed in place by engines.
+    """
+
+    eos_token_ids: Tensor
+    pad_token_id: int | Tensor
+    active: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, eos_token_id: int | list[int] | None, pad_token_id: int | None) -> Ending:
+        """Of a batch with these ``logits``.
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        pad = (eos or [0])[0] if pad_token_id is None else pad_token_id
+        outside = [token for token in (*eos, pad) if not 0 <= token < logits.shape[-1]]
+        if outside:
+            raise ValueError(f"token id {outside[0]} is outside the model's vocabulary of {logits.shape[-1]}")
+        active = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        return cls(torch.tensor(eos, dtype=torch.int64, device=logits.device), pad, active)
+
+    def copy_(self, other: Ending) -> None:
+        """Become ``other`` in place, of tensors that a recorded step reads."""
+        n_eos = len(other.eos_token_ids)
+        if n_eos > len(self.eos_token_ids):
+            raise ValueError(f"at most {len(self.eos_token_ids)} tokens can end a row, got {n_eos}")
+        self.eos_token_ids.fill_(-1)[:n_eos] = other.eos_token_ids
+        self.pad_token_id.fill_(other.pad_token_id)
+        self.active.copy_(other.active)
+
+    def fed_of_each_row(self, tokens: Tensor) -> list[int]:
+        """How many of new ``tokens`` ``[batch, n]`` each row is fed: up to its first end; none if it has ended."""
+        is_end = torch.isin(tokens, self.eos_token_ids)
+        first = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1])
+        return torch.where(self.active, first, 0).tolist()

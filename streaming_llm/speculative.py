@@ -1,64 +1,71 @@
-"""Taking back drafted tokens: what a block overwrites in the ring is kept until the block is known to stay.
+"""Taking back tokens: what they overwrite in the ring is kept until they are known to stay.
 
-Assisted decoding feeds a draft, and crops the cache to the tokens that were right. A ring has overwritten its oldest
-tokens by then.
+Assisted decoding feeds a draft, and crops the cache to the tokens that were right; a criterion is looked at after some
+tokens more have been generated. A ring has overwritten its oldest tokens by then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from .kv_cache import StreamingKVCache
-from .positions import Segment
 
 
 class OverwrittenSlots:
-    """The slots of the latest block of tokens as they were before it, in every layer.
+    """The slots of the next tokens of every row as they were before these, in every layer.
 
     Args:
-        cache: the cache about to be fed; a single stream.
-        n_tokens: length of the block.
+        cache: the cache about to be fed.
+        n_tokens: how many.
 
     Raises:
-        ValueError: the block is so long that it overwrites tokens of its own.
+        ValueError: they are so many that they overwrite tokens of their own.
     """
 
     def __init__(self, cache: StreamingKVCache, n_tokens: int) -> None:
-        self.start = cache.progress.seen[0]
-        self.end = self.start + n_tokens
-        self._kept: list[list[tuple[Segment, Tensor, Tensor]]] = []  # per layer: keys and values of runs of slots
+        self._n_tokens = n_tokens
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # per layer: slots, keys, values
+        self._start = [0]
+        if cache.batch_size is None or not cache.n_seen:
+            return  # what is held goes back to nothing
+        progress = cache.progress.of_rows(cache.batch_size)
+        self._start = [seen for seen, _ in progress]
+        rows = torch.arange(cache.batch_size)[:, None]
         for layer in cache.layers:
-            kept = []
-            if self.end > layer.layout.capacity and layer.is_initialized:  # else nothing is overwritten
-                window_size = layer.layout.config.window_size
-                if n_tokens > window_size + 1:
-                    raise ValueError(
-                        f"{n_tokens} drafted tokens at once cannot be taken back from a window of {window_size}: "
-                        "draft fewer (num_assistant_tokens, prompt_lookup_num_tokens)"
-                    )
-                layer.reserve(layer.layout.capacity)
-                for run in layer.layout.segments(range(self.start, self.end)):
-                    slots = slice(run.slot, run.slot + run.length)
-                    kept.append((run, layer.keys[:, :, slots].clone(), layer.values[:, :, slots].clone()))
-            self._kept.append(kept)
+            window_size, capacity = layer.layout.config.window_size, layer.layout.capacity
+            end = cache.n_seen + n_tokens
+            if n_tokens > window_size + 1 and end > capacity:
+                raise ValueError(
+                    f"{n_tokens} drafted tokens at once cannot be taken back from a window of {window_size}: "
+                    "draft fewer (num_assistant_tokens, prompt_lookup_num_tokens)"
+                )
+            layer.reserve(min(end, capacity))
+            slots = [[layer.layout.slot(seen + i) for i in range(n_tokens)] for seen, _ in progress]
+            slots = torch.tensor(slots, device=layer.device)
+            at = rows.to(layer.device), slice(None), slots
+            self._kept.append((slots, layer.keys[at], layer.values[at]))
 
-    def take_back(self, cache: StreamingKVCache, n_tokens: int) -> None:
-        """Forget the last ``n_tokens`` of the block.
+    def take_back(self, cache: StreamingKVCache, n_tokens: Sequence[int]) -> None:
+        """Forget the last ``n_tokens`` of each row.
 
         Raises:
-            ValueError: they are more than the block, or others have been fed since.
+            ValueError: they are more than were fed, or others have been fed since.
         """
-        n_seen = cache.progress.seen[0]
-        if all(n_seen <= layer.layout.capacity for layer in cache.layers):
-            cache.crop(-n_tokens)
+        if not self._kept:
+            cache.crop(-n_tokens[0])
             return
-        if n_seen != self.end or n_tokens > self.end - self.start or not any(self._kept):
-            raise ValueError(f"cannot take back {n_tokens} of {n_seen} tokens: the ones evicted for them are gone")
-        for layer, kept in zip(cache.layers, self._kept, strict=True):
-            for run, keys, values in kept:
-                skipped = max(0, n_seen - n_tokens - run.token)  # those that stay
-                if skipped < run.length:
-                    target = slice(run.slot + skipped, run.slot + run.length)
-                    layer.keys[:, :, target] = keys[:, :, skipped:]
-                    layer.values[:, :, target] = values[:, :, skipped:]
-        cache.take_back_to(n_seen - n_tokens)
+        fed = [
+            seen - start for (seen, _), start in zip(cache.progress.of_rows(len(n_tokens)), self._start, strict=True)
+        ]
+        if max(fed) > self._n_tokens or any(n > of_row for n, of_row in zip(n_tokens, fed, strict=True)):
+            raise ValueError(f"cannot take back {max(n_tokens)} tokens: the ones evicted for them are gone")
+        pairs = [(row, of_row - 1 - i) for row, of_row in enumerate(fed) for i in range(n_tokens[row])]
+        rows, places = zip(*pairs, strict=True)
+        for layer, (slots, keys, values) in zip(cache.layers, self._kept, strict=True):
+            at = torch.tensor(rows, device=slots.device), torch.tensor(places, device=slots.device)
+            layer.keys[at[0], :, slots[at]] = keys[at]
+            layer.values[at[0], :, slots[at]] = values[at]
+        cache.take_back(n_tokens)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_ids, make_neox
 from reference import reference_logits
+from streams import decode
 from transformers import Cache, GPT2Config, OPTConfig
 
 from streaming_llm import StreamingConfig, StreamingKVCache, StreamingLLMWrapper
@@ -18,13 +19,6 @@ from streaming_llm.sinks import MovingSinks, SinkRotation
 from streaming_llm.speculative import OverwrittenSlots
 
 CONFIGS = [(4, 60), (0, 60), (1, 60), (4, 1), (0, 1), (4, 600)]  # the last never fills
-
-
-@torch.no_grad()
-def decode(model, cache, ids: torch.Tensor) -> torch.Tensor:
-    """Logits ``[batch, length, vocab]`` of the ids fed one by one."""
-    steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(ids.shape[1])]
-    return torch.cat(steps, dim=1)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -164,7 +158,7 @@ def test_other_tokens_become_the_sinks_after_a_crop():
         model(other[:, :63], past_key_values=cache, use_cache=True)
         overwritten = OverwrittenSlots(cache, 5)
         model(other[:, 63:], past_key_values=cache, use_cache=True)  # evicts, so that the sinks are kept
-        overwritten.take_back(cache, 5)
+        overwritten.take_back(cache, [5])
         cache.crop(2)
         logits = decode(model, cache, ids[:, 2:])
     assert (logits - reference[:, 2:]).abs().max() < 5e-6

@@ -169,8 +169,9 @@ def refuse_padding(attention_mask: Tensor | None) -> None:
     """Raise ``ValueError`` if a padding mask ``[batch, length]`` hides a token."""
     if attention_mask is not None and not bool(torch.all(attention_mask)):
         raise ValueError(
-            "attention_mask hides tokens: a stream cannot be padded. Give all sequences of a batch the same length, "
-            "or run them one by one"
+            "attention_mask hides tokens, which one forward over all rows cannot leave out: use stream.generate(), "
+            "stream.prefill(), StreamingDecoder or score_stream(), which take each row by itself, or give all rows of "
+            "a batch the same length"
         )
 
 

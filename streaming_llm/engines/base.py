@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..kv_cache import StreamingKVCache
 from ..losses import cross_entropy
 from ..placement import input_device
-from ..sampling import Sampling
+from ..sampling import Ending, Sampling
 
 
 class Engine(ABC):
@@ -26,6 +26,8 @@ class Engine(ABC):
     """
 
     name: str
+    runs_alone = False
+    """Whether several tokens are generated without the host."""
 
     def __init__(self, model: nn.Module, cache: StreamingKVCache) -> None:
         self.model, self.cache = model, cache
@@ -44,13 +46,29 @@ class Engine(ABC):
         return torch.stack(losses, dim=1), logits
 
     def generate(
-        self, logits: Tensor, n: int, sampling: Sampling, generator: torch.Generator | None
+        self,
+        logits: Tensor,
+        n: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+        ending: Ending | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``n`` tokens ``[batch, n]``, each chosen from the logits before it and fed; and the last logits."""
+        """``n`` tokens ``[batch, n]``, each chosen from the logits before it and fed; and the last logits.
+
+        Args:
+            ending: rows that have ended are given padding; their streams and logits stay where they ended.
+        """
         tokens = []
         for _ in range(n):
-            tokens.append(sampling.choose(logits, generator))
-            logits = self.step(tokens[-1])
+            token = sampling.choose(logits, generator)
+            if ending is None:
+                logits = self.step(token)
+            else:
+                token = torch.where(ending.active, token, ending.pad_token_id)
+                logits = torch.where(ending.active[:, None], self.step(token), logits)
+                self.cache.progress.take_back((~ending.active).int().tolist())
+                ending.active &= ~torch.isin(token, ending.eos_token_ids)
+            tokens.append(token)
         return torch.stack(tokens, dim=1), logits
 
 

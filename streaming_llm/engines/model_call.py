@@ -22,6 +22,10 @@ class ModelCall(RecordedStep):
         self._cache = DeviceCache(cache, static.tokens.device)
         self._call = self._model_call
 
+    @property
+    def seen(self) -> Tensor:
+        return self._cache.seen
+
     def load(self) -> None:
         self._cache.load()
 

@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ..cache_forward import BROKEN
 from ..kv_cache import StreamingKVCache
 from ..losses import cross_entropy
 from ..placement import output_device
-from ..sampling import Sampling
+from ..sampling import Ending, Sampling
 from .base import EagerEngine, Engine
 from .recorder import Recording
 
@@ -28,6 +29,9 @@ CHUNK = 1024
 
 MAX_RECORDINGS = 8
 """Recordings that are kept: a step, a scored token, and a sampled one for each of the latest settings."""
+
+MAX_EOS = 16
+"""Tokens that may end a row in a recorded step."""
 
 
 class StaticTensors:
@@ -39,6 +43,7 @@ class StaticTensors:
         chunk: ids ``[batch, CHUNK]`` that are given to score, or were generated.
         losses: ``[batch, CHUNK]``, float32 or better.
         index: int64 ``[1]``, the place in the chunk.
+        ending: when rows end; of no effect where it is not recorded.
     """
 
     def __init__(self, batch: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -47,6 +52,9 @@ class StaticTensors:
         self.chunk = torch.zeros(batch, CHUNK, dtype=torch.int64, device=device)
         self.losses = torch.zeros(batch, CHUNK, dtype=torch.promote_types(dtype, torch.float32), device=device)
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
+        eos = torch.full((MAX_EOS,), -1, dtype=torch.int64, device=device)
+        pad = torch.zeros(1, dtype=torch.int64, device=device)
+        self.ending = Ending(eos, pad, torch.ones(batch, dtype=torch.bool, device=device))
 
     def start(self, logits: Tensor) -> None:
         """Begin a chunk after these logits."""
@@ -70,6 +78,9 @@ class RecordedStep(ABC):
     from_any_fill = False
     """Whether it runs on a cache that is not full."""
 
+    seen: Tensor
+    """Tokens that each row has been fed, int64 ``[batch]``, on the device: read and advanced by :meth:`run`."""
+
     @abstractmethod
     def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None: ...
 
@@ -92,7 +103,7 @@ class RecordedEngine(Engine):
 
     def __init__(self, model: nn.Module, cache: StreamingKVCache, name: str, make_step: type[RecordedStep]) -> None:
         super().__init__(model, cache)
-        self.name = name
+        self.name, self.runs_alone = name, True
         self._make_step = make_step
         self._eager = EagerEngine(model, cache)
         self._adapters: list[nn.Module] = []
@@ -123,20 +134,37 @@ class RecordedEngine(Engine):
         return torch.cat(losses, dim=1), logits
 
     def generate(
-        self, logits: Tensor, n: int, sampling: Sampling, generator: torch.Generator | None
+        self,
+        logits: Tensor,
+        n: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+        ending: Ending | None = None,
     ) -> tuple[Tensor, Tensor]:
         tokens = []
         while n and not self._bind():
-            token, logits = super().generate(logits, 1, sampling, generator)
+            token, logits = super().generate(logits, 1, sampling, generator, ending)
             tokens, n = [*tokens, token], n - 1
         for start in range(0, n, CHUNK):
             count, static = min(CHUNK, n - start), self._static
             static.start(logits)
-            key = ("generate", sampling, id(generator))
-            self._replay(key, lambda: self._generate_one(sampling, generator), count, generator)
+            if ending is not None:
+                static.ending.copy_(ending)
+            key = ("generate", sampling, id(generator), ending is not None)
+            recorded = None if ending is None else static.ending
+            self._replay(key, partial(self._generate_one, sampling, generator, recorded), count, generator)
             tokens.append(static.chunk[:, :count].clone())
             logits = static.logits.clone()
+            if ending is not None:
+                self._hold_rows(ending.fed_of_each_row(tokens[-1]), count)
+                ending.active.copy_(static.ending.active)
         return torch.cat(tokens, dim=1), logits
+
+    def _hold_rows(self, fed: list[int], count: int) -> None:
+        """Of the tokens of a chunk, rows that have ended were fed fewer, as the device knows."""
+        if min(fed) < count:
+            self.cache.progress.take_back([count - n for n in fed])
+            self._bound = self.cache.progress.version, self._bound[1]
 
     def _score_one(self) -> None:
         static = self._static
@@ -145,12 +173,19 @@ class RecordedEngine(Engine):
         static.index += 1
         self._step.run()
 
-    def _generate_one(self, sampling: Sampling, generator: torch.Generator | None) -> None:
-        static = self._static
-        static.tokens.copy_(sampling.choose(static.logits, generator))
-        static.chunk.index_copy_(1, static.index, static.tokens.unsqueeze(1))
+    def _generate_one(self, sampling: Sampling, generator: torch.Generator | None, ending: Ending | None) -> None:
+        static, before = self._static, None
+        token = sampling.choose(static.logits, generator)
+        if ending is not None:
+            token, before = torch.where(ending.active, token, ending.pad_token_id), static.logits.clone()
+        static.tokens.copy_(token)
+        static.chunk.index_copy_(1, static.index, token.unsqueeze(1))
         static.index += 1
         self._step.run()
+        if ending is not None:
+            static.logits.copy_(torch.where(ending.active[:, None], static.logits, before))
+            self._step.seen.sub_((~ending.active).long())
+            ending.active &= ~torch.isin(token, ending.eos_token_ids)
 
     # The recorded step and the stream
 
@@ -208,7 +243,7 @@ class RecordedEngine(Engine):
     def _record(self, call: Callable[[], None], generator: torch.Generator | None) -> Recording:
         """Record ``call`` and put back what its trial runs have changed."""
         static, start = self._static, time.perf_counter()
-        saved = [(x, x.clone()) for x in (static.tokens, static.logits, static.chunk)]
+        saved = [(x, x.clone()) for x in (static.tokens, static.logits, static.chunk, static.ending.active)]
         random_state = None if generator is None else generator.get_state()
         device = static.tokens.device
         # Trial runs write the slot of the token at hand, which the first real step writes again.
