@@ -25,6 +25,10 @@ HALF = [torch.bfloat16, torch.float16]
 COVERED = [case for case in CASES if available(case)]
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @functools.cache
 def ids_of(batch: int) -> torch.Tensor:
     return torch.randint(VOCAB, (batch, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -43,7 +47,7 @@ def exact(case: str, dtype: torch.dtype, batch: int, n_sink: int) -> torch.Tenso
 def stepped(model, engine: str, batch: int, n_sink: int, prompt: int) -> torch.Tensor:
     """Logits ``[batch, LENGTH - prompt + 1, vocab]``: after the prompt, and after each token that follows it."""
     ids = ids_of(batch).cuda()
-    with StreamingDecoder(model, n_sink, W, engine) as decoder:
+    with StreamingDecoder(model, n_sink, W, engine=engine) as decoder:
         logits = [decoder.prefill(ids[:, :prompt]), *(decoder.step(token) for token in ids[:, prompt:].unbind(1))]
         assert decoder.engine == engine
     return torch.stack(logits, dim=1).cpu()
@@ -71,7 +75,7 @@ def test_steps_in_float32(case, batch, n_sink, prompt, engine):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
 @pytest.mark.parametrize("case", COVERED)
 def test_steps_in_half_precision(case, dtype, batch):
     model = model_of(case, dtype).cuda()
@@ -83,7 +87,7 @@ def test_steps_in_half_precision(case, dtype, batch):
     assert max(errors.values()) < 1.1 * errors["eager"], errors
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=name_of)
 @pytest.mark.parametrize("case", COVERED)
 def test_blocks(case, dtype):
     model = model_of(case, dtype).cuda()
