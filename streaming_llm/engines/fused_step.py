@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..fused import fused_step
 from ..kv_cache import StreamingKVCache
@@ -17,6 +17,10 @@ class FusedStep(RecordedStep):
     def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None:
         self._static = static
         self._forward = fused_step(model, cache, own_attention=self.own_attention, logits=static.logits)
+
+    @property
+    def seen(self) -> Tensor:
+        return self._forward.rings.seen
 
     def load(self) -> None:
         self._forward.load()

@@ -95,16 +95,17 @@ class BlockForward:
             self._built_for, self._recipe = built_for, recipe_of(self.model)
         return self._recipe
 
-    def __call__(self, input_ids: Tensor, cache: StreamingKVCache | None = None) -> Tensor:
-        """Final hidden states ``[batch, length, hidden]`` of ``input_ids`` ``[batch, length]``.
+    def __call__(self, tokens: Tensor, cache: StreamingKVCache | None = None) -> Tensor:
+        """Final hidden states ``[batch, length, hidden]``.
 
         Args:
-            cache: the stream that they continue; ``None``: plain causal attention over themselves.
+            tokens: ids ``[batch, length]``, or embeddings ``[batch, length, hidden]``.
+            cache: the streams that they continue, all equally far; ``None``: plain causal attention over themselves.
         """
-        recipe, length = self.recipe, input_ids.shape[1]
+        recipe, length = self.recipe, tokens.shape[1]
         if cache is not None:
             cache.begin(length, attached=True)
-        angles = _Angles(0 if cache is None else cache.get_seq_length(), length, input_ids.device)
+        angles = _Angles(0 if cache is None else cache.get_seq_length(), length, tokens.device)
 
         def attend(index: int, x: Tensor) -> Tensor:
             attention = recipe.layers[index].attention
@@ -113,7 +114,11 @@ class BlockForward:
                 out = _attended(*heads, attention, index, cache)
             return product(out.transpose(1, 2).flatten(2), attention.output)
 
-        hidden = through_layers(recipe, F.embedding(input_ids, recipe.embedding), attend, recipe.embedding_scale)
+        if tokens.dim() == 2:
+            x, factor = F.embedding(tokens, recipe.embedding), recipe.embedding_scale
+        else:
+            x, factor = tokens.contiguous(), recipe.given_scale
+        hidden = through_layers(recipe, x, attend, factor)
         if cache is not None:
             cache.end()
         return hidden

@@ -188,13 +188,15 @@ def recipe_of(model: nn.Module) -> Recipe:
     layers = getattr(decoder, names.layers)
     _require_own(layers, names, family_of(model.config).module_name)
     per_layer = zip(layers, rotaries_from_model(model), layer_windows(model.config), strict=True)
-    embedding = model.get_input_embeddings().weight
+    table = model.get_input_embeddings()
+    embedding = table.weight
     scale = names.embedding_scale(config)
     if names.plus_one:  # Gemma's, rounded as its forward rounds it
         scale = torch.tensor(scale, dtype=embedding.dtype).item()
     return Recipe(
         embedding=embedding,
         embedding_scale=scale,
+        given_scale=1.0 if hasattr(table, "embed_scale") else scale,
         layers=tuple(_layer(layer, names, config, rotary, window) for layer, rotary, window in per_layer),
         norm=norm_of(getattr(decoder, names.final_norm), names.plus_one),
         output=linear_of(model.get_output_embeddings()),

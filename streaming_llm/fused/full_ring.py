@@ -43,7 +43,7 @@ def _rotate_and_store(
     qkv = qkv_ptr + row * QKV_WIDTH
     rstd = 0.0
     if part == 0:
-        slot = tl.load(counters_ptr + row * 4 + 3)
+        slot = tl.load(counters_ptr + row * 2 + 1)
         if NORM == "all":
             rstd = all_heads_rstd(qkv + K_START * HEAD_DIM, k_eps, KV_HEADS * HEAD_DIM, 1024)
         key, partner = load_head(

@@ -193,6 +193,7 @@ class Recipe:
     Args:
         embedding: ``[vocab, hidden]``.
         embedding_scale: factor on a token's row.
+        given_scale: factor on embeddings that are given in place of tokens.
         norm: of the final hidden states.
         output: the output layer; its weight may be ``embedding``.
         logit_scale: factor on what it gives.
@@ -201,6 +202,7 @@ class Recipe:
 
     embedding: Tensor
     embedding_scale: float
+    given_scale: float
     layers: tuple[Layer, ...]
     norm: Norm
     output: Linear

@@ -91,7 +91,7 @@ def _ring_attention(
     inside = dims < HEAD_DIM
     k_ptr += ring * CAPACITY * HEAD_DIM
     v_ptr += ring * CAPACITY * HEAD_DIM
-    counters_ptr += row * 4
+    counters_ptr += row * 2
     angles_ptr += row * 6 * WIDTH
     first = split * SPLIT_LEN
     last = tl.where(split == SPLITS - 1, CAPACITY, first + SPLIT_LEN)
@@ -101,7 +101,7 @@ def _ring_attention(
     in_ring = (token < last)[:, None] & inside[None, :]
     key, value = tl.load(k_ptr + at, in_ring, 0.0), tl.load(v_ptr + at, in_ring, 0.0)
     wait_for_input(PDL)
-    now, slot = tl.load(counters_ptr + 2), tl.load(counters_ptr + 3)
+    now, slot = tl.load(counters_ptr), tl.load(counters_ptr + 1)
     qkv = qkv_ptr + row * QKV_WIDTH
     q_rstd = 0.0
     k_rstd = 0.0

@@ -19,10 +19,6 @@ from ..positions import Progress, StreamLayout
 from ..rope_utils import Rotary
 from .launch import launch
 
-SEEN, OFFSET, NOW, SLOT = range(4)
-"""Counters of a stream: tokens seen, position of its first token, number and slot of the token at hand."""
-
-
 @dataclass(frozen=True, eq=False)
 class RingState:
     """What the kernels of a layer read.
@@ -30,7 +26,7 @@ class RingState:
     Attributes:
         layout: which tokens the layer keeps, and where.
         rotary: the layer's rotation.
-        counters: int64 ``[batch, 4]``, see :data:`SEEN`.
+        counters: int64 ``[batch, 2]``: number and slot of the token at hand.
         angles: float32 ``[batch, 6, at least rotary_dim / 2]``, computed in float64: cosine and sine of the query's
             position, of the position from which it sees the sinks as first rotated, and of the turn that the sinks
             have made. The first two have the rotation's factor.
@@ -51,6 +47,8 @@ class Rings:
     """The states of the layers of a cache.
 
     Attributes:
+        seen: tokens that each row has been fed, int64 ``[batch]``: advanced by each step.
+        offset: position of its first token, likewise.
         states: the different ones.
         of_layer: for each layer its own.
     """
@@ -59,7 +57,8 @@ class Rings:
         kinds = list(dict.fromkeys((layer.layout, layer.rotation) for layer in layers))
         rotaries = [rotation.rotary for _, rotation in kinds]
         self.width = max(1, *(rotary.inv_freq.shape[0] for rotary in rotaries))
-        self.counters = torch.zeros(len(kinds), batch, 4, dtype=torch.int64, device=device)
+        self.seen, self.offset = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
+        self.counters = torch.zeros(len(kinds), batch, 2, dtype=torch.int64, device=device)
         self.angles = torch.zeros(len(kinds), batch, 6, self.width, dtype=torch.float32, device=device)
         configs = [layout.config for layout, _ in kinds]
         self.sizes = torch.tensor([(c.n_sink, c.window_size) for c in configs], device=device)
@@ -75,41 +74,45 @@ class Rings:
 
     def set(self, progress: Progress) -> None:
         """Put the streams where the host says they are."""
-        rows = progress.of_rows(self.counters.shape[1])
-        self.counters[:, :, :2] = torch.tensor(rows, dtype=torch.int64)
+        seen, offset = torch.tensor(progress.of_rows(len(self.seen)), dtype=torch.int64).unbind(1)
+        self.seen.copy_(seen)
+        self.offset.copy_(offset)
 
 
 @triton.jit
 def _begin_step(
-    tokens_ptr, tokens_step, table_ptr, x_ptr, scale, counters_ptr, angles_ptr, sizes_ptr, factors_ptr, inv_freq_ptr,
+    tokens_ptr, tokens_step, table_ptr, x_ptr, scale, seen_ptr, offset_ptr, counters_ptr, angles_ptr,
+    sizes_ptr, factors_ptr, inv_freq_ptr,
     STATES: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    batch, part = tl.program_id(0), tl.program_id(1)
-    if part < STATES:
-        at = counters_ptr + (part * tl.num_programs(0) + batch) * 4
-        now, offset = tl.load(at), tl.load(at + 1)
-        n_sink, window = tl.load(sizes_ptr + 2 * part), tl.load(sizes_ptr + 2 * part + 1)
-        tl.store(at, now + 1)
-        tl.store(at + 2, now)
-        tl.store(at + 3, tl.where(now < n_sink, now, n_sink + (now - n_sink) % (window + 1)))
-        in_cache = tl.minimum(now, n_sink + window)
+    row, part = tl.program_id(0), tl.program_id(1)
+    if part == 0:
+        now, offset = tl.load(seen_ptr + row), tl.load(offset_ptr + row)
+        tl.store(seen_ptr + row, now + 1)
         which = tl.arange(0, 4)[:, None]  # a power of two; the last one is not used
-        position = tl.where(which == 0, now + offset, tl.where(which == 1, in_cache + offset, now - in_cache))
         pair = tl.arange(0, WIDTH_P)[None, :]
         inside = (pair < WIDTH) & (which < 3)
-        angle = position.to(tl.float64) * tl.load(inv_freq_ptr + part * WIDTH + pair, pair < WIDTH, 0.0)
-        factor = tl.where(which < 2, tl.load(factors_ptr + part), 1.0)
-        to = angles_ptr + ((part * tl.num_programs(0) + batch) * 6 + which * 2) * WIDTH + pair
-        tl.store(to, (tl.cos(angle) * factor).to(tl.float32), inside)
-        tl.store(to + WIDTH, (tl.sin(angle) * factor).to(tl.float32), inside)
+        for state in tl.static_range(STATES):
+            place = state * tl.num_programs(0) + row
+            n_sink, window = tl.load(sizes_ptr + 2 * state), tl.load(sizes_ptr + 2 * state + 1)
+            slot = tl.where(now < n_sink, now, n_sink + (now - n_sink) % (window + 1))
+            tl.store(counters_ptr + place * 2, now)
+            tl.store(counters_ptr + place * 2 + 1, slot)
+            in_cache = tl.minimum(now, n_sink + window)
+            position = tl.where(which == 0, now + offset, tl.where(which == 1, in_cache + offset, now - in_cache))
+            angle = position.to(tl.float64) * tl.load(inv_freq_ptr + state * WIDTH + pair, pair < WIDTH, 0.0)
+            factor = tl.where(which < 2, tl.load(factors_ptr + state), 1.0)
+            to = angles_ptr + (place * 6 + which * 2) * WIDTH + pair
+            tl.store(to, (tl.cos(angle) * factor).to(tl.float32), inside)
+            tl.store(to + WIDTH, (tl.sin(angle) * factor).to(tl.float32), inside)
     else:
-        column = (part - STATES) * BLOCK + tl.arange(0, BLOCK)
-        row = tl.load(tokens_ptr + batch * tokens_step)
-        x = tl.load(table_ptr + row * HIDDEN + column, column < HIDDEN, 0.0).to(tl.float32)
+        column = (part - 1) * BLOCK + tl.arange(0, BLOCK)
+        token = tl.load(tokens_ptr + row * tokens_step)
+        x = tl.load(table_ptr + token * HIDDEN + column, column < HIDDEN, 0.0).to(tl.float32)
         if SCALE:
             x *= scale
-        tl.store(x_ptr + batch * HIDDEN + column, x, column < HIDDEN)
+        tl.store(x_ptr + row * HIDDEN + column, x, column < HIDDEN)
 
 
 def begin_step(tokens: Tensor, table: Tensor, x: Tensor, rings: Rings, scale: float = 1.0) -> None:
@@ -122,10 +125,10 @@ def begin_step(tokens: Tensor, table: Tensor, x: Tensor, rings: Rings, scale: fl
         scale: factor on the embeddings.
     """
     batch, hidden = x.shape
-    n_states, block = len(rings.states), 1024
+    block = 1024
     launch(
-        _begin_step, (batch, n_states + triton.cdiv(hidden, block)), tokens, tokens.stride(0), table, x, scale,
-        rings.counters, rings.angles, rings.sizes, rings.factors, rings.inv_freq,
-        STATES=n_states, HIDDEN=hidden, WIDTH=rings.width, WIDTH_P=triton.next_power_of_2(rings.width),
+        _begin_step, (batch, 1 + triton.cdiv(hidden, block)), tokens, tokens.stride(0), table, x, scale,
+        rings.seen, rings.offset, rings.counters, rings.angles, rings.sizes, rings.factors, rings.inv_freq,
+        STATES=len(rings.states), HIDDEN=hidden, WIDTH=rings.width, WIDTH_P=triton.next_power_of_2(rings.width),
         SCALE=scale != 1.0, BLOCK=block,
     )  # fmt: skip
