@@ -100,7 +100,10 @@ def claim_folder(options: Options, identity: dict[str, object]) -> bool:
             )
     elif model.exists():
         raise ValueError(f"--output-dir {options.output_dir}: holds a model; choose another folder, or --force")
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output-dir {options.output_dir}: cannot be made ({error.strerror})") from None
     note.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
     return model.exists()
 
@@ -234,10 +237,10 @@ def main(argv: list[str] | None = None) -> int:
         options, recipe = parser.parse_args_into_dataclasses(argv)
         options.device = choose_device(options.device)
         return run(recipe, options)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         complain(str(error))
         return EXIT_USAGE
-    except (FloatingPointError, torch.cuda.OutOfMemoryError) as error:
+    except (OSError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
         complain(str(error))
         return EXIT_FAILED
     except KeyboardInterrupt:

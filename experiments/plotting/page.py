@@ -43,12 +43,10 @@ def text_width(text: str, size: float, bold: bool = False) -> float:
 
 def wrap(text: str, inches: float, size: float, bold: bool = False) -> list[str]:
     """Break text into lines that fit; within words only where it must be."""
-    characters = max(1, int(inches * 72 / (0.45 * size)))
-    while characters > 1:
+    lines, characters = [text] if text else [], len(text)
+    while characters > 1 and max(text_width(line, size, bold) for line in lines) > inches:
+        characters = min(characters - 1, int(1.1 * len(text) * inches / text_width(text, size, bold)))
         lines = textwrap.wrap(text, characters)
-        if max((text_width(line, size, bold) for line in lines), default=0) <= inches:
-            break
-        characters -= 1
     return lines
 
 

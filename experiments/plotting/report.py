@@ -182,7 +182,7 @@ def _conditions(row: object) -> dict:
 
 def _environment(number: int, rows: pd.DataFrame) -> dict:
     """One set of conditions, and the files that were measured under it."""
-    files = {row.source.name: [getattr(row, key) or "" for key in _FILE] for row in rows.itertuples()}
+    files = {source.name: [text or "" for text in texts] for source, *texts in rows[["source", *_FILE]].to_numpy()}
     return {
         "number": number,
         "run": rows["run"].iloc[0],

@@ -93,6 +93,7 @@ RC = {
     "legend.handletextpad": 0.6,
     "figure.dpi": 220,  # the layout is made at the resolution of the PNG
     "savefig.dpi": "figure",
+    "text.hinting": "none",  # at this resolution glyphs need none, and all formats have the same
     "pdf.fonttype": 42,
     "svg.hashsalt": "streaming-llm",  # else the ids in an SVG differ from run to run
 }  # fmt: skip
