@@ -142,23 +142,9 @@ def test_a_root_with_nothing_but_a_broken_file_is_not_passed_over(tmp_path, caps
     assert plot_all.main(["--results-dir", str(top / "h200"), "--output-dir", str(tmp_path / "f")]) == 2
 
 
-def test_no_torch_is_imported():
-    names = ", ".join(f"experiments.{name}" for name in [*SCRIPTS, "make_report", "plot_all"])
-    code = f"import sys, {names}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=EXPERIMENTS.parent, check=False).returncode == 0
-
-
 def test_a_script_runs_where_the_project_is_not_installed(results, tmp_path):
     # -S leaves out site, and with it the installed project; numpy and matplotlib come by PYTHONPATH.
     environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib"), "MPLBACKEND": "agg"}
     command = [sys.executable, "-S", EXPERIMENTS / "plot_ablation_results.py", "--results-dir", results]
-    done = subprocess.run(
-        [*command, "--output-dir", tmp_path],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    subprocess.run([*command, "--output-dir", tmp_path], cwd=tmp_path, env=environment, check=True)
     assert (tmp_path / "ablation_n_sink.png").exists()

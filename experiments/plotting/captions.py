@@ -47,7 +47,8 @@ def memory_note(rows: pd.DataFrame) -> str:
 def findings(cells: pd.DataFrame) -> str:
     """One sentence: what StreamingLLM gains and costs on these data sets, as ranges over them and the backends."""
     ours = cells[(cells["method"] == "streaming") & (cells["status"] == "ok")]
-    on = f"On {' and '.join(map(style.dataset_label, sorted(ours['dataset'].unique())))}"
+    *others, last = map(style.dataset_label, sorted(ours["dataset"].unique()) or [""])
+    on = f"On {', '.join(others)}{' and ' * bool(others)}{last}"
     speedup, change = ours["speedup"].dropna(), ours["ppl_increase_percent"].dropna()
     parts = []
     if len(speedup):

@@ -79,7 +79,7 @@ class Run:
 
 def build_page(runs: Sequence[Run]) -> str:
     """The page on some runs, in their order."""
-    rows = pd.concat([run.results.table.assign(run=run.name) for run in runs], ignore_index=True)
+    rows = pd.DataFrame([row | {"run": run.name} for run in runs for row in run.results.table.to_dict("records")])
     rows = rows[rows["status"] != "absent"]
     conditions = pd.Series([json.dumps([row.run, _conditions(row)]) for row in rows.itertuples()], rows.index, str)
     rows = rows.assign(conditions=pd.factorize(conditions)[0] + 1)
