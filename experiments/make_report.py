@@ -52,8 +52,8 @@ def illustrate(results: Results, top: Path, save: Callable[[Drawing], None] = la
     datasets = results.cells["dataset"].unique()
     for script in SCRIPTS:
         for drawing in draw_styled(script.draw, results):
-            missing |= dict.fromkeys(drawing.missing)
-            if drawing.figure is not None:
+            if drawing.figure is not None:  # what was not asked for (losses, another backend) is not missing
+                missing |= dict.fromkeys(drawing.missing)
                 save(drawing)
                 pictures.append(Picture.of(drawing, name, datasets))
     return Run(name, results, pictures, [*missing, *(f"{path.name}: {text}" for path, text in results.problems)])
