@@ -84,8 +84,10 @@ def read_json(path: Path) -> list[dict]:
     if not isinstance(data, dict):
         raise FormatError(f"foreign: a result file is an object, not a {type(data).__name__}")
     name = parse_name(path.stem) or _name_from_fields(data)
-    parse = {"main": _main, "single": _single, "ablation": _ablation}[name["kind"]]
-    return [row | {"source": path.name} for row in parse(data, name)]
+    parse = {"main": _main, "single": _single, "ablation": _ablation}.get(name["kind"])
+    if parse is None:
+        raise FormatError("foreign: losses are kept as .npz")
+    return parse(data, name)
 
 
 def read_losses(path: Path) -> dict:
@@ -107,8 +109,8 @@ def read_losses(path: Path) -> dict:
     if not np.isfinite(nll).all() or (np.diff(position) <= 0).any():
         raise FormatError("broken: losses are not finite, or positions do not grow")
     where = _where({}, name)
-    main = path.name.split(".")[0]
-    return {**where, "method": name["method"], "nll": nll, "position": position, "main": main, "source": path.name}
+    main = path.name.rsplit(".", 3)[0]  # the stem of the file that it lies beside
+    return {**where, "method": name["method"], "nll": nll, "position": position, "main": main}
 
 
 def _main(data: dict, name: dict) -> list[dict]:
