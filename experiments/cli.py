@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from experiments.config import DTYPES, EXPERIMENTS, SCORINGS, ExperimentConfig, SetupError
+from experiments.config import BOS_OPTIONS, DTYPES, EXPERIMENTS, SCORINGS, ExperimentConfig, SetupError
 from experiments.storage import SaveError
 
 EXIT_FAILED, EXIT_SETUP, EXIT_INTERRUPTED = 1, 2, 130
@@ -39,11 +39,13 @@ def add_subject_options(parser: argparse.ArgumentParser, several: bool) -> None:
         default=None,
         metavar="NAME",
         **many,
-        help="demo_encyclopaedia, demo_narrative (bundled), wikitext (WikiText-103 test), pg19 (PG19 "
-        "test), or the path of a .txt, .json or .jsonl file (key 'text'); default: "
+        help="demo_encyclopaedia, demo_narrative (bundled), wikitext (WikiText-103 test), pg19 (PG19 test), a file "
+        "(.txt, .json, .jsonl, .csv, .parquet, ..., also compressed), a folder of them, or a data set of the hub "
+        "(owner/name[:config][@split]); default: "
         + ("both bundled texts; " if several else "demo_encyclopaedia; ")
         + "random_tokens for random weights",
     )
+    add_text_options(group)
     if several:
         group.add_argument(
             "--methods",
@@ -53,6 +55,23 @@ def add_subject_options(parser: argparse.ArgumentParser, several: bool) -> None:
             help="baseline, streaming, kvpress, window, dense; default: baseline streaming kvpress, "
             "the last skipped where it is not installed",
         )
+
+
+def add_text_options(group: argparse._ArgumentGroup) -> None:
+    """How a text is read, and what stands in front of it."""
+    group.add_argument(
+        "--text-key",
+        default="text",
+        metavar="KEY",
+        help="key or column of a record that holds its text; default: text",
+    )
+    group.add_argument(
+        "--bos",
+        default="auto",
+        metavar="WHEN",
+        help=f"{', '.join(BOS_OPTIONS)}: a beginning-of-sequence token in front of a text; auto (default): what the "
+        "model was trained on, as its tokenizer and configuration tell",
+    )
 
 
 def add_dtype_and_device(group: argparse._ArgumentGroup) -> None:

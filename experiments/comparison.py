@@ -31,13 +31,15 @@ def run_comparison(config: ExperimentConfig, output: Path | None = None, say: Ca
     machine = resolve_machine(config)
     source = find_model(config.model[0], config.seed)
     datasets = config.datasets or default_datasets(has_tokenizer=source.weights != "random")
-    texts = load_texts(datasets[:1])
+    texts = load_texts(datasets[:1], config.text_key)
     session = ModelSession(config, source, texts, machine)
     settings = session.settings
     say(
         f"{source.name} on {texts[0].experiment}: {settings.n_sink} sinks + {settings.window_size} window, "
         f"{machine.device}, {machine.dtype_name}, attention backend {machine.backends[0]}"
     )
+    for warning in filter(None, (session.beginning.warning, texts[0].warning)):
+        say(f"warning: {warning}")
 
     (file,) = plan_files(config, settings, [texts[0].key], machine.backends[:1], COMPARED)
     result = _compare(session, file)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 EXPERIMENTS = ("main", "ablation_window_size", "ablation_n_sink")
 SCORINGS = ("decode", "parallel")
+BOS_OPTIONS = ("auto", "always", "never")
 DECODE_ENGINES = ("eager", "graph", "fused", "auto")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DEFAULT_ABLATION_N_SINKS = (0, 1, 2, 4, 8, 16)
@@ -51,6 +52,8 @@ class ExperimentConfig:
 
     model: tuple[str, ...] = (DEMO_MODEL,)
     datasets: tuple[str, ...] | None = None
+    text_key: str = "text"  # of the records of files and hub data sets
+    bos: str = "auto"  # a beginning-of-sequence token in front: `experiments.tokens.beginning_of`
     methods: tuple[str, ...] | None = None
     attn_backend_list: tuple[str, ...] | None = None  # None: FLASH_SDPA, then math
     dtype: str | None = None  # None: what `select_dtype` picks for the device
@@ -95,6 +98,7 @@ class ExperimentConfig:
 
         tables = [("only", self.only, EXPERIMENTS), ("methods", self.methods or (), METHODS)]
         tables += [("scoring", (self.scoring,), SCORINGS), ("decode_engine", (self.decode_engine,), DECODE_ENGINES)]
+        tables.append(("bos", (self.bos,), BOS_OPTIONS))
         tables.append(("kvpress_press", (self.kvpress_press,), PRESSES))
         if self.dtype is not None:
             tables.append(("dtype", (self.dtype,), DTYPES))
@@ -139,19 +143,32 @@ class ModelSettings:
         return self.n_sink + self.window_size
 
 
-def settings_for(config: ExperimentConfig, context_length: int, is_demo: bool) -> ModelSettings:
+def settings_for(
+    config: ExperimentConfig, context_length: int, is_demo: bool, largest_window: int | None = None
+) -> ModelSettings:
     """The numbers for a model with a context of `context_length` tokens.
 
     The demo model: 4 sinks + 252, 768 tokens (a run on two CPU cores takes minutes). Any other model: 4 sinks and
     the window that fills its context, up to 2,048 together; 4,096 tokens. Ablations score 4,096 tokens or more:
-    they are about perplexity, and block-parallel scoring is cheap.
+    they are about perplexity, and block-parallel scoring is cheap. `largest_window` is what a sliding window of the
+    model's own allows (None: any); a larger one that was asked for is a SetupError.
     """
     n_sink = 4 if config.n_sink is None else config.n_sink
-    cache_size = 256 if is_demo else min(context_length, 2048)
+    longest = min(context_length, largest_window or context_length)
+    cache_size = 256 if is_demo else min(longest, 2048)
     window_size = max(1, cache_size - n_sink) if config.window_size is None else config.window_size
+    for option, sizes in {
+        "--window-size": [window_size],
+        "--ablation-window-sizes": config.ablation_window_sizes or (),
+    }.items():
+        if largest_window is not None and max(sizes, default=0) > largest_window:
+            raise SetupError(
+                f"a window of {max(sizes)} tokens is larger than the model's own sliding window: "
+                f"{option} at most {largest_window}"
+            )
     tokens = config.max_eval_tokens or (768 if is_demo else 4096)
     ablation_tokens = config.ablation_tokens or max(tokens, 4096)
-    windows = config.ablation_window_sizes or window_ladder(min(context_length, ablation_tokens))
+    windows = config.ablation_window_sizes or window_ladder(min(longest, ablation_tokens))
     cache_size = n_sink + window_size
     sinks = config.ablation_n_sinks or tuple(s for s in DEFAULT_ABLATION_N_SINKS if s < cache_size)
     too_many = [s for s in sinks if s >= cache_size]

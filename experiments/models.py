@@ -10,7 +10,9 @@ import torch
 
 from experiments.config import DEMO_MODEL, SetupError, unknown_name
 from experiments.hub import ask_hub
-from streaming_llm.families import family_of, text_config
+from experiments.tokens import NO_TOKENIZER, Beginning, beginning_of
+from streaming_llm import StreamingConfig
+from streaming_llm.families import family_of, layer_windows, require_window_fits, text_config
 
 DEMO_FOLDER = Path(__file__).resolve().parent / "assets" / "demo_model"
 RANDOM_PREFIX = "random:"
@@ -62,15 +64,36 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode on its device, and its tokenizer (None for random weights)."""
+    """A model in evaluation mode on its device, and its tokenizer (None for random weights).
+
+    `add_bos_token` is what tokenizer_config.json says, None where it does not.
+    """
 
     model: torch.nn.Module
     tokenizer: object | None
+    add_bos_token: bool | None = None
 
     @property
     def context_length(self) -> int:
         """Tokens of context that the model was made for; 2,048 where its configuration does not say."""
         return getattr(text_config(self.model.config), "max_position_embeddings", None) or 2048
+
+    @property
+    def largest_window(self) -> int | None:
+        """The largest `window_size` that a sliding window of the model's own allows; None for any."""
+        windows = [window for window in layer_windows(self.model.config) if window]
+        try:
+            require_window_fits(self.model.config, StreamingConfig(0, max(windows, default=0) + 1))
+        except ValueError:
+            return min(windows)
+        return None
+
+    def beginning(self, option: str) -> Beginning:
+        """What a stream of this model begins with; `option`: "auto", "always" or "never" a BOS token."""
+        if self.tokenizer is None:
+            return NO_TOKENIZER
+        model_bos_id = getattr(text_config(self.model.config), "bos_token_id", None)
+        return beginning_of(self.tokenizer, option, model_bos_id, self.add_bos_token)
 
     @property
     def vocab_size(self) -> int:
@@ -142,11 +165,14 @@ def _cached_commit(name: str) -> str | None:
 
 def _from_pretrained(name, where, dtype, device, **options) -> LoadedModel:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
         model_config = AutoConfig.from_pretrained(where, **options)
         family_of(model_config)  # refuses a model that cannot stream, before its weights are read
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        # A tokenizer drops this setting where its tokenizer.json has rules of its own.
+        add_bos_token = get_tokenizer_config(where, **options).get("add_bos_token")
         with _no_loading_bar():
             model, report = AutoModelForCausalLM.from_pretrained(
                 where,
@@ -160,7 +186,7 @@ def _from_pretrained(name, where, dtype, device, **options) -> LoadedModel:
     if report["missing_keys"]:  # Transformers fills them with random numbers
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise SetupError(f"model {name!r} could not be loaded: weights are missing ({missing}, ...)")
-    return LoadedModel(model.to(device).eval().requires_grad_(False), tokenizer)
+    return LoadedModel(model.to(device).eval().requires_grad_(False), tokenizer, add_bos_token)
 
 
 def _attention(model_config) -> str:

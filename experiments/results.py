@@ -61,6 +61,7 @@ class Header:
     tokens: str
     scoring: str
     weights: str
+    bos: dict  # what stands in front of the text: `experiments.tokens.Beginning.record`
     data_sha256: str
     config_hash: str
 

@@ -132,6 +132,8 @@ class ExperimentRunner:
                 "its weights are random: it is measured for speed, on seeded random tokens; its perplexities mean "
                 "nothing and are left out"
             )
+        for warning in filter(None, (session.beginning.warning, *(text.warning for text in session.texts.values()))):
+            self.say(f"warning: {warning}")
         for name, reason in session.skipped.items():
             self.say(f"skipped: {name}: {reason}")
 
@@ -188,7 +190,7 @@ def _find_models(config: ExperimentConfig) -> list[ModelSource]:
 
 
 def _load_texts(config: ExperimentConfig, source: ModelSource) -> list[Text]:
-    return load_texts(config.datasets or default_datasets(has_tokenizer=source.weights != "random"))
+    return load_texts(config.datasets or default_datasets(source.weights != "random"), config.text_key)
 
 
 def _free_memory() -> None:

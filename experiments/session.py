@@ -17,7 +17,8 @@ from experiments.models import LoadedModel, ModelSource
 from experiments.perplexity import PerplexityResult, compute_perplexity, decode_steps
 from experiments.progress import LossDisplay
 from experiments.results import Header, hash_of
-from experiments.texts import Text, random_tokens, tokenise
+from experiments.texts import Text
+from experiments.tokens import first_tokens, random_tokens
 from personal_adapters.neox_flash import wrap_attention
 from personal_adapters.sdpa import check_backend_available, resolve_attn_backend, select_dtype
 
@@ -72,7 +73,10 @@ class ModelSession:
     def __init__(self, config: ExperimentConfig, source: ModelSource, texts: Sequence[Text], machine: Machine):
         self.config, self.source, self.machine = config, source, machine
         self.loaded: LoadedModel = source.load(machine.dtype, machine.device)
-        self.settings: ModelSettings = settings_for(config, self.loaded.context_length, source.is_demo)
+        self.settings: ModelSettings = settings_for(
+            config, self.loaded.context_length, source.is_demo, self.loaded.largest_window
+        )
+        self.beginning = self.loaded.beginning(config.bos)
         self.texts = {text.key: text for text in texts}
         self._streams: dict[tuple[str, int], Stream] = {}
         self._check_head_dim()
@@ -141,10 +145,10 @@ class ModelSession:
             vocab_size = self.loaded.vocab_size
             if tokenizer is None:
                 ids = random_tokens(text, vocab_size, limit, self.config.seed)
-            elif text.text is None:
+            elif text.documents is None:
                 raise SetupError(f"data set {text.dataset} is for models with random weights (random:<size>) only")
             else:
-                ids = tokenise(text, tokenizer, limit)
+                ids = first_tokens(text, tokenizer, self.beginning.ids, limit)
             largest = int(ids.max())
             if largest >= vocab_size:
                 raise SetupError(f"data set {text.dataset}: token id {largest} is outside the model's vocabulary")
@@ -200,6 +204,7 @@ class ModelSession:
             tokens="the text, by the model's tokenizer" if has_tokenizer else f"random ids, seed {self.config.seed}",
             scoring=scoring,
             weights=self.source.weights,
+            bos=self.beginning.record(),
             data_sha256=stream.text.sha256,
             config_hash=hash_of(shared),
         )

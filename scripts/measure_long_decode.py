@@ -26,7 +26,8 @@ from experiments.environment import device_name
 from experiments.models import LoadedModel
 from experiments.session import Machine
 from experiments.storage import check_writable
-from experiments.texts import default_datasets, load_texts, tokenise
+from experiments.texts import default_datasets, load_texts
+from experiments.tokens import first_tokens
 from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
 from streaming_llm.decoder import ATTENTION
 from streaming_llm.forwards import resolve_block_engine
@@ -52,7 +53,8 @@ class Decoded:
 
 def read_tokens(loaded: LoadedModel, names: tuple[str, ...], length: int) -> tuple[Tensor, float]:
     """Ids ``[1, length]`` of texts one behind the other, over and over; and how often all of them are in it."""
-    once = torch.cat([tokenise(text, loaded.tokenizer, length) for text in load_texts(names)], dim=1)
+    front = loaded.beginning("auto").ids
+    once = torch.cat([first_tokens(text, loaded.tokenizer, front, length) for text in load_texts(names)], dim=1)
     return once.repeat(1, -(-length // once.shape[1]))[:, :length], length / once.shape[1]
 
 

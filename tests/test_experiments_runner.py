@@ -12,6 +12,7 @@ from evaluation_support import (  # noqa: F401 - no_collection is a fixture
     World,
     make_model_folder,
     make_text,
+    make_tokenizer,
     no_collection,
 )
 
@@ -139,6 +140,35 @@ def test_parallel_scoring_keeps_the_perplexity_and_samples_the_speed(world):
     assert value["baseline"]["perplexity"] is None
     assert "parallel" in value["baseline"]["perplexity_reason"]
     assert "parallel" in value["streaming"]["ppl_increase_percent_reason"]
+    (table,) = [line for line in world.said if "perplexity  " in line]
+    assert "s for prefill + 4 tokens" in table
+    assert "runtime s" not in table
+
+
+def test_what_stands_in_front_of_a_text_is_warned_of_and_recorded(world):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None  # has a token for the beginning, and does not use it
+    tokenizer.save_pretrained(world.model)
+    values = {}
+    for option in ("auto", "always", "never"):
+        world.run(bos=option)
+        values[option] = load(world, "final/one_main_backend-math.json")
+        assert bool(world.lines("warning: ")) == (option == "auto")
+        bos = load(world, "fixed_eval/one_streaming_backend-math.json")["bos"]
+        assert bos == values[option]["bos"]
+        assert (bos["option"], bos["in_front"]) == (option, option == "always")
+    assert values["auto"]["streaming"]["perplexity"] == values["never"]["streaming"]["perplexity"]
+    assert values["always"]["streaming"]["perplexity"] != values["never"]["streaming"]["perplexity"]
+
+
+def test_what_a_folder_of_texts_leaves_out_is_named(world):
+    folder = world.base / "shelf"
+    (folder / "deep").mkdir(parents=True)
+    make_text(folder / "deep" / "a.txt")
+    make_text(folder / "notes.pdf")
+    world.run(datasets=[str(folder)])
+    assert world.files("final/*.json") == ["final/shelf_main_backend-math.json"]
+    assert any("notes.pdf" in line for line in world.lines("warning: "))
 
 
 def test_random_weights_are_measured_for_speed_only(world, monkeypatch):
