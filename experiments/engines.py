@@ -1,7 +1,7 @@
-"""How a decode step runs: as the plain model call, or replayed from a CUDA graph.
+"""How a step runs, by the names of `config.ENGINES`, on the library as it is: the only file that knows its options.
 
-`StreamingDecoder` has its engines built in; here is what the re-computation baseline needs to run the same ones, so
-that a speedup is never a comparison of two engines. The pieces that need CUDA are imported where they are used.
+What the re-computation baseline and block-parallel scoring need to run the same engines is here too, so that a
+speedup is never a comparison of two engines. The pieces that need CUDA are imported where they are used.
 """
 
 from collections.abc import Callable
@@ -9,10 +9,44 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from streaming_llm import StreamingDecoder
+from streaming_llm import StreamingDecoder, score_stream
 
 Forward = Callable[[Tensor], Tensor]
 """Token ids [batch, length] -> logits of the last token [batch, vocab]."""
+
+_OPTIONS = {"graph+compile": ("graph", {"compile": True}), "fused-triton": ("fused", {"attention": "triton"})}
+_FASTEST_FIRST = ("fused", "graph", "eager")  # those whose attention is by the kernel that was chosen
+
+
+def open_decoder(model, n_sink: int, window_size: int, engine: str) -> StreamingDecoder:
+    """A decoder that runs `engine`, which is never "auto". Raises ValueError where it cannot run."""
+    name, options = _OPTIONS.get(engine, (engine, {}))
+    return StreamingDecoder(model, n_sink, window_size, name, **options)
+
+
+def engine_of(decoder: StreamingDecoder, asked: str) -> str:
+    """What a decoder runs, by its full name."""
+    return asked if asked == "fused-triton" and decoder.engine == "fused" else decoder.engine
+
+
+def resolve_engine(model, asked: str, n_sink: int, window_size: int) -> str:
+    """The engine that runs where `asked` is wanted: for "auto" the fastest that does.
+
+    Raises ValueError where what was asked for cannot run.
+    """
+    for name in _FASTEST_FIRST if asked == "auto" else (asked,):
+        try:
+            with open_decoder(model, n_sink, window_size, name):
+                return name
+        except ValueError:
+            if name in (asked, _FASTEST_FIRST[-1]):
+                raise
+    raise AssertionError("the last of them runs or raises")
+
+
+def recomputing_engine(engine: str) -> str:
+    """The engine that re-computes a window, where methods run `engine`: it has no ring of kept keys to attend to."""
+    return "fused" if engine == "fused-triton" else engine
 
 
 def plain_forward(model) -> Forward:
@@ -20,7 +54,20 @@ def plain_forward(model) -> Forward:
     return lambda ids: model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
 
 
-def _fused_forward(model) -> Forward:
+def forward_of(model, engine: str) -> Forward:
+    """The forward over all tokens that the engine runs, not captured yet.
+
+    Raises ValueError where the engine does not exist or cannot run on the model's device.
+    """
+    if engine == "eager":
+        return plain_forward(model)
+    if engine not in ("graph", "graph+compile", "fused"):
+        raise ValueError(f"no engine {engine!r} re-computes a window: choose eager, graph, graph+compile or fused")
+    device = model.get_input_embeddings().weight.device
+    if device.type != "cuda":
+        raise ValueError(f"engine {engine!r} needs a CUDA device, and the model is on {device}: choose eager")
+    if engine != "fused":
+        return plain_forward(model)
     from streaming_llm.fused import fused_forward, why_not_fused
 
     reason = why_not_fused(model)
@@ -29,38 +76,14 @@ def _fused_forward(model) -> Forward:
     return fused_forward(model)
 
 
-_FORWARDS: dict[str, Callable[[torch.nn.Module], Forward]] = {
-    "eager": plain_forward,
-    "graph": plain_forward,
-    "fused": _fused_forward,
-}
-
-
-def forward_of(model, engine: str) -> Forward:
-    """The forward that the engine runs, not captured yet.
-
-    Raises ValueError where the engine does not exist or cannot run on the model's device.
-    """
-    if engine not in _FORWARDS:
-        raise ValueError(f"engine must be one of {', '.join(_FORWARDS)}, got {engine!r}")
-    if engine != "eager" and model.device.type != "cuda":
-        raise ValueError(f"engine {engine!r} needs a CUDA device, and the model is on {model.device}: choose eager")
-    return _FORWARDS[engine](model)
-
-
-def capture(forward: Forward, example: Tensor) -> Forward:
+def capture(forward: Forward, example: Tensor, engine: str) -> Forward:
     """`forward` as a CUDA graph for ids of the shape of `example`."""
     from streaming_llm.graphs import GraphedCall
 
-    return GraphedCall(forward, example)
+    return GraphedCall(torch.compile(forward) if engine == "graph+compile" else forward, example)
 
 
-def resolve_engine(model, asked: str, n_sink: int, window_size: int) -> str:
-    """The engine that runs where `asked` is wanted: never "auto", which is what the decoder finds best here.
-
-    Raises ValueError where it cannot run.
-    """
-    if asked != "auto":
-        return asked
-    with StreamingDecoder(model, n_sink=n_sink, window_size=window_size, engine="auto") as decoder:
-        return decoder.engine
+def score(model, ids: Tensor, n_sink: int, window_size: int, engine: str) -> Tensor:
+    """Losses [1, N - 1] in nats of ids [1, N], block-parallel; blocks have no graph, they run fused or eager."""
+    blocks = "fused" if engine.startswith("fused") else "eager"
+    return score_stream(model, ids, n_sink, window_size, engine=blocks)

@@ -17,10 +17,10 @@ from evaluation_support import (  # noqa: F401 - no_collection is a fixture
 )
 
 from experiments.config import SetupError
+from experiments.measuring import Bench
 from experiments.methods import METHODS
-from experiments.plan import duration
+from experiments.progress import duration
 from experiments.results import FIGURES
-from experiments.session import ModelSession
 from experiments.storage import SaveError, folder_lock
 
 ALL = [name for name, cls in METHODS.items() if cls.unavailable() is None]
@@ -172,9 +172,10 @@ def test_what_a_folder_of_texts_leaves_out_is_named(world):
 
 
 def test_random_weights_are_measured_for_speed_only(world, monkeypatch):
-    from experiments import models
+    from experiments import random_models
 
-    monkeypatch.setitem(models.RANDOM_SIZES, "pythia-70m", models.PythiaSize(32, 2, 2, 64, 128))
+    size = random_models.PythiaSize(32, 2, 2, 64, 128)
+    monkeypatch.setitem(random_models.RANDOM_SIZES, "pythia-70m", size)
     summary = world.run(model="random:pythia-70m", datasets=None, save_token_nll=True)
     assert summary.exit_code == 0
     folder = world.output / "random-pythia-70m" / "final"
@@ -293,14 +294,14 @@ def test_a_dry_run_says_what_there_is_and_touches_nothing(world):
 
 
 def break_measure(monkeypatch, breaks, error):
-    original = ModelSession.measure
+    original = Bench.measure
 
-    def measure(self, cell, display):
-        if breaks(cell):
+    def measure(self, task, display):
+        if breaks(task.cell):
             raise error
-        return original(self, cell, display)
+        return original(self, task, display)
 
-    monkeypatch.setattr(ModelSession, "measure", measure)
+    monkeypatch.setattr(Bench, "measure", measure)
 
 
 def test_a_failing_cell_is_named_and_the_others_go_on(world, monkeypatch):

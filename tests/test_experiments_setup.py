@@ -10,7 +10,8 @@ from evaluation_support import make_model_folder
 from family_models import POSITIONS, VOCAB, make_family, takes_sdpa
 
 from experiments.config import ExperimentConfig, SetupError, settings_for, window_ladder
-from experiments.models import RANDOM_SIZES, find_model, random_model
+from experiments.models import find_model
+from experiments.random_models import RANDOM_SIZES, random_model
 from experiments.texts import load_texts
 from personal_adapters.neox_flash import wrap_attention
 
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
         ({"only": "ablations"}, ["ablations", "ablation_n_sink"]),
         ({"dtype": "int8"}, ["int8", "bfloat16"]),
         ({"scoring": "fast"}, ["fast", "parallel"]),
-        ({"decode_engine": "warp"}, ["warp", "eager"]),
+        ({"engine": "warp"}, ["warp", "eager"]),
         ({"kvpress_press": "norm"}, ["norm", "knorm"]),
         ({"model": []}, ["model"]),
         ({"ablation_n_sinks": [0, -2]}, ["ablation_n_sinks", "-2"]),

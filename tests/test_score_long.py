@@ -24,7 +24,7 @@ from evaluation_support import END, TEXT, make_model_folder, make_text, make_tok
 from family_models import SLIDING, make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, PreTrainedTokenizerFast
 
-from experiments import models
+from experiments import random_models
 from experiments.config import SetupError
 from experiments.long_scoring import CHECKPOINT, LongScoring, StoppedError, read_ahead
 from experiments.loss_figures import equal_edges, log_edges, tail_length
@@ -480,7 +480,8 @@ def test_an_earlier_result_is_set_aside(world):
 
 
 def test_random_weights_have_a_speed_and_no_perplexity(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(models.RANDOM_SIZES, "pythia-70m", models.PythiaSize(32, 2, 2, 64, 300))
+    size = random_models.PythiaSize(32, 2, 2, 64, 300)
+    monkeypatch.setitem(random_models.RANDOM_SIZES, "pythia-70m", size)
     given = ["--model", "random:pythia-70m", "--output", str(tmp_path / "out.json"), *SIZES]
     assert score_long.main([*given, "--max-tokens", "500"]) == 0
     value = json.loads((tmp_path / "out.json").read_text())
