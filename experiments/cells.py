@@ -1,8 +1,7 @@
-"""Cells: the smallest pieces of work whose outcome is kept. Nothing that is finished is ever run again.
+"""Finished cells, kept: nothing that is finished is ever run again.
 
-A cell is one run of one method on one text with one attention backend: model x data set x backend x method x sizes
-x repeat. Its record is written when it is finished, atomically, under a name that holds a hash of everything that
-could change its figures; a record with another hash is never used.
+A cell's record is written when it is finished, atomically, under a name that holds a hash of everything that could
+change its figures; a record with another hash is never used.
 """
 
 import zipfile
@@ -11,33 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.plan import Cell
 from experiments.results import now
 from experiments.storage import read_json, set_aside, write_json, write_npz
 
-CELL_SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run. `dataset` is the data set's key; sizes in tokens; `repeat` counts from 0."""
-
-    dataset: str
-    backend: str
-    method: str
-    n_sink: int
-    window_size: int
-    scoring: str
-    tokens: int
-    repeat: int
-
-    def __str__(self) -> str:
-        sizes = f"{self.n_sink}+{self.window_size}"
-        return f"{self.dataset} | {self.backend} | {self.method} {sizes} | run {self.repeat + 1}"
-
-    @property
-    def kind(self) -> tuple[str, str, str]:
-        """Cells of one kind take about equally long for each token."""
-        return self.method, self.backend, self.scoring
+CELL_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -51,19 +28,21 @@ class CellRecord:
 
 
 class CellStore:
-    """The finished cells of one model, as files in one folder."""
+    """The finished cells of one model, as files in one folder; without a folder nothing is kept."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | None):
         self.folder = folder
 
     def path(self, cell: Cell, config_hash: str) -> Path:
         """Where the cell's record is, or would be."""
         sizes = f"s{cell.n_sink}w{cell.window_size}n{cell.tokens}"
-        name = f"{cell.dataset}_{cell.backend}_{cell.method}_{sizes}_{cell.scoring}_r{cell.repeat}"
+        name = f"{cell.dataset}_{cell.backend}_{cell.method}_{cell.engine}_{sizes}_{cell.scoring}_r{cell.repeat}"
         return self.folder / f"{name}_{config_hash[:16]}.json"
 
     def save(self, record: CellRecord, nll: np.ndarray, position: np.ndarray, config: dict) -> None:
         """Keep a finished cell. Its losses are written first: a record that is there is complete."""
+        if self.folder is None:
+            return
         path = self.path(record.cell, record.config_hash)
         write_npz(path.with_suffix(".npz"), nll=nll, position=position)
         value = {"cell_schema": CELL_SCHEMA, "cell": asdict(record.cell), "config_hash": record.config_hash}
@@ -72,6 +51,8 @@ class CellStore:
 
     def load(self, cell: Cell, config_hash: str) -> CellRecord | None:
         """The finished cell, or None; raises ValueError where its file is broken or another's."""
+        if self.folder is None:
+            return None
         path = self.path(cell, config_hash)
         try:
             value = read_json(path)
@@ -100,10 +81,10 @@ class CellStore:
         """Move a broken record out of the way; returns where it is now."""
         return set_aside(self.path(cell, config_hash), "unreadable")
 
-    def earlier_times(self) -> dict[tuple[str, str, str], list[float]]:
+    def earlier_times(self) -> dict[tuple[str, ...], list[float]]:
         """Seconds per token of all finished cells, whatever their configuration, by kind: for estimates only."""
-        times: dict[tuple[str, str, str], list[float]] = {}
-        for path in sorted(self.folder.glob("*.json")) if self.folder.is_dir() else ():
+        times: dict[tuple[str, ...], list[float]] = {}
+        for path in sorted(self.folder.glob("*.json")) if self.folder is not None and self.folder.is_dir() else ():
             try:
                 value = read_json(path)
                 cell = Cell(**value["cell"])

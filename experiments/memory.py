@@ -27,23 +27,26 @@ class MemoryFigure:
 
 
 class PeakMemory:
-    """Measures the peak between `start` and `stop`; `start` frees what can be freed first."""
+    """Measures the peak between `start` and `stop`, summed over devices; `start` frees what can be freed first."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, *devices: torch.device):
+        self.devices = devices
+        self._on_cuda = devices[0].type == "cuda"
 
     def start(self) -> None:
         gc.collect()
-        if self.device.type == "cuda":
+        if self._on_cuda:
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
+            for device in self.devices:
+                torch.cuda.reset_peak_memory_stats(device)
         elif sys.platform == "linux":
             _return_freed_heap()
             self._resettable = _reset_peak_rss()
 
     def stop(self) -> MemoryFigure:
-        if self.device.type == "cuda":
-            return MemoryFigure(torch.cuda.max_memory_allocated(self.device) / 1e6, "CUDA memory allocated")
+        if self._on_cuda:
+            peak = sum(torch.cuda.max_memory_allocated(device) for device in self.devices)
+            return MemoryFigure(peak / 1e6, "CUDA memory allocated")
         if sys.platform == "linux" and self._resettable:
             return MemoryFigure(_peak_rss_mb(), "resident size of the whole process")
         return MemoryFigure(None, "this system has no resettable peak of a process's resident size")

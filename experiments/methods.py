@@ -14,24 +14,23 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from experiments.device import synchronise
-from experiments.engines import Forward, capture, forward_of
+from experiments.engines import Forward, capture, forward_of, recomputing_engine, score
 from experiments.kvpress_support import (
     PRESSES,
     import_adapter,
     kvpress_attention_functions,
     kvpress_unavailable,
 )
-from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
+from experiments.timing import synchronise
+from streaming_llm import StreamingDecoder
 from streaming_llm.attachment import maskless_attention
-from streaming_llm.families import text_config
 
 
 @dataclass(frozen=True)
 class MethodSettings:
     """What a method may need to know. Sizes in tokens; `engine`: how a decode step runs where there is a choice.
 
-    It is never "auto": see `experiments.engines.resolve_engine`.
+    It is never "auto": see `streaming_llm.resolve_engine`.
     """
 
     n_sink: int
@@ -64,9 +63,14 @@ class Method(ABC):
         """Why an optional dependency keeps the method from running here; None if it can run."""
         return None
 
+    @staticmethod
+    def engine_for(engine: str) -> str:
+        """The engine that the method runs where `engine` is chosen; the plain model call if it has no other."""
+        return "eager"
+
     @property
     def engine(self) -> str:
-        """How a decode step is run: "eager" is the plain model call."""
+        """How a decode step really runs."""
         return "eager"
 
     @property
@@ -130,6 +134,7 @@ class Baseline(Method):
     """
 
     name, label = "baseline", "Baseline"
+    engine_for = staticmethod(recomputing_engine)
 
     def _attach(self, stack: ExitStack) -> None:
         super()._attach(stack)
@@ -164,7 +169,7 @@ class Baseline(Method):
     def _capture(self) -> None:
         synchronise(self._context.device)
         start = time.perf_counter()
-        self._captured = capture(self._forward, self._context)
+        self._captured = capture(self._forward, self._context, self.engine)
         synchronise(self._context.device)
         self._compile_sec += time.perf_counter() - start
 
@@ -200,7 +205,7 @@ class Dense(Method):
         return [t for layer in self._cache.layers for t in (layer.keys, layer.values)]
 
     def score(self, ids: Tensor) -> Tensor:
-        return score_stream(self.model, ids, n_sink=0, window_size=ids.shape[1], engine="eager")
+        return score(self.model, ids, 0, ids.shape[1], "eager")
 
 
 class KVPress(Dense):
@@ -220,7 +225,7 @@ class KVPress(Dense):
         stack.enter_context(kvpress_attention_functions())
         stack.enter_context(maskless_attention(self.model))
         stack.enter_context(adapter.attach(self._press, self.model, press_name))
-        device = self.model.device
+        device = self.model.get_input_embeddings().weight.device
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
 
     def reset(self) -> None:
@@ -233,8 +238,7 @@ class KVPress(Dense):
         entry = PRESSES[self.settings.kvpress_press]
         return {"kvpress_press": self.settings.kvpress_press, "press_class": entry.class_name, "key_rerotation": True}
 
-    def score(self, ids: Tensor) -> Tensor:
-        raise NotImplementedError("kvpress has no parallel scoring")
+    score = Method.score
 
 
 class Streaming(Method):
@@ -243,20 +247,17 @@ class Streaming(Method):
     name, label = "streaming", "StreamingLLM"
     parallel = True
 
-    def __init__(self, model, settings: MethodSettings):
-        super().__init__(model, settings)
-        self.stream = self._stream_config(settings)
-
     @staticmethod
-    def _stream_config(settings: MethodSettings) -> StreamingConfig:
-        return StreamingConfig(settings.n_sink, settings.window_size)
+    def engine_for(engine: str) -> str:
+        return engine
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Sinks and window of the stream."""
+        return self.settings.n_sink, self.settings.window_size
 
     def _attach(self, stack: ExitStack) -> None:
-        self._decoder = stack.enter_context(StreamingDecoder(self.model, **self._decoder_options()))
-
-    def _decoder_options(self) -> dict:
-        sizes = {"n_sink": self.stream.n_sink, "window_size": self.stream.window_size}
-        return {**sizes, "engine": self.settings.engine}
+        self._decoder = stack.enter_context(StreamingDecoder(self.model, *self.sizes, self.settings.engine))
 
     @property
     def engine(self) -> str:
@@ -285,9 +286,7 @@ class Streaming(Method):
         return held.nbytes // max(1, held.layers[0].n_stored)
 
     def score(self, ids: Tensor) -> Tensor:
-        blocks = "fused" if self.settings.engine == "fused" else "eager"  # blocks have no graph
-        sizes = {"n_sink": self.stream.n_sink, "window_size": self.stream.window_size}
-        return score_stream(self.model, ids, **sizes, engine=blocks)
+        return score(self.model, ids, *self.sizes, self.settings.engine)
 
 
 class Window(Streaming):
@@ -295,15 +294,9 @@ class Window(Streaming):
 
     name, label = "window", "Window"
 
-    @staticmethod
-    def _stream_config(settings: MethodSettings) -> StreamingConfig:
-        return StreamingConfig(0, settings.cache_size)
-
-
-def head_dim(config) -> int:
-    """Size of an attention head, which not every configuration states."""
-    config = text_config(config)
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return 0, self.settings.cache_size
 
 
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Baseline, Streaming, KVPress, Window, Dense)}

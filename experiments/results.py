@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from experiments.engines import recomputing_engine
 from experiments.methods import METHODS, REFERENCE_METHOD
 from experiments.storage import read_json, set_aside, write_json
 
@@ -61,6 +62,7 @@ class Header:
     tokens: str
     scoring: str
     weights: str
+    bos: dict  # what stands in front of the text: `experiments.tokens.Beginning.record`
     data_sha256: str
     config_hash: str
 
@@ -70,6 +72,7 @@ class MethodRuns:
     """The finished runs of a method, or why there are none: `status` is "ok", "skipped" or "failed"."""
 
     method: str
+    engine: str  # that it was told to run by; what really ran is in the runs
     n_sink: int
     window_size: int
     runs: tuple[dict, ...]  # figures and facts of each run, as `run_record` makes them
@@ -147,31 +150,49 @@ def _comparisons(runs: MethodRuns, block: dict, header: Header, reference: Metho
     if reference is None or reference.status != "ok":
         why = f"there is no {REFERENCE_METHOD} to compare with"
         return compared | {"speedup_reason": why, "ppl_increase_percent_reason": why}
-    reference_runtime = median([run["runtime_sec"] for run in reference.runs])
-    if reference.runs[0]["engine"] == block["engine"]:
-        compared["speedup"] = reference_runtime / block["runtime_sec"]
-    else:
-        engines = block["engine"], reference.runs[0]["engine"]
+    theirs = {name: median([run[name] for run in reference.runs]) for name in ("runtime_sec", "perplexity")}
+    engines = block["engine"], reference.runs[0]["engine"]
+    if recomputing_engine(engines[0]) != engines[1]:
         compared["speedup_reason"] = f"engine {engines[0]!r}, the {REFERENCE_METHOD} {engines[1]!r}"
-    reference_perplexity = median([run["perplexity"] for run in reference.runs])
-    if block["perplexity"] is None or reference_perplexity is None:
+    elif theirs["runtime_sec"] is None or block["runtime_sec"] is None:
+        compared["speedup_reason"] = block.get("runtime_sec_reason") or "the times are not known"
+    else:
+        compared["speedup"] = theirs["runtime_sec"] / block["runtime_sec"]
+    if block["perplexity"] is None or theirs["perplexity"] is None:
         own, other = block.get("perplexity_reason"), reference.runs[0].get("perplexity_reason")
         why = own or f"the {REFERENCE_METHOD} has no perplexity ({other})"
         compared["ppl_increase_percent_reason"] = why
     else:
-        compared["ppl_increase_percent"] = 100 * (block["perplexity"] / reference_perplexity - 1)
+        compared["ppl_increase_percent"] = 100 * (block["perplexity"] / theirs["perplexity"] - 1)
     return compared
 
 
 def main_result(header: Header, methods: Sequence[MethodRuns], sizes: tuple[int, int], environment: dict) -> dict:
-    """The contents of `<dataset>_main_backend-<backend>.json`; `sizes`: (n_sink, window_size)."""
-    reference = next((m for m in methods if m.method == REFERENCE_METHOD), None)
-    blocks = {runs.method: method_block(runs, header, reference) for runs in methods}
+    """The contents of `<dataset>_main_backend-<backend>.json`; `sizes`: (n_sink, window_size).
+
+    A method is compared with the reference method by the same engine. `methods` may hold the latter several times:
+    the first is the file's `baseline`, and all of them stand by engine under `baselines`.
+    """
+    references = {runs.engine: runs for runs in methods if runs.method == REFERENCE_METHOD}
+    blocks: dict[str, dict] = {}
+    baselines: dict[str, dict] = {}
+    for runs in methods:
+        block = method_block(runs, header, references.get(recomputing_engine(runs.engine)))
+        if runs.method == REFERENCE_METHOD:
+            baselines[runs.engine] = block
+        blocks.setdefault(runs.method, block)
     failed = {name: block["reason"] for name, block in blocks.items() if block["status"] == "failed"}
+    failed |= {
+        f"{REFERENCE_METHOD} ({engine})": block["reason"]
+        for engine, block in baselines.items()
+        if block["status"] == "failed" and block is not blocks[REFERENCE_METHOD]
+    }
     streaming = blocks.get("streaming", {})
     value = {"schema_version": SCHEMA_VERSION, **asdict(header)}
     value["streaming_llm"] = {"n_sink": sizes[0], "window_size": sizes[1], "max_cache_size": sum(sizes)}
     value |= blocks
+    if len(baselines) > 1:
+        value["baselines"] = baselines
     value["metrics"] = {name: streaming.get(name) for name in COMPARISONS}
     value["methods"] = list(blocks)
     return value | _ending(failed, environment)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from experiments.cli import OneLineParser, add_dtype_and_device, guarded
 from experiments.config import ExperimentConfig, SetupError, at_least
-from experiments.device import synchronise
+from experiments.timing import synchronise
 from experiments.environment import device_name
 from experiments.models import find_model
 from experiments.session import resolve_machine

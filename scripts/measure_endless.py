@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from long_scoring.tokens import put_in_front
 from model_setup import keep_result, load_trained, make_decoder
 from torch import nn
 from tqdm import tqdm
@@ -30,6 +29,7 @@ from experiments.environment import device_name
 from experiments.models import LoadedModel
 from experiments.session import Machine
 from experiments.storage import check_writable
+from experiments.tokens import put_in_front
 from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
 
 WARM_UP = 1000

@@ -26,8 +26,11 @@ from experiments.environment import device_name
 from experiments.models import LoadedModel
 from experiments.session import Machine
 from experiments.storage import check_writable
-from experiments.texts import default_datasets, load_texts, tokenise
-from streaming_llm import ENGINES, StreamingConfig, StreamingDecoder, resolve_block_engine, score_stream
+from experiments.texts import default_datasets, load_texts
+from experiments.tokens import first_tokens
+from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
+from streaming_llm.decoder import ATTENTION
+from streaming_llm.forwards import resolve_block_engine
 
 CHUNKS = 1000
 """Parts of the stream whose times are taken: a hundredth is the median of ten."""
@@ -50,7 +53,8 @@ class Decoded:
 
 def read_tokens(loaded: LoadedModel, names: tuple[str, ...], length: int) -> tuple[Tensor, float]:
     """Ids ``[1, length]`` of texts one behind the other, over and over; and how often all of them are in it."""
-    once = torch.cat([tokenise(text, loaded.tokenizer, length) for text in load_texts(names)], dim=1)
+    front = loaded.beginning("auto").ids
+    once = torch.cat([first_tokens(text, loaded.tokenizer, front, length) for text in load_texts(names)], dim=1)
     return once.repeat(1, -(-length // once.shape[1]))[:, :length], length / once.shape[1]
 
 
@@ -118,7 +122,7 @@ def measure(options: argparse.Namespace, machine: Machine, loaded: LoadedModel, 
     model, prompt = loaded.model, config.cache_size
     names = default_datasets(True) if options.text is None else (str(options.text),)
     ids, times = read_tokens(loaded, names, prompt + options.tokens)
-    with make_decoder(loaded, config, options.decode_engine) as decoder:
+    with make_decoder(loaded, config, options.decode_engine, options.decode_attention) as decoder:
         decoded = decode(decoder, ids, prompt)
         engine, compile_sec, cache_bytes = decoder.engine, decoder.compile_sec, decoder.cache_nbytes
     expected = score_stream(model, ids, config.n_sink, config.window_size)[0, prompt - 1 :]
@@ -129,6 +133,7 @@ def measure(options: argparse.Namespace, machine: Machine, loaded: LoadedModel, 
         "device": device_name(machine.device),
         "backend": machine.backends[0],
         "decode_engine": engine,
+        "decode_attention": options.decode_attention,
         "scoring_engine": resolve_block_engine(model),
         "streaming_llm": {"n_sink": config.n_sink, "window_size": config.window_size},
         "texts": [Path(name).name for name in names],
@@ -147,7 +152,7 @@ def summary(value: dict) -> str:
     """The result in a few lines."""
     return (
         f"{value['tokens']:,} tokens behind {value['prompt_tokens']:,}, "
-        f"engine {value['decode_engine']}, "
+        f"engine {value['decode_engine']} ({value['decode_attention']}), "
         f"{value['backend']}, {value['dtype']}, {value['device']}\n"
         f"ms/token: {value['ms_per_token']:.4f}; first 1% {value['ms_per_token_first_hundredth']:.4f}, last 1% "
         f"{value['ms_per_token_last_hundredth']:.4f} ({value['last_to_first'] - 1:+.2%})\n"
@@ -169,7 +174,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokens", type=int, default=1_000_000, metavar="N", help="thousands; default: 1,000,000, behind a prompt"
     )
     parser.add_argument("--attn-backend", default=None, metavar="NAME", help="math, flash, auto, ...; default: math")
-    parser.add_argument("--decode-engine", default="auto", metavar="NAME", help=f"auto, {', '.join(ENGINES)}")
+    parser.add_argument("--decode-engine", default="auto", metavar="NAME", help="auto (default), eager, graph, fused")
+    parser.add_argument(
+        "--decode-attention",
+        default="sdpa",
+        choices=ATTENTION,
+        help="of the fused engine: sdpa (default), the kernel of --attn-backend, or triton, the library's own",
+    )
     add_cache_sizes(parser.add_argument_group("sizes, in tokens"))
     add_dtype_and_device(parser.add_argument_group("where it is computed"))
     parser.add_argument(

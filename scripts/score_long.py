@@ -1,66 +1,273 @@
+#!/usr/bin/env python
 """Perplexity of a text of any length with streaming attention: exact, block-parallel, resumable.
 
 python scripts/score_long.py --datasets book.txt --output book.json
 """
 
-from __future__ import annotations
-
+import argparse
+import json
+import math
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from long_scoring.command_line import build_parser
-from long_scoring.figures import stream_figures, tail_figures, tail_length
-from long_scoring.job import Job, prepare
-from long_scoring.resumable import ResumableRun, Show, StoppedError
-from long_scoring.scorer import ScoringError, StreamScorer
-from stop_request import StopRequest
+from model_setup import config_of, load_wrapped
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SETUP
-from experiments.config import SetupError
-from experiments.environment import environment
+from experiments import long_scoring, loss_figures
+from experiments.cli import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_SETUP,
+    OneLineParser,
+    add_cache_sizes,
+    add_dtype_and_device,
+    add_text_options,
+)
+from experiments.config import SetupError, at_least, settings_for
+from experiments.environment import environment, what_matters
+from experiments.long_scoring import LongScoring, ScoringError, StoppedError
 from experiments.memory import PeakMemory
-from experiments.results import SCHEMA_VERSION, now, read_result, save_result
+from experiments.models import LoadedModel, ModelSource, find_model
+from experiments.results import SCHEMA_VERSION, hash_of, now, read_result, save_result
+from experiments.session import Machine, resolve_machine
+from experiments.stop_request import StopRequest
 from experiments.storage import SaveError, check_writable, folder_lock, remove_leftovers, set_aside, write_npz
-from streaming_llm import StreamingLLMWrapper
+from experiments.texts import DATASETS, RANDOM_TOKENS, Text, load_as_one
+from experiments.tokens import Beginning, DocumentStream, RandomStream
+from streaming_llm import StreamingConfig, StreamingLLMWrapper
+from streaming_llm.engines.blocks import default_block_size
 
 EXIT_SIGNAL = 128  # plus the signal's number: 130 for Ctrl-C
 _CHECKPOINT_ROOM = 1 << 20
 
+EPILOG = """examples:
+  a book with the bundled demo model:
+    python scripts/score_long.py --datasets book.txt --output book.json
+  a shelf of books on a GPU, with a check that the curve is flat:
+    python scripts/score_long.py --datasets books.txt.xz --max-tokens 4000000 --attn-backend flash \\
+        --fresh-tail 0.1 --output books.json
+  the real thing:
+    python scripts/score_long.py --model EleutherAI/pythia-2.8b --datasets pg19 --output pg19.json
+  speed alone:
+    python scripts/score_long.py --model random:pythia-2.8b --max-tokens 1000000 --output speed.json
+
+Documents (files, the records of a file, what the character U+001C separates in a .txt file) are tokenised one by one
+and joined in order as they come, with nothing in between: one stream. What --bos puts in front of a text stands at
+the very start of the stream only, unless --bos-per-document.
+
+exit codes: 0 all is well; 1 it failed while running; 2 something is wrong that was found before computing; 130
+interrupted. Interrupted or killed, the same command goes on from the last checkpoint (in OUTPUT.resume), and gives
+the same result."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = OneLineParser(
+        prog="score_long.py",
+        description=__doc__.splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("what is scored")
+    add = group.add_argument
+    add("--model", default="demo", metavar="NAME", help="demo (the default), a hub name, a folder, random:<size>")
+    add(
+        "--datasets",
+        "--dataset",
+        dest="datasets",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help="bundled texts, wikitext, pg19, files, folders, hub names (see run_final_experiments.py); several make "
+        "one stream; default: demo_encyclopaedia; random_tokens for random weights",
+    )
+    add_text_options(group)
+    add("--max-tokens", type=int, default=None, metavar="N", help="default: the whole text")
+    add(
+        "--bos-per-document",
+        action="store_true",
+        help="put the beginning-of-sequence token before each document (default: at the very start alone)",
+    )
+    add(
+        "--fresh-tail",
+        type=float,
+        default=None,
+        metavar="FRACTION",
+        help="also score the last FRACTION of the stream as a fresh stream, to tell drift from difficult text",
+    )
+    group = parser.add_argument_group("how it is computed")
+    add = group.add_argument
+    add_cache_sizes(group)
+    add("--block-size", type=int, default=None, metavar="N", help="tokens at a time; default: suits device and window")
+    add(
+        "--attn-backend", default=None, metavar="NAME", help="math, flash, cudnn, auto; default: FLASH_SDPA, then math"
+    )
+    add_dtype_and_device(group)
+    add("--seed", type=int, default=0, help="for random weights and tokens; default: 0")
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--output", type=Path, required=True, metavar="FILE.json", help="the result")
+    add(
+        "--save-token-nll",
+        action="store_true",
+        help="keep each token's loss: <stem>.streaming.nll.npz (nll, position) beside the result",
+    )
+    add(
+        "--checkpoint-every",
+        type=float,
+        default=120.0,
+        metavar="SEC",
+        help="seconds between checkpoints; 0: after each block; default: 120",
+    )
+    add("--force", action="store_true", help="start anew, whatever checkpoint or result there is")
+    add("--no-progress", dest="progress", action="store_false", help="no progress bar")
+    return parser
+
+
+# A command line, checked
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, and everything that it is done with."""
+
+    options: argparse.Namespace
+    source: ModelSource
+    loaded: LoadedModel
+    machine: Machine
+    streaming: StreamingConfig
+    block_size: int
+    text: Text
+    beginning: Beginning
+    stream: DocumentStream | RandomStream
+
+    @property
+    def output(self) -> Path:
+        return self.options.output
+
+    @property
+    def work(self) -> Path:
+        """Holds checkpoint and losses until there is a result."""
+        return self.output.with_name(f"{self.output.name}.resume")
+
+    @property
+    def token_nll_path(self) -> Path:
+        return self.output.with_name(f"{self.output.stem}.streaming.nll.npz")
+
+    def identity(self) -> dict:
+        """Everything that could change a figure; a checkpoint and a result with another identity are not used."""
+        value = {
+            "model": self.source.fingerprint,
+            "data_sha256": self.text.sha256,
+            "documents": self.text.num_documents,
+            "max_tokens": self.options.max_tokens,
+            "bos": self.beginning.ids,
+            "bos_per_document": self.options.bos_per_document,
+            "fresh_tail": self.options.fresh_tail,
+            "n_sink": self.streaming.n_sink,
+            "window_size": self.streaming.window_size,
+            "block_size": self.block_size,
+            "backend": self.machine.backends[0],
+            "dtype": self.machine.dtype_name,
+            "seed": self.options.seed,
+            **what_matters(self.machine.device),
+            "script": hash_of({"source": Path(__file__).read_text(encoding="utf-8")}),
+        }
+        return json.loads(json.dumps(value))  # plain values: torch's version is a class of its own
+
+    @property
+    def config_hash(self) -> str:
+        return hash_of(self.identity())
+
+
+def prepare(options: argparse.Namespace) -> Job:
+    """Check a command line and load what it names; raises SetupError."""
+    _check_options(options)
+    config = config_of(options)
+    machine = resolve_machine(config)
+    source = find_model(options.model, options.seed)
+    is_random = source.weights == "random"
+    _check_random(options, is_random)
+    text = DATASETS[RANDOM_TOKENS]() if is_random else load_as_one(_datasets(options), options.text_key)
+    loaded = load_wrapped(source, machine)
+    settings = settings_for(config, loaded.context_length, source.is_demo, loaded.largest_window)
+    beginning = loaded.beginning(options.bos)
+    for warning in filter(None, (beginning.warning, text.warning)):
+        print(f"warning: {warning}", file=sys.stderr)
+    if is_random:
+        stream = RandomStream(loaded.vocab_size, options.max_tokens, options.seed)
+    else:
+        each = document_start(beginning) if options.bos_per_document else ()
+        stream = DocumentStream(text, loaded.tokenizer, beginning.ids, options.max_tokens, each)
+    streaming = StreamingConfig(settings.n_sink, settings.window_size)
+    block_size = options.block_size or default_block_size(settings.window_size, loaded.model)
+    return Job(options, source, loaded, machine, streaming, block_size, text, beginning, stream)
+
+
+def _datasets(options: argparse.Namespace) -> list[str]:
+    return options.datasets or ["demo_encyclopaedia"]
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    for name, low in {"max_tokens": 2, "block_size": 1, "seed": 0}.items():
+        at_least(f"--{name.replace('_', '-')}", getattr(options, name), low)
+    if options.fresh_tail is not None and not 0 < options.fresh_tail < 1:
+        raise SetupError(f"--fresh-tail must be above 0 and below 1, got {options.fresh_tail}")
+    if not 0 <= options.checkpoint_every < math.inf:
+        raise SetupError(f"--checkpoint-every must be 0 or more seconds, got {options.checkpoint_every}")
+    if options.bos_per_document and options.bos == "never":
+        raise SetupError("--bos-per-document and --bos never exclude each other")
+    if options.output.suffix != ".json":
+        raise SetupError(f"--output {options.output}: the name must end in .json")
+    if options.output.is_dir():
+        raise SetupError(f"--output {options.output}: is a folder; name a file")
+
+
+def _check_random(options: argparse.Namespace, is_random: bool) -> None:
+    if not is_random:
+        return
+    if options.max_tokens is None:
+        raise SetupError(f"model {options.model!r}: random tokens have no end, give --max-tokens")
+    if options.datasets not in (None, [RANDOM_TOKENS]):
+        raise SetupError(f"model {options.model!r} has no tokenizer: only --datasets {RANDOM_TOKENS}")
+    for name in ("fresh_tail", "save_token_nll", "bos_per_document"):
+        if getattr(options, name):
+            raise SetupError(f"--{name.replace('_', '-')} says nothing about random weights")
+
+
+def document_start(beginning: Beginning) -> tuple[int, ...]:
+    """What stands before each document under --bos-per-document."""
+    if not beginning.ids and beginning.bos_id is None:
+        raise SetupError("--bos-per-document: the tokenizer has no beginning-of-sequence token")
+    return beginning.ids or (beginning.bos_id,)
+
+
+# Scoring
+
 
 def score(job: Job, command: str) -> None:
-    """Score a job's stream, and write the result.
-
-    Raises:
-        SetupError, SaveError, ScoringError, StoppedError: see there.
-    """
-    model = job.loaded.model
+    """Score a job's stream, and write the result; raises SetupError, SaveError, ScoringError, StoppedError."""
     memory = PeakMemory(job.machine.device)
     memory.start()
-    config = job.streaming
-    with StreamingLLMWrapper(model, config.n_sink, config.window_size) as stream, StopRequest() as stop:
-        run = ResumableRun(
-            job.work,
-            job.identity(),
-            lambda: StreamScorer(model, stream.new_cache()),
-            job.block_size,
-            job.options.checkpoint_every,
-            stop,
-            memory,
-            say,
-        )
+    wrapper = StreamingLLMWrapper(job.loaded.model, job.streaming.n_sink, job.streaming.window_size)
+    with wrapper as stream, StopRequest() as stop:
+        every = job.options.checkpoint_every
+        run = LongScoring(job.work, job.identity(), stream, job.block_size, every, stop, memory, say)
         if run.passes:
             say(f"goes on at token {sum(state.tokens for state in run.passes.values()):,}")
         with display(job, "stream") as show:
             losses = run.run("stream", job.stream.chunks, show)
         tail = None
         if job.options.fresh_tail is not None:
-            start = len(losses) + 1 - tail_length(len(losses) + 1, job.options.fresh_tail)
+            start = len(losses) + 1 - loss_figures.tail_length(len(losses) + 1, job.options.fresh_tail)
             with display(job, "fresh tail") as show:
                 tail = run.run("tail", lambda position: tail_chunks(job, start, position), show)
         write_result(job, run, losses, tail, command)
@@ -69,16 +276,23 @@ def score(job: Job, command: str) -> None:
 
 
 def tail_chunks(job: Job, start: int, position: int) -> Iterator[Tensor]:
-    """The fresh stream that begins with the token of a fresh start and goes on with token `start`, from
-    `position` on."""
-    front = len(job.tail_start[-1:])
-    if position < front:
-        yield torch.tensor([job.tail_start[-1:]], dtype=torch.int64)
-    yield from job.stream.chunks(start + max(0, position - front))
+    """From `position` on, the fresh stream that goes on with token `start`.
+
+    It begins with what a fresh stream begins with, or, where there is no such token, with the one before.
+    """
+    front = job.beginning.ids[-1:]
+    if not front and job.beginning.bos_id is not None and job.options.bos != "never":
+        front = (job.beginning.bos_id,)
+    if not front:
+        yield from job.stream.chunks(start - 1 + position)
+        return
+    if position == 0:
+        yield torch.tensor([front], dtype=torch.int64)
+    yield from job.stream.chunks(start + max(0, position - 1))
 
 
 @contextmanager
-def display(job: Job, title: str) -> Iterator[Show]:
+def display(job: Job, title: str) -> Iterator[long_scoring.Show]:
     """A bar on standard error, where a person watches."""
     visible = job.options.progress and sys.stderr.isatty()
     with tqdm(desc=title, unit=" tokens", unit_scale=True, leave=False, disable=not visible) as bar:
@@ -93,7 +307,7 @@ def display(job: Job, title: str) -> Iterator[Show]:
         yield show
 
 
-def write_result(job: Job, run: ResumableRun, losses: np.ndarray, tail: np.ndarray | None, command: str) -> None:
+def write_result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | None, command: str) -> None:
     """Assemble the result and save it; prints what there is to know."""
     value = result(job, run, losses, tail, command)
     if job.token_nll_path.exists():  # of an earlier result, perhaps another one
@@ -105,56 +319,54 @@ def write_result(job: Job, run: ResumableRun, losses: np.ndarray, tail: np.ndarr
     say(summary(value))
 
 
-def result(job: Job, run: ResumableRun, losses: np.ndarray, tail: np.ndarray | None, command: str) -> dict:
-    """The result file's contents."""
-    is_random = job.source.weights == "random"
-    figures = dict.fromkeys(("mean_nll", "perplexity", "tenths", "curve")) | {"scored_tokens": len(losses)}
-    if is_random:
+def result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | None, command: str) -> dict:
+    """The result file's contents. Times are sums over all sessions, without loading and checkpoints."""
+    if job.source.weights == "random":
+        figures = dict.fromkeys(("mean_nll", "perplexity", "tenths", "curve")) | {"scored_tokens": len(losses)}
         figures["perplexity_reason"] = "the weights are random"
     else:
-        figures = stream_figures(losses)
-    config = job.streaming
+        figures = loss_figures.stream_figures(losses)
+    config, state = job.streaming, run.passes["stream"]
+    if tail is not None:
+        tail = loss_figures.tail_figures(losses, tail, job.options.fresh_tail, config.cache_size)
+    sizes = {"n_sink": config.n_sink, "window_size": config.window_size, "max_cache_size": config.cache_size}
     return {
         "schema_version": SCHEMA_VERSION,
         "experiment": "long_scoring",
         "method": "streaming",
         "model": job.source.name,
         "weights": job.source.weights,
-        "dataset": job.dataset,
-        "documents": job.survey.documents,
-        "characters": job.survey.characters,
-        "beginning_of_sequence": "per document" if job.options.bos_per_document else "at the start of the stream",
-        "backend": job.backend,
+        "dataset": job.text.dataset,
+        "documents": max(1, job.text.num_documents),
+        "characters": job.text.num_characters,
+        "beginning_of_sequence": where_bos_stands(job),
+        "bos": job.beginning.record(),
+        "backend": job.machine.backends[0],
         "dtype": job.machine.dtype_name,
         "device": job.identity()["device"],
-        "num_tokens": run.passes["stream"].tokens,
+        "num_tokens": state.tokens,
         "max_tokens": job.options.max_tokens,
-        "streaming_llm": {
-            "n_sink": config.n_sink,
-            "window_size": config.window_size,
-            "max_cache_size": config.cache_size,
-        },
+        "streaming_llm": sizes,
         "block_size": job.block_size,
         **figures,
-        "fresh_tail": tail if tail is None else tail_figures(losses, tail, job.options.fresh_tail, config.cache_size),
-        **speed(run),
+        "fresh_tail": tail,
+        "scoring_sec": state.scoring_sec,
+        "waiting_for_text_sec": state.waiting_for_text_sec,
+        "toks_per_sec": state.tokens / state.scoring_sec,
+        **run.facts,
         "environment": environment(job.machine.device, command, job.options.seed, kvpress_imported=False),
         "config_hash": job.config_hash,
-        "data_sha256": job.survey.sha256,
+        "data_sha256": job.text.sha256,
         "status": "ok",
         "timestamp": now(),
     }
 
 
-def speed(run: ResumableRun) -> dict:
-    """Times, summed over all sessions: loading, finding the place to go on from and checkpoints are not in them."""
-    state = run.passes["stream"]
-    return {
-        "scoring_sec": state.scoring_sec,
-        "waiting_for_text_sec": state.waiting_for_text_sec,
-        "toks_per_sec": state.tokens / state.scoring_sec,
-        **run.facts,
-    }
+def where_bos_stands(job: Job) -> str:
+    """Where in the stream a beginning-of-sequence token was put."""
+    if job.options.bos_per_document:
+        return "per document"
+    return "at the start of the stream" if job.beginning.ids else "nowhere"
 
 
 def summary(value: dict) -> str:
@@ -171,6 +383,9 @@ def summary(value: dict) -> str:
             f"{row['fresh']['perplexity']:.3f} as a fresh one ({row['drift_percent']:+.2f}%)"
         )
     return "\n".join(lines)
+
+
+# The command
 
 
 def is_finished(job: Job) -> bool:
@@ -210,7 +425,7 @@ def complain(line: str) -> None:
 
 
 def run(argv: list[str]) -> int:
-    job = prepare(build_parser(__doc__.splitlines()[0]).parse_args(argv))
+    job = prepare(build_parser().parse_args(argv))
     if not job.options.force and is_finished(job):
         say(f"there already: {job.output} (--force scores again)")
         return 0

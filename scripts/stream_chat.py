@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from long_scoring.tokens import put_in_front
 from model_setup import config_of, load_wrapped, make_decoder, weights_fingerprint
 from streaming_chat.command_line import CHAT, DEFAULT_LIMITS, ENDLESS, build_parser, check_options
 from streaming_chat.status import StatusLine
@@ -25,6 +24,7 @@ from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SETUP
 from experiments.config import SetupError, settings_for
 from experiments.models import LoadedModel, find_model
 from experiments.session import Machine, resolve_machine
+from experiments.tokens import put_in_front
 from streaming_llm import StreamingConfig, StreamingDecoder
 
 

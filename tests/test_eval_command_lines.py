@@ -70,7 +70,7 @@ def test_a_failure_while_comparing_is_told_with_exit_code_1(world, capsys, monke
     def fail(*_):
         raise MemoryError("no more")
 
-    monkeypatch.setattr("experiments.comparison._measure", fail)
+    monkeypatch.setattr("experiments.measuring.Bench.measure", fail)
     assert eval_streaming_llm.main(subject(world)) == 1
     assert "out of memory: no more" in capsys.readouterr().out
 
@@ -175,7 +175,7 @@ def test_an_interruption_ends_with_130(world, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.session.ModelSession.measure", interrupt)
+    monkeypatch.setattr("experiments.measuring.Bench.measure", interrupt)
     assert final(world) == 130
     assert "0 of 2 cells are finished" in capsys.readouterr().out
 
@@ -185,6 +185,19 @@ def test_the_scripts_start_from_a_checkout(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "examples:" in done.stdout
     assert "--n-sink" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["experiments/run_final_experiments.py", "eval_streaming_llm.py"])
+def test_the_scripts_need_no_installed_project(script):
+    path = ROOT / script
+    code = f"""import runpy, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+sys.path = [{str(path.parent)!r}, *(p for p in sys.path[1:] if p != {str(ROOT)!r})]
+sys.argv = [{str(path)!r}, "--help"]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True)
+    assert "examples:" in done.stdout, done.stderr
 
 
 def test_the_runner_is_importable_from_its_script():

@@ -10,8 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.cells import Cell, CellRecord, CellStore
+from experiments.cells import CellRecord, CellStore
 from experiments.config import SetupError
+from experiments.plan import Cell
 from experiments.results import save_result
 from experiments.storage import (
     SaveError,
@@ -24,7 +25,7 @@ from experiments.storage import (
     write_json,
 )
 
-CELL = Cell("text", "math", "streaming", 2, 14, "decode", 40, 0)
+CELL = Cell("model", "text", "math", "streaming", "eager", 2, 14, "decode", 40, 0)
 HASH = "ab" * 32
 
 

@@ -12,7 +12,7 @@ import time
 import torch
 from transformers import DynamicCache
 
-from experiments.device import synchronise
+from experiments.timing import synchronise
 
 _COPIES = 10
 _CUDA_NBYTES, _CPU_NBYTES = 2**30, 2**28

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from decode_benchmark.contenders import CONTENDERS, REFERENCE
 from decode_benchmark.plan import PREFILL, Cell
-from experiments.device import synchronise
+from experiments.timing import synchronise
 from experiments.memory import PeakMemory
 from experiments.methods import Method, MethodSettings
 from personal_adapters.neox_flash import wrap_attention

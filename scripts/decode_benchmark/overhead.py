@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from decode_benchmark.contenders import ConstantDense
-from experiments.device import synchronise
+from experiments.timing import synchronise
 from experiments.methods import MethodSettings, Streaming
 from personal_adapters.neox_flash import wrap_attention
 from streaming_llm.families import text_config

@@ -1,0 +1,77 @@
+"""Where cells run: in this process, or (`ray_executor`) on the GPUs of a machine or a cluster."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+from experiments.config import ExperimentConfig, SetupError
+from experiments.measuring import Bench, Outcome, outcome_of
+from experiments.models import ModelSource
+from experiments.plan import Facts, Task
+from experiments.progress import cell_bar
+
+NextTask = Callable[[str | None], Task | None]
+"""Gives out the next task, one of the model named if there is any left; None when there are no more."""
+
+
+class Executor(ABC):
+    """Measures cells. A context manager: what it holds is given back on leaving, also after an error."""
+
+    models_at_once: int | None = None  # whose cells may be given out together; None: all
+    description = ""  # where it runs, for the eye
+
+    def __enter__(self) -> "Executor":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        return None
+
+    @abstractmethod
+    def open(self, sources: Sequence[ModelSource]) -> list[Facts | SetupError]:
+        """What there is to know of each model where it will be measured, or why it cannot be."""
+
+    @abstractmethod
+    def measure(self, next_task: NextTask, title: Callable[[Task], str]) -> Iterator[Outcome]:
+        """Measure tasks until there are no more; yields each outcome as it comes. `title`: for progress bars."""
+
+
+class InProcess(Executor):
+    """One cell after the other, on this process's device."""
+
+    models_at_once = 1
+
+    def __init__(self, config: ExperimentConfig):
+        self.config = config
+        self.bench = Bench(config)
+        machine = self.bench.machine
+        backends = ", ".join(machine.backends)
+        self.description = f"device {machine.device}, {machine.dtype_name}, attention backends: {backends}"
+
+    def open(self, sources: Sequence[ModelSource]) -> list[Facts | SetupError]:
+        found: list[Facts | SetupError] = []
+        for source in sources:
+            try:
+                found.append(self.bench.open(source))
+            except SetupError as error:
+                found.append(error)
+        return found
+
+    def measure(self, next_task: NextTask, title: Callable[[Task], str]) -> Iterator[Outcome]:
+        while (task := next_task(None)) is not None:
+            trained = task.source.weights == "trained"  # perplexities of random weights mean nothing
+            with cell_bar(title(task), task.steps, self.config.progress, trained) as display:
+                outcome = outcome_of(lambda task=task, display=display: self.bench.measure(task, display), task.cell)
+            yield outcome
+
+
+def make_executor(config: ExperimentConfig) -> Executor:
+    """The executor that a configuration names; raises SetupError where it cannot be had."""
+    if config.launcher == "local":
+        return InProcess(config)
+    try:
+        from experiments.ray_executor import RayExecutor
+    except ImportError as error:
+        raise SetupError(
+            f"--launcher ray needs the package ray, which cannot be imported ({error}): pip install "
+            "'streaming-llm[cluster]'"
+        ) from None
+    return RayExecutor(config)
