@@ -15,7 +15,7 @@ from experiments.hub import ask_hub
 from experiments.random_models import RANDOM_SIZES, random_config, random_model
 from experiments.tokens import NO_TOKENIZER, Beginning, beginning_of
 from streaming_llm import StreamingConfig
-from streaming_llm.families import family_of, layer_windows, require_window_fits, text_config
+from streaming_llm.families import family_of, layer_layouts, layer_windows, text_config
 
 DEMO_FOLDER = Path(__file__).resolve().parent / "assets" / "demo_model"
 RANDOM_PREFIX = "random:"
@@ -55,7 +55,7 @@ class ModelInfo:
         """The largest `window_size` that a sliding window of the model's own allows; None for any."""
         windows = [window for window in layer_windows(self.config) if window]
         try:
-            require_window_fits(self.config, StreamingConfig(0, max(windows, default=0) + 1))
+            layer_layouts(self.config, StreamingConfig(0, max(windows, default=0) + 1))
         except ValueError:
             return min(windows)
         return None
