@@ -6,6 +6,10 @@ What a path gives there is what it gives on the CPU in float32, to what the dtyp
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,3 +205,14 @@ def test_saved_on_one_device_and_gone_on_with_on_another(setting, tmp_path):
         with StreamingDecoder.load(path, other, "eager") as decoder:
             there = torch.stack([decoder.step(token) for token in tokens[:, 170:200].to(device).unbind(1)], dim=1)
         close(there, case, "logits", slice(171 - PROMPT, 201 - PROMPT))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_that_is_split_over_two_processes(case, tmp_path):
+    new_model(case).save_pretrained(tmp_path)
+    script = Path(__file__).with_name("tensor_parallel_checks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("tensor parallel: right") == 2
