@@ -1,7 +1,8 @@
 """Where cells run: in this process, or (`ray_executor`) on the GPUs of a machine or a cluster."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from experiments.config import ExperimentConfig, SetupError
 from experiments.measuring import Bench, Outcome, outcome_of
@@ -9,8 +10,20 @@ from experiments.models import ModelSource
 from experiments.plan import Facts, Task
 from experiments.progress import cell_bar
 
-NextTask = Callable[[str | None], Task | None]
-"""Gives out the next task, one of the model named if there is any left; None when there are no more."""
+
+class Queue(Protocol):
+    """Gives out tasks. Its length is the number of those that are left."""
+
+    def __len__(self) -> int: ...
+
+    def next(self, model: str | None) -> Task | None:
+        """The next task, one of the model named if there is any left; None when there are no more."""
+
+    def title(self, task: Task) -> str:
+        """A task's number and name, for a progress bar."""
+
+    def progress(self) -> str:
+        """What is done, what failed, how long the rest will take: for the eye."""
 
 
 class Executor(ABC):
@@ -30,8 +43,8 @@ class Executor(ABC):
         """What there is to know of each model where it will be measured, or why it cannot be."""
 
     @abstractmethod
-    def measure(self, next_task: NextTask, title: Callable[[Task], str]) -> Iterator[Outcome]:
-        """Measure tasks until there are no more; yields each outcome as it comes. `title`: for progress bars."""
+    def measure(self, queue: Queue) -> Iterator[Outcome]:
+        """Measure tasks until there are no more; yields each outcome as it comes."""
 
 
 class InProcess(Executor):
@@ -55,10 +68,10 @@ class InProcess(Executor):
                 found.append(error)
         return found
 
-    def measure(self, next_task: NextTask, title: Callable[[Task], str]) -> Iterator[Outcome]:
-        while (task := next_task(None)) is not None:
+    def measure(self, queue: Queue) -> Iterator[Outcome]:
+        while (task := queue.next(None)) is not None:
             trained = task.source.weights == "trained"  # perplexities of random weights mean nothing
-            with cell_bar(title(task), task.steps, self.config.progress, trained) as display:
+            with cell_bar(queue.title(task), task.steps, self.config.progress, trained) as display:
                 outcome = outcome_of(lambda task=task, display=display: self.bench.measure(task, display), task.cell)
             yield outcome
 
@@ -67,11 +80,12 @@ def make_executor(config: ExperimentConfig) -> Executor:
     """The executor that a configuration names; raises SetupError where it cannot be had."""
     if config.launcher == "local":
         return InProcess(config)
+    from experiments.ray_executor import RayExecutor
+
     try:
-        from experiments.ray_executor import RayExecutor
+        return RayExecutor(config)
     except ImportError as error:
         raise SetupError(
             f"--launcher ray needs the package ray, which cannot be imported ({error}): pip install "
             "'streaming-llm[cluster]'"
         ) from None
-    return RayExecutor(config)

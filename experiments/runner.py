@@ -90,33 +90,23 @@ class ExperimentRunner:
         """Run what is missing, in order; keep each cell, and write each file as soon as its cells are finished."""
         by_name = {model.plan.source.name: model for model in models}
         self.summary.outcomes |= by_name
-        estimator = TimeEstimator({kind: t for model in models for kind, t in model.store.earlier_times().items()})
-        cells = [cell for model in models for cell in model.plan.cells]
         for model in models:
             model.prepare_folders()
             model.find_finished(move_broken=True)
-            for cell in model.done:
-                if model.store.folder is not None:
-                    self.say(f"reused: {cell} ({model.store.path(cell, model.hashes[cell])})")
+            for cell in model.done if model.root is not None else ():
+                self.say(f"reused: {cell} ({model.store.path(cell, model.hashes[cell])})")
             model.write_complete()
-        queue = _Queue(by_name)
-
-        def left() -> str:
-            return estimator.text([cell for model in models for cell in model.missing])
-
-        def where(cell: Cell) -> str:
-            return f"[{cells.index(cell) + 1}/{len(cells)}] {cell}"
-
+        queue = _Cells(models)
         try:
-            for outcome in executor.measure(queue.next, lambda task: f"{where(task.cell)}, left: {left()}"):
+            for outcome in executor.measure(queue):
                 model = by_name[outcome.cell.model]
                 record = model.keep(outcome)
                 if record is None:
-                    self.say(f"{where(outcome.cell)}: FAILED: {outcome.reason}")
+                    self.say(f"{queue.where(outcome.cell)}: FAILED: {outcome.reason}")
                 else:
-                    estimator.add(outcome.cell, outcome.wall_sec)
+                    queue.estimator.add(outcome.cell, outcome.wall_sec)
                     shown = cell_line(record, show_perplexity=model.plan.source.weights == "trained")
-                    self.say(f"{where(outcome.cell)}: {shown}; left: {left()}")
+                    self.say(f"{queue.where(outcome.cell)}: {shown}; left: {queue.time_left()}")
                 model.write_complete()
         except KeyboardInterrupt:
             self._say_interrupted(models, later)
@@ -158,9 +148,11 @@ class ExperimentRunner:
                 self.say(f"[{number}/{len(cells)}] {cell}: {'already there' if cell in model.done else 'to do'}")
             for file in plan.files:
                 self.say(f"file: {model.root / 'final' / (file.stem + '.json')}")
-            estimator = TimeEstimator(model.store.earlier_times())
-            probe_unknown_kinds(executor, model, estimator)
-            self.say(f"{len(model.missing)} cells to do; time: {estimator.text(model.missing)}")
+            probes = _Probes(model)
+            for outcome in executor.measure(probes):
+                if outcome.run is not None:
+                    probes.add(outcome.run, plan.task(outcome.cell))
+            self.say(f"{len(model.missing)} cells to do; time: {probes.time_left()}")
 
     def _say_results(self, model: ModelResults) -> None:
         name = model.plan.source.name
@@ -185,43 +177,66 @@ class ExperimentRunner:
         self.say("the same command goes on from here")
 
 
-class _Queue:
-    """The tasks that are left, in order."""
+class _Cells:
+    """The cells of models that are left, in order: an `executors.Queue`."""
 
-    def __init__(self, models: dict[str, ModelResults]):
-        self.models = models
-        self.cells = [cell for model in models.values() for cell in model.missing]
+    def __init__(self, models: Sequence[ModelResults]):
+        self.models = {model.plan.source.name: model for model in models}
+        self.planned = [cell for model in models for cell in model.plan.cells]
+        self.waiting = [cell for model in models for cell in model.missing]
+        self.estimator = TimeEstimator(
+            {kind: t for model in models for kind, t in model.store.earlier_times().items()}
+        )
+
+    def __len__(self) -> int:
+        return len(self.waiting)
 
     def next(self, model: str | None) -> Task | None:
-        """The next task, one of `model` if there is any left. None when there are no more."""
-        while self.cells:
-            cell = next((cell for cell in self.cells if cell.model == model), self.cells[0])
-            self.cells.remove(cell)
+        while self.waiting:
+            cell = next((cell for cell in self.waiting if cell.model == model), self.waiting[0])
+            self.waiting.remove(cell)
             results = self.models[cell.model]
             if not results.fails_again(cell):
                 return results.plan.task(cell)
         return None
 
+    def title(self, task: Task) -> str:
+        return f"{self.where(task.cell)}, left: {self.time_left()}"
 
-def probe_unknown_kinds(executor: Executor, model: ModelResults, estimator: TimeEstimator) -> None:
-    """Run a small piece of each kind of cell of which no time is known, for the estimate of a dry run."""
-    kinds = {cell.kind: cell for cell in model.missing if not estimator.knows(cell)}
-    probes = []
-    for cell in kinds.values():
-        task, cache_size = model.plan.task(cell), cell.n_sink + cell.window_size
-        length = 4 * cache_size if cell.scoring == "parallel" else cache_size + _PROBE_STEPS + 1
-        config = replace(model.config, warmup_steps=1, decode_sample=_PROBE_STEPS)
-        probes.append(replace(task, config=config, ids=task.ids[:, :length]))
-    waiting = list(probes)
-    for outcome in executor.measure(lambda _: waiting.pop(0) if waiting else None, lambda task: str(task.cell)):
-        run, cell = outcome.run, outcome.cell
-        if run is not None:
-            task = model.plan.task(cell)
-            steps = model.config.warmup_steps + task.steps
-            seconds = 2 * run["prefill_sec"] + steps * (run["tpot_ms"] or 0.0) / 1e3
-            if "scoring_sec" in run:
-                seconds += run["scoring_sec"] * task.ids.shape[1] / (run["scored_tokens"] + 1)
-            estimator.add(cell, seconds)
+    def progress(self) -> str:
+        done, failed = (sum(len(getattr(m, what)) for m in self.models.values()) for what in ("done", "failed"))
+        return f"{done} done, {failed} failed, left: {self.time_left()}"
+
+    def where(self, cell: Cell) -> str:
+        return f"[{self.planned.index(cell) + 1}/{len(self.planned)}] {cell}"
+
+    def time_left(self) -> str:
+        return self.estimator.text([cell for model in self.models.values() for cell in model.missing])
+
+
+class _Probes(_Cells):
+    """A small piece of each kind of cell of which no time is known, for the estimate of a dry run."""
+
+    def __init__(self, model: ModelResults):
+        super().__init__([model])
+        self.waiting = list({cell.kind: cell for cell in model.missing if not self.estimator.knows(cell)}.values())
+
+    def next(self, model: str | None) -> Task | None:
+        task = super().next(model)
+        if task is None:
+            return None
+        cache_size = task.cell.n_sink + task.cell.window_size
+        length = 4 * cache_size if task.cell.scoring == "parallel" else cache_size + _PROBE_STEPS + 1
+        config = replace(task.config, warmup_steps=1, decode_sample=_PROBE_STEPS)
+        return replace(task, config=config, ids=task.ids[:, :length])
+
+    def add(self, run: dict, task: Task) -> None:
+        """Estimate the whole task from the run of its piece."""
+        steps = task.config.warmup_steps + task.steps
+        seconds = 2 * run["prefill_sec"] + steps * (run["tpot_ms"] or 0.0) / 1e3
+        if "scoring_sec" in run:
+            seconds += run["scoring_sec"] * task.ids.shape[1] / (run["scored_tokens"] + 1)
+        self.estimator.add(task.cell, seconds)
 
 
 def _find_models(config: ExperimentConfig) -> list[ModelSource]:
