@@ -1,4 +1,5 @@
-# make results   install, run the evaluation of the demo with both attention kernels, draw the figures
+# make results   install, run the evaluation of the demo with both attention kernels, draw its figures
+# make figures   install, draw the figures of the results that the project shows
 # make test      install, run the tests (test-slow: those that take long)
 # make test-matrix  the core tests under every version of Transformers from 4.56 on (installs each, takes long)
 #
@@ -18,7 +19,7 @@ endif
 
 help:
 	@sed -n 's/^# \(make\)/\1/p' Makefile
-	@echo "also: install figures test-slow lint format clean"
+	@echo "also: install test-slow lint format clean"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(ENV)
@@ -31,10 +32,10 @@ install: $(INSTALLED)
 
 results: $(INSTALLED)
 	$(BIN)/python experiments/run_final_experiments.py --attn-backend-list math flash
-	$(BIN)/python experiments/plot_all.py
+	$(BIN)/python experiments/plot_all.py --runs own
 
 figures: $(INSTALLED)
-	$(BIN)/python experiments/plot_all.py
+	$(BIN)/python experiments/plot_all.py --runs project
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"

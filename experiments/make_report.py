@@ -8,8 +8,7 @@ Writes report.html: one file that needs no network; it sorts, filters, and follo
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if not __package__:  # as a script, on a machine where the project is not installed: drawing needs no torch
@@ -22,13 +21,9 @@ from experiments import (
     plot_fixed_eval_results,
     plot_stream_curves,
 )
-from experiments.plotting.reading import find_roots, read_results
-from experiments.plotting.report_data import Run
-from experiments.plotting.report_page import Picture, build_page
-from experiments.plotting.report_svg import inline_svg
-from experiments.plotting.script import Drawing, draw_styled, report_problems
-from experiments.plotting.series import safe_name, sorted_datasets
-from experiments.plotting.style import WIDTH_IN
+from experiments.plotting.report import Picture, Run, build_page
+from experiments.plotting.script import Drawing, add_arguments, draw_styled, read_or_explain
+from experiments.plotting.table import Results, find_roots
 
 # In the order in which a reader wants them.
 SCRIPTS = (
@@ -38,87 +33,50 @@ SCRIPTS = (
     plot_decode_loop_comparison,
     plot_ablation_results,
 )
-FILE_NAME = "report.html"
+# What the project itself shows; everything else under results/ is a user's own.
+PROJECT = [Path(__file__).resolve().parents[1] / "results" / machine for machine in ("cpu", "h200")]
 
 
-def read_runs(top: Path) -> list[Run]:
-    """All results at and below ``top``, named by their folder; files that could not be read are in there too."""
+def roots_of(top: Path, runs: str = "all") -> list[Path]:
+    """The roots of results at and below ``top``: the user's own first, then the project's; or only one of these."""
     roots = find_roots(top) or [top]
-    return [Run(root.relative_to(top).as_posix() if root != top else top.name, read_results(root)) for root in roots]
+    project = [root for root in roots if any(root.resolve().is_relative_to(folder) for folder in PROJECT)]
+    own = [root for root in roots if root not in project]
+    return {"own": own, "project": project, "all": own + project}[runs]
 
 
-def read_or_explain(top: Path) -> tuple[list[Run], int]:
-    """-> the runs that hold results, and the exit code so far; no runs, and one clear line, where there are none."""
-    if not top.is_dir():
-        print(f"error: --results-dir {top}: no such folder", file=sys.stderr)
-        return [], 2
-    runs = read_runs(top)
-    code = max(report_problems(run.results) for run in runs)
-    runs = [run for run in runs if run.results.num_files]
-    if not runs:
-        print(f"error: --results-dir {top}: no result files there or below", file=sys.stderr)
-        return [], 2
-    return runs, code
+def illustrate(results: Results, top: Path, save: Callable[[Drawing], None] = lambda drawing: None) -> Run:
+    """Draw every figure of a root below ``top``, and ``save`` each."""
+    name = results.root.relative_to(top).as_posix() if results.root != top else top.name
+    pictures, missing = [], {}
+    datasets = results.cells["dataset"].unique()
+    for script in SCRIPTS:
+        for drawing in draw_styled(script.draw, results):
+            missing |= dict.fromkeys(drawing.missing)
+            if drawing.figure is not None:
+                save(drawing)
+                pictures.append(Picture.of(drawing, name, datasets))
+    return Run(name, results, pictures, [*missing, *(f"{path.name}: {text}" for path, text in results.problems)])
 
 
-@dataclass(frozen=True)
-class Illustrated:
-    """A run with its figures: drawn, and as the page takes them."""
-
-    run: Run
-    drawings: tuple[Drawing, ...]
-    pictures: tuple[Picture, ...]
-
-    @property
-    def missing(self) -> list[str]:
-        """What no figure could show."""
-        return list(dict.fromkeys(line for drawing in self.drawings for line in drawing.missing))
-
-
-def illustrate(run: Run) -> Illustrated:
-    """Draw every figure of a run."""
-    drawings = tuple(drawing for script in SCRIPTS for drawing in draw_styled(script.draw, run.results))
-    datasets = {f"comprehensive_{safe_name(d)}": safe_name(d) for d in sorted_datasets(run.results.records)}
-    pictures = []
-    for drawing in drawings:
-        if drawing.figure is not None:
-            prefix = f"{safe_name(run.name)}-{drawing.name}-"
-            svg = inline_svg(drawing.figure, prefix, drawing.name.replace("_", " "))
-            wide = drawing.figure.get_size_inches()[0] > WIDTH_IN
-            pictures.append(Picture(run.name, drawing.name, svg, datasets.get(drawing.name, ""), wide))
-    return Illustrated(run, drawings, tuple(pictures))
-
-
-def make_page(items: Sequence[Illustrated]) -> str:
-    """The report on some runs."""
-    missing = [(item.run.name, line) for item in items for line in item.missing]
-    for item in items:
-        missing += [(item.run.name, f"{problem.path.name}: {problem.text}") for problem in item.run.results.problems]
-    return build_page([item.run for item in items], [p for item in items for p in item.pictures], missing)
+def write_report(runs: Sequence[Run], folder: Path) -> Path:
+    """Write the report on some runs into a folder; -> its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.html"
+    path.write_text(build_page(runs), encoding="utf-8", newline="\n")
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """-> exit code: 0 all is well, 1 a file is broken or foreign, 2 there are no results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--results-dir", type=Path, default=Path("results"), help="results at and below it; default: %(default)s"
-    )
-    parser.add_argument("--output-dir", type=Path, default=Path("figures"), help="default: %(default)s")
+    add_arguments(parser, "results at and below it", formats=False)
     args = parser.parse_args(argv)
-    runs, code = read_or_explain(args.results_dir)
-    if not runs:
-        return code
-    path = write_page(make_page([illustrate(run) for run in runs]), args.output_dir)
-    print(f"report: {path}")
+    found, code = read_or_explain(args.results_dir, roots_of(args.results_dir))
+    if found:
+        runs = [illustrate(results, args.results_dir) for results in found]
+        print(f"report: {write_report(runs, args.output_dir)}")
     return code
-
-
-def write_page(page: str, folder: Path) -> Path:
-    """Write the report into a folder; -> its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE_NAME
-    path.write_text(page, encoding="utf-8", newline="\n")
-    return path
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Every figure of every result, and the report: what `make figures` runs.
+"""Every figure of every result, and the report: what `make results` and `make figures` run.
 
     python experiments/plot_all.py
+    python experiments/plot_all.py --runs own
     python experiments/plot_all.py --results-dir results --output-dir figures --format png svg
 
 A root of results (a folder with final/ or fixed_eval/) is drawn into the folder of the same name: results/h200 into
@@ -9,6 +10,7 @@ figures/report.html is about all of them, figures/<name>/report.html about those
 """
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,56 +18,44 @@ from pathlib import Path
 if not __package__:  # as a script, on a machine where the project is not installed: drawing needs no torch
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.make_report import Illustrated, illustrate, make_page, read_or_explain, write_page
-from experiments.plotting.output import save
-from experiments.plotting.report_data import Run
-from experiments.plotting.script import add_output_arguments
-
-
-def save_all(item: Illustrated, top: Path, output: Path, formats: tuple[str, ...]) -> None:
-    """Write a run's figures into the folder that corresponds to its own."""
-    root = item.run.results.root
-    folder = output / root.relative_to(top)
-    drawn = [drawing for drawing in item.drawings if drawing.figure is not None]
-    for drawing in drawn:
-        save(drawing.figure, drawing.name, folder, formats)
-    print(f"{root}: {len(drawn)} figures in {folder}")
-    for line in item.missing:
-        print(f"  missing: {line}")
-
-
-def write_reports(items: Sequence[Illustrated], top: Path, output: Path) -> Path:
-    """The report on everything, and one for each folder right below ``top``; -> the path of the first."""
-    names = [_first_part(item.run, top) for item in items]
-    for name in dict.fromkeys(filter(None, names)):
-        mine = [item for item, first in zip(items, names, strict=True) if first == name]
-        write_page(make_page(mine), output / name)
-    return write_page(make_page(items), output)
-
-
-def _first_part(run: Run, top: Path) -> str:
-    parts = run.results.root.relative_to(top).parts
-    return parts[0] if parts else ""
+from experiments.make_report import illustrate, roots_of, write_report
+from experiments.plotting.captions import findings, missing_lines
+from experiments.plotting.page import save
+from experiments.plotting.report import Run
+from experiments.plotting.script import add_arguments, read_or_explain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """-> exit code: 0 all is well, 1 a file is broken or foreign, 2 there are no results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, "results at and below it")
     parser.add_argument(
-        "--results-dir", type=Path, default=Path("results"), help="results at and below it; default: %(default)s"
+        "--runs",
+        choices=("all", "own", "project"),
+        default="all",
+        help="your own, those that the project shows (results/cpu, results/h200), or all; default: %(default)s",
     )
-    add_output_arguments(parser)
     args = parser.parse_args(argv)
-    runs, code = read_or_explain(args.results_dir)
-    if not runs:
-        return code
-    items = [illustrate(run) for run in runs]
-    for item in items:
-        save_all(item, args.results_dir, args.output_dir, tuple(args.format))
-    path = write_reports(items, args.results_dir, args.output_dir)
-    print(f"report: {path}")
+    top, output = args.results_dir, args.output_dir
+    found, code = read_or_explain(top, roots_of(top, args.runs))
+    runs: dict[str, list[Run]] = {}  # by the folder right below ``top``
+    for results in found:
+        below = results.root.relative_to(top)
+        folder = output / below
+        run = illustrate(results, top, lambda drawing, to=folder: save(drawing.figure, drawing.name, to, args.format))
+        runs.setdefault(below.parts[0] if below.parts else "", []).append(run)
+        print(f"{results.root}: {len(run.pictures)} figures in {folder}")
+        for line in missing_lines(results.cells):
+            print(f"  missing: {line}")
+    reports = [write_report(mine, output / name) for name, mine in runs.items() if name]
+    if found and args.runs != "project":
+        reports = [write_report([run for mine in runs.values() for run in mine], output)]
+    if found:
+        print(f"Open {' or '.join(map(str, reports))}: all figures and tables on one page that needs no network.")
+        print(findings(found[0].cells))
     return code
 
 
 if __name__ == "__main__":
+    gc.set_threshold(100_000)  # a figure is many small objects that live to its end: looking for dead ones costs 5%
     sys.exit(main())

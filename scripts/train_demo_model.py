@@ -1,236 +1,251 @@
 """Train the bundled demo: a small GPT-NeoX and its byte-level BPE tokenizer, from plain text, in one command.
 
-The defaults are the recipe of the model under `experiments/assets/demo_model`. The run can be interrupted at
-any time; the same command goes on where it was.
+    python scripts/train_demo_model.py --data books.txt.xz --output-dir runs/demo --held-out unseen.txt
+
+The defaults are the recipe of the model under experiments/assets/demo_model. A run that was interrupted or killed goes
+on from its last checkpoint with the same command, and gives the same losses.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
 import platform
-import signal
+import shutil
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from pathlib import Path
 
 import tokenizers
 import torch
 import transformers
-from demo_training import byte_bpe, corpus, held_out
-from demo_training.batches import Batches
-from demo_training.checkpoint import load_checkpoint
-from demo_training.command_line import Job, build_parser, make_job
-from demo_training.loop import Trainer, TrainingInterruptedError
-from demo_training.recipe import export_model
+from demo_training import held_out
+from demo_training.recipe import Options, Recipe
+from demo_training.sequences import (
+    DOCUMENT_SEPARATOR,
+    Windows,
+    encode,
+    read_documents,
+    read_text,
+    save_tokenizer,
+    train_tokenizer,
+)
+from torch.utils.data import SequentialSampler
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    HfArgumentParser,
+    ProgressCallback,
+    Trainer,
+)
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
-EXIT_SIGNAL = 128  # plus the signal's number: 130 for Ctrl-C
-REPORT_SCHEMA_VERSION = 1
-# Documents get at least this many characters per token of context: several training sequences each.
-DOCUMENT_CHARACTERS_PER_CONTEXT_TOKEN = 16
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What the text became: a tokenizer, tokens to train on, streams to report on, and a run to start or resume."""
-
-    text: corpus.Corpus
-    tokens: int
-    tokenizer: tokenizers.Tokenizer
-    held_out: list[held_out.HeldOutText]
-    batches: Batches
-    trainer: Trainer
-
-
-def prepare(job: Job) -> Prepared:
-    """Everything that can go wrong before training: texts, checkpoint, tokenizer, encoding.
-
-    Raises:
-        ValueError, OSError: something is wrong with an argument or a file; the output folder is as it was.
-    """
-    recipe = job.recipe
-    unseen = {path.name: corpus.read_text(path) for path in job.held_out}
-    if len(unseen) < len(job.held_out):
-        raise ValueError("--held-out: two texts have the same file name")
-    text = corpus.read_corpus(job.data, DOCUMENT_CHARACTERS_PER_CONTEXT_TOKEN * recipe.context_length)
-    start = job.held_out_start
-    if not unseen:
-        text, tail = corpus.split_tail(text)
-        unseen, start = {f"{text.name} (end)": tail}, 0
-    say(f"{text.name}: {len(text.documents)} documents, {text.characters:,} characters")
-    identity = {**recipe.as_dict(), "data_sha256": text.sha256}
-    state = find_checkpoint(job, identity)
-    for folder in (job.output_dir, job.work_dir):
-        folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = byte_bpe.cached_tokenizer(text.documents, text.sha256, recipe.vocab_size, job.work_dir)
-    encode = byte_bpe.as_transformers(tokenizer)
-    limits = {"max_tokens": job.held_out_tokens, "min_tokens": 2 * recipe.context_length}
-    streams = [
-        held_out.make_held_out_text(encode, name, content, start_character=start, **limits)
-        for name, content in unseen.items()
-    ]
-    ids, lengths = byte_bpe.cached_encoding(tokenizer, text.documents, text.sha256, job.work_dir)
-    batches = Batches(
-        ids,
-        lengths,
-        context_length=recipe.context_length,
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        device=job.device,
-    )
-    trainer = Trainer(
-        recipe,
-        batches,
-        device=job.device,
-        checkpoint_path=job.checkpoint_path,
-        checkpoint_every_sec=job.checkpoint_every_sec,
-        identity=identity,
-        compile_model=job.compile_model,
-        say=say,
-    )
-    if state is not None:
-        trainer.restore(state)
-    return Prepared(text, len(ids), tokenizer, streams, batches, trainer)
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+DOCUMENT_CHARACTERS = 16  # per token of context: several sequences of each document
+TAIL_SHARE, TAIL_CHARACTERS = 0.1, 100_000  # of the last document, held out where no other text is
 
 
-def find_checkpoint(job: Job, identity: dict[str, object]) -> dict[str, object] | None:
-    """The checkpoint to go on from, or None; never lets a run overwrite another one's model.
+class DemoTrainer(Trainer):
+    """Transformers' trainer; the sequences come in their order, so that a step sees what its number says."""
+
+    def _get_train_sampler(self, *_: object) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+class LossOnBar(ProgressCallback):
+    """Shows the loss beside the progress bar, and ends a run whose loss is no longer finite before it is saved."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is no longer finite at step {state.global_step}; lower --learning-rate"
+            )
+        if loss is not None and self.training_bar is not None:
+            self.training_bar.set_postfix_str(f"loss {loss:.3f}")
+
+
+def choose_device(requested: str) -> str:
+    """-> "cpu" or "cuda", with one GPU visible: Trainer would take all. Raises ValueError where it cannot be used."""
+    kind, _, index = requested.partition(":")
+    if kind not in ("", "cpu", "cuda"):
+        raise ValueError(f"--device {requested}: cannot be used here; cpu or cuda[:N]")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = index or visible[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {requested}: cannot be used here; there is no such CUDA device")
+    return "cuda" if kind != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def claim_folder(options: Options, identity: dict[str, object]) -> bool:
+    """Note in the output folder which run it belongs to; -> whether that run's model is there already.
 
     Raises:
-        ValueError: the folder holds something else, and --force was not given.
+        ValueError: it belongs to another run, and --force was not given.
     """
-    if job.force:
-        job.checkpoint_path.unlink(missing_ok=True)
-        return None
-    if job.checkpoint_path.exists():
-        return load_checkpoint(job.checkpoint_path, identity)
-    if (job.output_dir / "model.safetensors").exists():
-        raise ValueError(
-            f"--output-dir {job.output_dir}: holds a model, and {job.checkpoint_path} does not exist; "
-            "choose another folder, or --force to replace the model"
-        )
-    return None
+    model, note = options.output_dir / "model.safetensors", options.output_dir / "run.json"
+    if options.force:
+        shutil.rmtree(options.work_dir, ignore_errors=True)
+        for path in (model, note):
+            path.unlink(missing_ok=True)
+    if note.exists():
+        theirs = json.loads(note.read_text(encoding="utf-8"))
+        keys = [key for key in {**theirs, **identity} if theirs.get(key) != identity.get(key)]
+        if keys:
+            differences = "; ".join(f"{key}: {theirs.get(key)} there, {identity.get(key)} now" for key in keys)
+            raise ValueError(
+                f"--output-dir {options.output_dir}: belongs to a run of another configuration ({differences}); "
+                "choose another folder, or --force to start anew"
+            )
+    elif model.exists():
+        raise ValueError(f"--output-dir {options.output_dir}: holds a model; choose another folder, or --force")
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output-dir {options.output_dir}: cannot be made ({error.strerror})") from None
+    note.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+    return model.exists()
 
 
-def train(job: Job, prepared: Prepared) -> None:
-    """Train to the end of the recipe and write model and tokenizer into the output folder."""
-    recipe, trainer = job.recipe, prepared.trainer
-    say(
-        f"{trainer.parameters:,} parameters, {prepared.tokens:,} tokens of text, {recipe.steps} steps of "
-        f"{recipe.tokens_per_step:,} tokens: {prepared.batches.epochs(recipe.steps):.1f} epochs, on {job.device}"
-    )
-    weights = trainer.run()
-    byte_bpe.save_tokenizer(prepared.tokenizer, job.output_dir)
-    export_model(recipe, weights, job.output_dir)
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written whole: its state is written last."""
+    whole = []
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
+        try:
+            whole.append((json.loads(path.read_text(encoding="utf-8"))["global_step"], str(path.parent)))
+        except ValueError:  # cut off in writing
+            continue
+    return max(whole, default=(0, None))[1]
 
 
-def describe(job: Job, prepared: Prepared) -> dict[str, object]:
-    """Everything of report.json that is known once training is over."""
-    recipe, trainer = job.recipe, prepared.trainer
-    progress = trainer.progress
-    tokens = progress.step * recipe.tokens_per_step
-    on_cuda = job.device.type == "cuda"
-    return {
-        "schema_version": REPORT_SCHEMA_VERSION,
-        "recipe": recipe.as_dict(),
-        "parameters": trainer.parameters,
-        "data": {
-            "source": prepared.text.name,
-            "sha256": prepared.text.sha256,
-            "documents": len(prepared.text.documents),
-            "characters": prepared.text.characters,
-            "tokens": prepared.tokens,
-            "characters_per_token": prepared.text.characters / prepared.tokens,
-        },
-        "training": {
-            "steps": progress.step,
-            "tokens": tokens,
-            "epochs": prepared.batches.epochs(progress.step),
-            "train_sec": progress.train_sec,
-            "toks_per_sec": tokens / progress.train_sec,
-            "final_loss": progress.curve[-1][1],
-            "loss_curve": [[step, round(loss, 4)] for step, loss in progress.curve],
-        },
-        "environment": {
-            "device": torch.cuda.get_device_name(job.device) if on_cuda else platform.machine(),
-            "autocast": "bfloat16" if on_cuda else None,
-            "compiled": trainer.compiled,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
+def train(recipe: Recipe, options: Options, sequences: Windows) -> tuple[GPTNeoXForCausalLM, dict[str, object]]:
+    """Train to the end of the recipe; -> the model, and what the report says of its training."""
+    transformers.set_seed(recipe.seed)
+    model = GPTNeoXForCausalLM(GPTNeoXConfig.from_dict(recipe.config())).float()
+    trainer = DemoTrainer(model, recipe.training(options), data_collator=lambda batch: batch, train_dataset=sequences)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LossOnBar())
+    if checkpoint := last_checkpoint(options.work_dir):
+        print(f"resuming from {checkpoint}", flush=True)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    curve = [(entry["step"], round(entry["loss"], 4)) for entry in trainer.state.log_history if "loss" in entry]
+    sequences_seen = recipe.steps * recipe.batch_size
+    return model, {
+        "steps": recipe.steps,
+        "tokens": sequences_seen * recipe.context_length,
+        "epochs": sequences_seen / sequences.per_epoch,
+        "last_session_sec": metrics["train_runtime"],
+        "final_loss": curve[-1][1],
+        "loss_curve": curve,
     }
 
 
-def report(job: Job, prepared: Prepared) -> int:
-    """Measure the written model on the held-out texts; report.json is written even where that fails."""
-    facts = describe(job, prepared)
-    context_length = job.recipe.context_length
-    cache_size = context_length // 2
-    status = EXIT_OK
+def write_model(model: GPTNeoXForCausalLM, recipe: Recipe, options: Options) -> None:
+    """Write the weights in float16, and a configuration with which Transformers 4.56 to 5.x load them in float32."""
+    folder = options.work_dir / "model"
+    model.half().save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(recipe.config(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # The weights last: where they are, everything is.
+    for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        os.replace(path, options.output_dir / path.name)
+    shutil.rmtree(options.work_dir)
+
+
+def measure(
+    recipe: Recipe, options: Options, tokenizer: object, streams: dict[str, torch.Tensor]
+) -> dict[str, object]:
+    """What the report says of the written model on the held-out streams; printed too."""
+    cache_size = recipe.context_length // 2
+    results = held_out.measure(options.output_dir, tokenizer, streams, cache_size, options.device)
+    shares = held_out.sink_shares(options.output_dir, streams.values(), recipe.context_length, options.device)
+    print(held_out.format_table(results, shares, cache_size), flush=True)
+    return {
+        "n_sink": held_out.N_SINK,
+        "cache_size": cache_size,
+        "dtype": "float32",
+        "start_character": options.held_out_start if options.held_out else 0,
+        "results": [asdict(result) for result in results],
+        "attention_on_token_0_by_layer": shares,
+    }
+
+
+def run(recipe: Recipe, options: Options) -> int:
+    """Train, write, report. Raises ValueError where something is wrong that is found before training."""
+    texts = {path.name: read_text(path)[options.held_out_start :] for path in options.held_out}
+    if len(texts) < len(options.held_out):
+        raise ValueError("--held-out: two texts have the same file name")
+    name = options.data if options.data.startswith("hf:") else Path(options.data).name
+    documents = read_documents(options.data, DOCUMENT_CHARACTERS * recipe.context_length)
+    if not texts:
+        cut = len(documents[-1]) - min(int(TAIL_SHARE * len(documents[-1])), TAIL_CHARACTERS)
+        texts, documents[-1] = {f"{name} (end)": documents[-1][cut:]}, documents[-1][:cut]
+    tokenizer = train_tokenizer(documents, recipe.vocab_size)
+    limits = {"max_tokens": options.held_out_tokens, "min_tokens": 2 * recipe.context_length}
+    streams = {text: held_out.make_stream(tokenizer, text, content, **limits) for text, content in texts.items()}
+    ids = encode(tokenizer, documents)
+    sequences = Windows(ids, recipe.context_length, recipe.steps * recipe.batch_size, recipe.seed)
+    characters, tokens = sum(map(len, documents)), sum(map(len, ids))
+    data = {
+        "source": name,
+        "sha256": hashlib.sha256(DOCUMENT_SEPARATOR.join(documents).encode()).hexdigest(),
+        "documents": len(documents),
+        "characters": characters,
+        "tokens": tokens,
+        "characters_per_token": characters / tokens,
+    }
+    report = options.output_dir / "report.json"
+    if not claim_folder(options, {**asdict(recipe), "data_sha256": data["sha256"]}):
+        model, training = train(recipe, options, sequences)
+        facts = {"schema_version": 1, "recipe": asdict(recipe), "parameters": model.num_parameters(), "data": data}
+        facts |= {"training": training, "environment": environment(options), "held_out": None}
+        write_json(report, facts)
+        save_tokenizer(tokenizer, options.output_dir)
+        write_model(model, recipe, options)
+    facts = json.loads(report.read_text(encoding="utf-8"))
     try:
-        results = held_out.measure(job.output_dir, prepared.held_out, cache_size, job.device)
-        shares = held_out.sink_shares(job.output_dir, prepared.held_out, context_length, job.device)
-        facts["held_out"] = {
-            "n_sink": held_out.N_SINK,
-            "cache_size": cache_size,
-            "dtype": "float32",
-            "start_character": prepared.held_out[0].start_character,
-            "results": [asdict(result) for result in results],
-            "attention_on_token_0_by_layer": shares,
-        }
-        say(held_out.format_table(results, shares, cache_size))
+        write_json(report, {**facts, "held_out": measure(recipe, options, tokenizer, streams)})
     except Exception as error:  # whatever it is, a trained model must not be lost to its report
-        facts["held_out"] = None
-        facts["held_out_error"] = f"{type(error).__name__}: {error}"
-        complain(
-            f"the model is trained and written, but its report failed ({facts['held_out_error']}); "
-            "the same command writes the report anew"
-        )
-        status = EXIT_FAILED
-    with byte_bpe.atomic_path(job.output_dir / "report.json") as temporary:
-        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    say(f"wrote {job.output_dir}")
-    return status
+        complain(f"the model is written, but its report failed ({type(error).__name__}: {error}); run this again")
+        return EXIT_FAILED
+    print(f"wrote {options.output_dir}", flush=True)
+    return EXIT_OK
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
+def environment(options: Options) -> dict[str, object]:
+    return {
+        "device": torch.cuda.get_device_name() if options.on_cuda else platform.machine(),
+        "autocast": "bfloat16" if options.on_cuda else None,
+        "compiled": options.compile,
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
+    }
+
+
+def write_json(path: Path, value: dict[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def complain(line: str) -> None:
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 
-def run(argv: list[str] | None) -> int:
-    args = build_parser(__doc__).parse_args(argv)
-    begin = time.monotonic()
-    transformers.utils.logging.disable_progress_bar()  # they count tensors, in milliseconds
+def main(argv: list[str] | None = None) -> int:
+    parser = HfArgumentParser((Options, Recipe), description=__doc__, allow_abbrev=False)
+    transformers.utils.logging.disable_progress_bar()  # of tensors, which take milliseconds
     try:
-        job = make_job(args)
-        prepared = prepare(job)
-    except (ValueError, OSError) as error:
+        options, recipe = parser.parse_args_into_dataclasses(argv)
+        options.device = choose_device(options.device)
+        return run(recipe, options)
+    except ValueError as error:
         complain(str(error))
         return EXIT_USAGE
-    say(f"text and tokenizer ready after {time.monotonic() - begin:.0f} s")
-    try:
-        train(job, prepared)
-        return report(job, prepared)
-    except (FloatingPointError, OSError, torch.cuda.OutOfMemoryError) as error:
+    except (OSError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
         complain(str(error))
         return EXIT_FAILED
-
-
-def main(argv: list[str] | None = None) -> int:
-    try:
-        return run(argv)
-    except TrainingInterruptedError as stopped:
-        complain(f"{stopped}; the same command goes on from there")
-        return EXIT_SIGNAL + stopped.signal_number
     except KeyboardInterrupt:
-        complain("interrupted; the same command goes on")
-        return EXIT_SIGNAL + signal.SIGINT
+        complain("interrupted; the same command goes on from the last checkpoint")
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

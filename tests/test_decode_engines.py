@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 
-import matplotlib as mpl
 import pytest
 from conftest import make_ids, make_neox
 from evaluation_support import World, no_collection  # noqa: F401 - a fixture
@@ -18,9 +17,9 @@ from experiments.methods import METHODS, MethodSettings
 from experiments.perplexity import compute_perplexity
 from experiments.plan import engines_of
 from experiments.plot_comprehensive_results import draw
-from experiments.plotting import style
 from experiments.plotting.captions import caption
-from experiments.plotting.reading import read_results
+from experiments.plotting.script import draw_styled
+from experiments.plotting.table import read_results
 from streaming_llm import StreamingDecoder
 
 pytestmark = pytest.mark.usefixtures("no_collection")
@@ -168,11 +167,10 @@ def test_figures_cope_with_two_engines_and_name_them(tmp_path, captured):
     world = World(tmp_path)
     world.run(methods=["baseline", "streaming", "dense"], engine="graph")
     results = read_results(world.root)
-    dense = next(r for r in results.records if r.series.method == "dense")
-    assert dense.values["speedup"] > 0
-    assert "engines: eager (Dense); graph (Baseline, StreamingLLM)" in caption(results.records).replace("\xa0", " ")
-    with mpl.rc_context(style.RC):
-        assert draw(results)
+    (dense,) = results.cells[results.cells["method"] == "dense"].itertuples()
+    assert dense.speedup > 0
+    assert "engines: eager (Dense); graph (Baseline, StreamingLLM)" in caption(results.cells).replace("\xa0", " ")
+    assert draw_styled(draw, results)
 
 
 def test_auto_is_resolved_before_anything_is_named(tmp_path, captured):

@@ -1,37 +1,26 @@
 """Every figure, over sparse and crowded results: no text on other text, none outside the page, bytes reproducible."""
 
 import matplotlib as mpl
+import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from plot_fixtures.synthetic import BACKENDS, DATASETS, METHODS, write_older, write_set
 
-from experiments import (
-    plot_ablation_results,
-    plot_comprehensive_results,
-    plot_decode_loop_comparison,
-    plot_fixed_eval_results,
-    plot_stream_curves,
-)
+from experiments.make_report import SCRIPTS
 from experiments.plotting import style
-from experiments.plotting.output import FORMATS, render
-from experiments.plotting.reading import read_results
+from experiments.plotting.page import FORMATS, render
 from experiments.plotting.script import draw_styled
+from experiments.plotting.table import read_results
 
-SCRIPTS = (
-    plot_fixed_eval_results,
-    plot_comprehensive_results,
-    plot_decode_loop_comparison,
-    plot_ablation_results,
-    plot_stream_curves,
-)
-
+LONG = ("the-strange-case-of-dr-jekyll-and-mr-hyde_0123abcd", "a_" + "very_" * 12 + "long_name", "pg19")
+LAST = ("dense", "cudnn")
 CASES = {
     "one method, one data set": lambda root: write_set(root, DATASETS[:1], ["streaming"], ["math"], repeats=1),
     "default": write_set,
     "crowded": lambda root: write_set(
         root, DATASETS, METHODS, BACKENDS, skip=[(d, "kvpress", "cudnn") for d in DATASETS[2:]]
     ),
+    "long names": lambda root: write_set(root, LONG, METHODS, BACKENDS, model=LONG[0] * 2, drop=[(LONG[1], *LAST)]),
     "milliseconds": lambda root: write_set(root, DATASETS[:3], METHODS, BACKENDS[:2], time_scale=1e-3),
     "hours": lambda root: write_set(root, DATASETS[:1], METHODS, ["flash"], time_scale=1e4),
     "random weights": lambda root: write_set(root, DATASETS[:1], METHODS, BACKENDS[:2], weights="random"),
@@ -47,53 +36,52 @@ def all_drawings(root):
 
 
 def text_boxes(figure):
-    """Visible texts with their boxes in pixels, shrunk by a pixel: touching is not overlapping."""
-    renderer = FigureCanvasAgg(figure).get_renderer()
+    """Visible texts and their boxes ``[n, (x0, y0, x1, y1)]`` in pixels, less a pixel: touching is not overlapping."""
     with mpl.rc_context(style.RC):
-        figure.draw(renderer)
+        figure.draw_without_rendering()
     unseen = {label for ax in figure.axes for label in labels_out_of_view(ax)}
-    boxes = []
-    for text in figure.findobj(lambda a: isinstance(a, Text) and a.get_visible() and a.get_text().strip()):
-        box = text.get_window_extent(renderer)
-        if text not in unseen and box.width > 2 and box.height > 2:
-            boxes.append((text.get_text(), box.padded(-1.0)))
-    return boxes
+    found = figure.findobj(lambda a: isinstance(a, Text) and a.get_visible() and a.get_text().strip())
+    texts = [text for text in found if text not in unseen]
+    boxes = np.array([text.get_window_extent().extents for text in texts]) + np.array([1, 1, -1, -1])
+    shown = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    return [text.get_text() for text, is_shown in zip(texts, shown, strict=True) if is_shown], boxes[shown]
 
 
 def labels_out_of_view(ax):
-    """Labels of ticks beyond an axis's ends: matplotlib makes them and draws none."""
+    """Labels of ticks beyond an axis's ends: matplotlib makes them and draws none; and those of hidden axes."""
     for axis in (ax.xaxis, ax.yaxis):
         low, high = sorted(axis.get_view_interval())
         for tick in axis.get_major_ticks():
-            if not low <= tick.get_loc() <= high:
+            if not low <= tick.get_loc() <= high or not axis.get_visible():
                 yield tick.label1
                 yield tick.label2
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_text_overlaps_or_leaves_the_page(case, tmp_path):
+def test_no_text_overlaps_or_leaves_the_page_which_has_a_page_s_size(case, tmp_path):
     drawings = all_drawings(CASES[case](tmp_path / "results"))
     assert drawings
     for drawing in drawings:
-        page = drawing.figure.bbox
-        boxes = text_boxes(drawing.figure)
-        outside = [t for t, b in boxes if b.x0 < 0 or b.y0 < 0 or b.x1 > page.width or b.y1 > page.height]
-        assert not outside, (drawing.name, outside)
-        clashes = [(t, u) for i, (t, b) in enumerate(boxes) for u, c in boxes[:i] if b.overlaps(c)]
-        assert not clashes, (drawing.name, clashes)
+        figure = drawing.figure
+        texts, boxes = text_boxes(figure)
+        outside = (boxes[:, :2] < 0).any(axis=1) | (boxes[:, 2:] > figure.bbox.extents[2:]).any(axis=1)
+        assert not outside.any(), (drawing.name, [texts[i] for i in np.flatnonzero(outside)])
+        apart = (boxes[:, None, :2] >= boxes[None, :, 2:]).any(axis=2)
+        clashes = np.argwhere(np.triu(~(apart | apart.T), 1))
+        assert not len(clashes), (drawing.name, [(texts[i], texts[j]) for i, j in clashes])
+        width, height = figure.get_size_inches()
+        assert width <= 2 * style.HALF_PAGE_IN
+        assert height <= 11.7
 
 
-def test_width_is_half_a_page_or_a_page(tmp_path):
-    for drawing in all_drawings(CASES["crowded"](tmp_path)):
-        width, height = drawing.figure.get_size_inches()
-        assert width <= 2 * style.WIDTH_IN
-        assert height <= 11.7 or width == style.WIDTH_IN
-
-
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_same_bytes_each_time(suffix, tmp_path):
+def test_same_bytes_each_time(tmp_path):
     root = write_set(tmp_path / "results", DATASETS[:1], METHODS[:2])
-    names = ("fixed_eval_speedup", "comprehensive_kernel_ratio", "ablation_n_sink", "stream_curves")
-    once, again = ({d.name: render(d.figure, suffix) for d in all_drawings(root) if d.name in names} for _ in "12")
-    assert once == again
-    assert set(once) == set(names)
+    names = {"fixed_eval_speedup", "comprehensive_kernel_ratio", "ablation_n_sink", "stream_curves"}
+
+    def rendered():
+        drawings = [drawing for drawing in all_drawings(root) if drawing.name in names]
+        return {(d.name, suffix): render(d.figure, suffix) for d in drawings for suffix in FORMATS}
+
+    once = rendered()
+    assert once == rendered()
+    assert len(once) == len(names) * len(FORMATS)

@@ -9,29 +9,14 @@ from pathlib import Path
 import pytest
 from plot_fixtures.synthetic import write_json, write_older, write_set
 
-from experiments import (
-    make_report,
-    plot_ablation_results,
-    plot_all,
-    plot_comprehensive_results,
-    plot_decode_loop_comparison,
-    plot_fixed_eval_results,
-    plot_stream_curves,
-)
+from experiments import make_report, plot_ablation_results, plot_all, plot_fixed_eval_results
+from experiments.plotting.script import main
 
 EXPERIMENTS = Path(plot_all.__file__).parent
-SCRIPTS = {
-    "plot_fixed_eval_results": plot_fixed_eval_results.draw,
-    "plot_comprehensive_results": plot_comprehensive_results.draw,
-    "plot_decode_loop_comparison": plot_decode_loop_comparison.draw,
-    "plot_ablation_results": plot_ablation_results.draw,
-    "plot_stream_curves": plot_stream_curves.draw,
-}
+SCRIPTS = {script.__name__.split(".")[-1]: script.draw for script in make_report.SCRIPTS}
 
 
 def run_script(draw, *arguments):
-    from experiments.plotting.script import main
-
     return main(draw, "a test", [str(a) for a in arguments])
 
 
@@ -111,7 +96,34 @@ def test_drawing_everything_fills_a_folder_per_root_and_is_reproducible(tmp_path
     assert {"report.html", "h200/report.html", "fixed_eval_speedup.png", "stream_curves.png"} <= names
     assert "h200/pythia-70m/fixed_eval_speedup.png" in names
     assert "h200/pythia-70m/fixed_eval_perplexity.png" not in names
-    assert capsys.readouterr().out.splitlines()[-1] == f"report: {tmp_path / 'again' / 'report.html'}"
+    where, found = capsys.readouterr().out.splitlines()[-2:]
+    page = tmp_path / "again" / "report.html"
+    assert where == f"Open {page}: all figures and tables on one page that needs no network."
+    assert found.startswith("On Demo narrative, StreamingLLM was 7.33 times as fast as re-computing the window")
+
+
+def test_a_newcomer_sees_the_own_run_only_and_the_project_s_by_themselves(tmp_path, capsys, monkeypatch):
+    top, out = tmp_path / "results", tmp_path / "figures"
+    monkeypatch.setattr(make_report, "PROJECT", [top / "cpu"])
+    skip = [("pg19", "kvpress", "math")]
+    write_set(top / "cpu", ["pg19"], ["baseline", "streaming"], ["flash"], repeats=1, weights="random", losses=False)
+    write_set(top, ["pg19"], ["baseline", "streaming", "kvpress"], ["math"], repeats=1, losses=False, skip=skip)
+    arguments = ["--results-dir", str(top), "--output-dir", str(out)]
+
+    assert plot_all.main([*arguments, "--runs", "own"]) == 0
+    first, missing, where, found = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{top}: ")
+    assert missing == "  missing: KVPress (math) on PG19: skipped: kvpress is not installed"
+    assert where.startswith(f"Open {out / 'report.html'}")
+    assert "7.33 times as fast" in found
+    assert "random" not in (out / "report.html").read_text(encoding="utf-8")
+    assert not (out / "cpu").exists()
+
+    own = (out / "report.html").read_bytes()
+    assert plot_all.main([*arguments, "--runs", "project"]) == 0
+    assert (out / "cpu" / "report.html").exists()
+    assert (out / "report.html").read_bytes() == own
+    assert make_report.roots_of(top) == [top, top / "cpu"]
 
 
 def test_drawing_everything_without_results(tmp_path, capsys):

@@ -1,81 +1,120 @@
-"""Captions: the conditions under which the records of a figure were measured, from the files."""
+"""Words below figures: the conditions under which their rows were measured, and what is missing."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
-from .records import AblationRow, Conditions, Record
-from .style import METHODS
+import numpy as np
+import pandas as pd
+
+from . import style
+from .files import SIZES
+from .metrics import METRICS, short_number
+from .table import why_missing
+
+SHORT_CHARS = 50
 
 
-def caption(records: Sequence[Record | AblationRow], vary: Iterable[str] = (), repeats: bool = True) -> str:
-    """One line: model, device, dtype, cache, tokens, repeats. What the files do not say is left out.
+def caption(rows: pd.DataFrame, without: Sequence[str] = ()) -> str:
+    """One paragraph: model, device, dtype, cache, tokens, engines, repeats. What the files do not say is left out.
 
     Args:
-        vary: Parts that the figure itself varies, to leave out: ``cache``, ``tokens``.
-        repeats: Whether to say of how many runs the figures are medians.
+        without: Parts that the figure itself varies or does not concern: ``cache``, ``tokens``, ``repeats``.
     """
-    vary = set(vary)
-    conditions = [r.conditions for r in records]
-    parts = [_join(conditions, get) for name, get in _PARTS.items() if name not in vary]
-    parts.append(_engines(records))
-    if repeats:
-        parts.append(_repeats(records))
-    # A part stays on one line where it fits on one: no-break spaces within parts.
-    return " · ".join(part.replace(" ", "\xa0") for part in parts if part)
+    rows = rows[rows["status"] != "absent"]
+    parts = {
+        "model": _distinct(map(_model, rows["model"], rows["weights"])),
+        "device": _distinct(rows["device"]),
+        "dtype": _distinct(rows["dtype"]),
+        "cache": _distinct(f"cache {s:.0f} + {w:,.0f} tokens" for s, w in rows[list(SIZES[:2])].dropna().values),
+        "tokens": _distinct(f"{n:,.0f} tokens of text" for n in rows["num_tokens"].dropna()),
+        "press": _distinct(f"kvpress: {p}" for p in rows["kvpress_press"].dropna() if p != "streaming_llm"),
+        "engines": _engines(rows),
+        "repeats": _distinct(f"{n:.0f}" for n in rows["repeats"] if n > 1),
+    }
+    if parts["repeats"]:
+        parts["repeats"] = f"median of {parts['repeats']} runs; whiskers: all of them"
+    shown = [text for name, text in parts.items() if text and name not in without]
+    # A short part stays on one line: no-break spaces within it.
+    return " · ".join(text.replace(" ", "\xa0") if len(text) < SHORT_CHARS else text for text in shown)
 
 
-def peak_memory_note(records: Iterable[Record]) -> str:
+def memory_note(rows: pd.DataFrame) -> str:
     """What the files mean by peak memory: it is not the same thing on a GPU and on a CPU."""
-    kinds = sorted({r.conditions.peak_memory_kind for r in records if r.conditions.peak_memory_kind})
-    return f"peak memory: {' / '.join(kinds)}" if kinds else ""
+    kinds = _distinct(rows["peak_memory_kind"])
+    return f"peak memory: {kinds}" if kinds else ""
 
 
-def _join(conditions: Sequence[Conditions], get: Callable[[Conditions], str | None]) -> str:
-    return " / ".join(sorted({text for text in map(get, conditions) if text}))
+def findings(cells: pd.DataFrame) -> str:
+    """One sentence: what StreamingLLM gains and costs on these data sets, as ranges over them and the backends."""
+    ours = cells[(cells["method"] == "streaming") & (cells["status"] == "ok")]
+    on = f"On {' and '.join(map(style.dataset_label, sorted(ours['dataset'].unique())))}"
+    speedup, change = ours["speedup"].dropna(), ours["ppl_increase_percent"].dropna()
+    parts = []
+    if len(speedup):
+        parts.append(f"was {_span(speedup)} times as fast as re-computing the window at every step")
+    elif ours["decode_toks_per_sec"].notna().any():
+        parts.append(f"decoded {_span(ours['decode_toks_per_sec'])} tokens per second")
+    if len(change):
+        lower, higher = -change[change < 0], change[change >= 0]
+        words = [f"{_span(values)}% {word}" for values, word in ((lower, "lower"), (higher, "higher")) if len(values)]
+        parts.append(f"had a perplexity {' or '.join(words)}")
+    elif ours["perplexity"].notna().any():
+        parts.append(f"had a perplexity of {_span(ours['perplexity'])}")
+    return f"{on}, StreamingLLM {' and '.join(parts)}." if parts else "There is no result of StreamingLLM among them."
 
 
-def _model(c: Conditions) -> str | None:
-    if c.model is None:
+def missing_lines(rows: pd.DataFrame, keys: Sequence[str] = (), longest: int = 0) -> list[str]:
+    """Name what has no value, a line for each reason: ``KVPress (flash) on PG19: no result``.
+
+    Cells that have no value at all first; then those that have none for some of the metrics ``keys``, with the
+    metric's name. A series that misses on all data sets, of several, is named without them.
+
+    Args:
+        longest: Longer reasons are cut, characters; 0: none is.
+    """
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    known = list(rows[["dataset", "label", "method", "status", "reason", "reasons", *keys]].itertuples())
+    for key in ("", *keys):
+        reference = METRICS[key].reference if key else None
+        for row in known:
+            lacks = row.status == "ok" and np.isnan(getattr(row, key)) if key else row.status != "ok"
+            if lacks and (reference is None or row.method != "baseline"):
+                reason = why_missing(row, key)
+                short = reason if not 0 < longest < len(reason) else reason[: longest - 1].rstrip() + "…"
+                what = f"{METRICS[key].title}: " if key else ""
+                found.setdefault((what, short), {}).setdefault(row.label, []).append(style.dataset_label(row.dataset))
+    lines, several = [], rows["dataset"].nunique() > 1
+    for (what, reason), by_label in found.items():
+        by_place: dict[str, list[str]] = {}
+        for label, datasets in by_label.items():
+            everywhere = several and len(datasets) == rows["dataset"].nunique()
+            by_place.setdefault("" if everywhere else f" on {', '.join(datasets)}", []).append(label)
+        cells = "; ".join(", ".join(labels) + place for place, labels in by_place.items())
+        lines.append(f"{what}{cells}: {reason}")
+    return lines
+
+
+def _span(values: pd.Series) -> str:
+    return " to ".join(dict.fromkeys(short_number(value) for value in (values.min(), values.max())))
+
+
+def _distinct(texts: Iterable[str | None]) -> str:
+    return " / ".join(sorted({text for text in texts if isinstance(text, str)}))
+
+
+def _model(model: str | None, weights: str | None) -> str | None:
+    if not isinstance(model, str):
         return None
-    name = PurePath(c.model).name if c.model.startswith(("/", ".")) else c.model
-    return f"{name.removeprefix('random:')} (random weights)" if c.weights == "random" else name
+    name = PurePath(model).name if model.startswith(("/", ".")) else model
+    return f"{name.removeprefix('random:')} (random weights)" if weights == "random" else name
 
 
-def _cache(c: Conditions) -> str | None:
-    if c.cache_size is None:
-        return None
-    return f"cache {c.n_sink} + {c.window_size:,} tokens"
-
-
-def _tokens(c: Conditions) -> str | None:
-    return None if c.num_tokens is None else f"{c.num_tokens:,} tokens of text"
-
-
-def _engines(records: Sequence[Record | AblationRow]) -> str:
+def _engines(rows: pd.DataFrame) -> str:
     """Which decode engines ran: nothing where all were eager, and which methods had which where they differ."""
-    methods: dict[str, set[str]] = {}
-    for record in records:
-        if record.conditions.engine is not None:
-            methods.setdefault(record.conditions.engine, set()).add(METHODS[record.series.method].label)
-    if not set(methods) - {"eager"}:
+    labels = rows["method"].map(lambda method: style.METHODS[method].label)
+    engines = {engine: ", ".join(sorted(set(names))) for engine, names in labels.groupby(rows["engine"])}
+    if set(engines) <= {"eager"}:
         return ""
-    if len(methods) == 1:
-        return f"{next(iter(methods))} engine"
-    return "engines: " + "; ".join(f"{name} ({', '.join(sorted(methods[name]))})" for name in sorted(methods))
-
-
-_PARTS: dict[str, Callable[[Conditions], str | None]] = {
-    "model": _model,
-    "device": lambda c: c.device,
-    "dtype": lambda c: c.dtype,
-    "cache": _cache,
-    "tokens": _tokens,
-    "press": lambda c: None if c.press in (None, "streaming_llm") else f"kvpress with the press {c.press}",
-}
-
-
-def _repeats(records: Sequence[Record | AblationRow]) -> str:
-    counts = sorted({len(r.runs) for r in records if len(r.runs) > 1})
-    if not counts:
-        return ""
-    return f"median of {' / '.join(map(str, counts))} runs; whiskers: all of them"
+    if len(engines) == 1:
+        return f"{next(iter(engines))} engine"
+    return "engines: " + "; ".join(f"{engine} ({methods})" for engine, methods in engines.items())

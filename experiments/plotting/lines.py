@@ -1,106 +1,110 @@
 """Curves: methods as colours and markers; backends by dashes and by rings around the marker.
 
-Math and flash give the same perplexity, so their curves lie on top of each other: the backends' markers are rings of
-growing size around the method's filled marker, and all of them stay visible.
+All curves on one path show: methods take turns in stripes of their colours, as on a barber's pole (a curve by itself
+is of one colour); of a method's backends each is narrower than the one below it, and the gaps of its dashes are white.
+Markers of methods sit on different points; those of backends are rings of growing size.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from . import style
-from .metrics import tick_number, whole_number
-from .page import COLUMN_IN, PT, Legend
-from .records import Series
-from .series import colour, legend_order, tag
+from .metrics import tick_number
+from .page import tag
+
+WIDTH_PT, STEP_PT = 1.2, 1.2
+STRIPE_PT = 5.0
+WHISKER_STEP_PT = 2.4  # whiskers of backends side by side
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. ``low`` and ``high``: the range of repeats at each point, where there is one."""
+    """A curve. ``series`` is a row of the table; ``low`` and ``high``: the range of raw runs at each point, or NaN."""
 
-    series: Series
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    low: tuple[float | None, ...] = ()
-    high: tuple[float | None, ...] = ()
-
-
-def line_style(series: Series) -> dict:
-    """Line and marker of a series, as keywords of ``Axes.plot``."""
-    method, backend = style.METHODS[series.method], style.BACKENDS[series.backend]
-    dashes = backend.linestyle if series.backend_stated else style.UNSTATED_LINESTYLE
-    return {
-        "color": method.colour,
-        "linestyle": dashes,
-        "marker": method.marker,
-        "markersize": backend.marker_size,
-        "markerfacecolor": method.colour if backend.filled else "none",
-        "markeredgecolor": method.colour,
-        "markeredgewidth": 0.0 if backend.filled else 0.9,
-    }
+    series: object
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
 
 
-def line_handles(series: Sequence[Series]) -> Legend:
-    """The legend: a line with its marker per series."""
-    ordered, columns = legend_order(series, COLUMN_IN / PT)
-    handles = [Line2D([], [], **line_style(s)) for s in ordered]
-    return Legend(handles, [s.label for s in ordered], columns)
+def line_styles(series: Sequence) -> dict[str, dict]:
+    """Label -> keywords of ``Axes.plot``, for series that share a panel."""
+    styles = {}
+    for i, row in enumerate(series):
+        method, backend = style.METHODS[row.method], style.BACKENDS[row.backend]
+        above = [other for other in series[i + 1 :] if other.method == row.method]
+        below = [other for other in series[:i] if other.method == row.method]
+        styles[row.label] = {
+            "label": row.label,
+            "color": method.colour,
+            "gapcolor": "white" if below else None,
+            "linestyle": backend.linestyle if row.stated else style.UNSTATED_LINESTYLE,
+            "linewidth": WIDTH_PT + STEP_PT * len(above),
+            "marker": method.marker,
+            "markersize": backend.marker_size + STEP_PT * len(above + below),
+            "markerfacecolor": method.colour if backend.filled else "none",
+            "markeredgewidth": 0.0 if backend.filled else 0.9,
+        }
+    return styles
 
 
-def draw_lines(ax: Axes, lines: Sequence[Line], markers_every: int = 1, dataset: str = "") -> None:
-    """Draw curves, the method that matters on top: later methods of ``style.METHODS`` lie below earlier ones.
+def line_handles(series: Sequence, styles: dict[str, dict]) -> list[Line2D]:
+    """The legend's lines, in the order of ``series``."""
+    return [Line2D([], [], **styles[row.label]) for row in series]
+
+
+def draw_lines(ax: Axes, lines: Sequence[Line], styles: dict[str, dict], gap: int = 0) -> None:
+    """Draw curves with their whiskers.
 
     Args:
-        markers_every: A marker on each n-th point; series start at different points, so markers do not cover
-            each other.
-        dataset: What the curves were measured on, where that is one data set.
+        styles: See ``line_styles``.
+        gap: Curves take turns with their markers, so many points apart; 0: all have markers on all points.
     """
+    methods = list(dict.fromkeys(line.series.method for line in lines))
     for i, line in enumerate(lines):
-        z = 3 - 0.1 * list(style.METHODS).index(line.series.method)
-        if line.series.method == "baseline":
-            z = 1.9  # a broad line below the others, which show on it
-        width = {"linewidth": 2.6} if line.series.method == "baseline" and len(lines) > 1 else {}
-        step = markers_every if markers_every == 1 else (i % markers_every, markers_every)
-        (curve,) = ax.plot(
-            line.x, line.y, **line_style(line.series), **width, markevery=step, zorder=z, label=line.series.label
-        )
-        tag(curve, line.series, dataset)
+        look = styles[line.series.label]
+        every = (i * gap, len(lines) * gap) if gap else None
+        artists = ax.plot(line.x, line.y, **look, markevery=every, zorder=2.1)
+        if len(methods) > 1:
+            stripes = _stripes(look["linestyle"], methods.index(line.series.method), len(methods))
+            plain = {"color": look["color"], "linewidth": look["linewidth"], "dash_capstyle": "butt"}
+            artists += ax.plot(line.x, line.y, **plain, linestyle=stripes, zorder=2.2)
+        shift = ScaledTranslation(WHISKER_STEP_PT * (i - (len(lines) - 1) / 2) / 72, 0, ax.figure.dpi_scale_trans)
         for x, low, high in zip(line.x, line.low, line.high, strict=False):
-            if low is not None and high is not None:
-                (whisker,) = ax.plot([x, x], [low, high], "-", color=colour(line.series), lw=0.8, zorder=z)
-                tag(whisker, line.series, dataset)
+            if not np.isnan(low):
+                whisker = {"color": look["color"], "lw": 0.8, "zorder": 3, "transform": ax.transData + shift}
+                artists += ax.plot([x, x], [low, high], "-", **whisker)
+        for artist in artists:
+            tag(artist, line.series.method, line.series.backend)
 
 
-def number_axis(ax: Axes, which: str, log: bool = False, ticks: Sequence[float] | None = None) -> None:
-    """Give an axis short numbers (512, 1k, 2.5k), at ``ticks`` or where they fall well."""
-    axis = ax.xaxis if which == "x" else ax.yaxis
-    if log:
-        (ax.set_xscale if which == "x" else ax.set_yscale)("log")
-        low, high = ax.get_xlim() if which == "x" else ax.get_ylim()
-        axis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 300 else (1.0, 2.0, 5.0), numticks=9))
+def _stripes(linestyle: str | tuple, turn: int, turns: int) -> tuple[float, tuple[float, ...]]:
+    """The dashes of a line style of which this is the ``turn``-th of ``turns`` curves' part."""
+    on, *rest = linestyle[1] if isinstance(linestyle, tuple) else (STRIPE_PT, 0.0)
+    dashes = [on, *rest] * int(np.ceil(STRIPE_PT / (on + sum(rest))))
+    period = sum(dashes)
+    return -turn * period % (turns * period), (*dashes[:-1], dashes[-1] + (turns - 1) * period)
+
+
+def number_axis(ax: Axes, which: str, values: Iterable[float], log_ratio: float = np.inf, room: float = 0.06) -> None:
+    """Give an axis short numbers (512, 1k, 2.5k), and a log scale where positive values range over ``log_ratio``."""
+    axis = getattr(ax, f"{which}axis")
+    low, high = min(values), max(values)
+    if low > 0 and high / low > log_ratio:
+        getattr(ax, f"set_{which}scale")("log")
+        pad = max(room * np.log10(high / low), 0.02)
+        getattr(ax, f"set_{which}lim")(low / 10**pad, high * 10**pad)
+        few = LogLocator(subs=(1.0,) if high / low > 300 else (1.0, 2.0, 5.0), numticks=9)
+        axis.set_major_locator(few if high / low > 5 else MaxNLocator(nbins=4))
         axis.set_minor_locator(NullLocator())
     else:
+        ax.margins(**{which: 0.1})
         axis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
-    if ticks is not None:
-        axis.set_major_locator(FixedLocator(list(ticks)))
-    number = tick_number if ticks is None else whole_number
-    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def wide(values: Sequence[float], ratio: float = 5.0) -> bool:
-    """Whether values need a log axis."""
-    positive = [v for v in values if v > 0]
-    return bool(positive) and max(positive) / min(positive) > ratio
-
-
-def log_limits(values: Sequence[float], room: float = 0.06) -> tuple[float, float]:
-    """Limits of a log axis that leave ``room`` (a share) at both ends."""
-    low, high = math.log10(min(values)), math.log10(max(values))
-    pad = max(room * (high - low), 0.02)
-    return 10 ** (low - pad), 10 ** (high + pad)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick_number(value)))

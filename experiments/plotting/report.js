@@ -2,87 +2,71 @@
 (() => {
   const GROUPS = ["run", "dataset", "method", "backend"];
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const byId = (id) => document.getElementById(id);
+  const boxes = all("input[data-group]");
 
-  // Filters: an element goes when any of its data-* names something that is unticked. Marks in figures fade instead.
-  const excluded = () => Object.fromEntries(GROUPS.map((group) => [
-    group, new Set(all(`input[data-group="${group}"]:not(:checked)`).map((box) => box.value)),
-  ]));
-  const isOut = (element, out) => GROUPS.some((group) => {
-    const value = element.dataset[group];
-    return value !== undefined && value !== "" && value.split(" ").every((item) => out[group].has(item));
-  });
+  // Marks of figures carry their method and backend in the id that matplotlib gave their group.
+  const marks = all('g[id*="cell--"]');
+  for (const mark of marks) {
+    [, mark.dataset.method, mark.dataset.backend] = mark.id.slice(mark.id.lastIndexOf("cell--")).split("--");
+  }
 
+  // Filters: what has any data-* that is all unticked goes; marks in figures fade instead.
   function applyFilters() {
-    const out = excluded();
-    for (const element of all("tbody tr[data-method], .figures figure, .run, details.env")) {
-      element.hidden = isOut(element, out);
-    }
-    for (const mark of all("g.cell")) mark.classList.toggle("off", isOut(mark, out));
-    for (const table of all("table[data-filtered]")) {
-      const rows = all("tbody tr[data-method]", table);
+    const out = new Set(boxes.filter((box) => !box.checked).map((box) => `${box.dataset.group} ${box.value}`));
+    const isOut = (element) => GROUPS.some((group) => {
+      const values = element.dataset[group];
+      return values && values.split(" ").every((value) => out.has(`${group} ${value}`));
+    });
+    for (const element of all("main [data-run], main tr[data-method], figure, details[data-run]")) element.hidden = isOut(element);
+    for (const mark of marks) mark.classList.toggle("off", isOut(mark));
+    for (const table of all("table.sorted")) {
+      const rows = all("tr[data-method]", table);
       const shown = rows.filter((row) => !row.hidden).length;
       table.querySelector("tr.none").hidden = shown > 0;
       table.querySelector(".count").textContent = `${shown} of ${rows.length} rows`;
     }
-    const rows = all("#results tbody tr[data-method]");
-    const shown = rows.filter((row) => !row.hidden).length;
-    document.getElementById("state").textContent = `${shown} of ${rows.length} results shown`;
+    const rows = all("#results tr[data-method]");
+    byId("state").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} results shown`;
   }
 
   // Sorting: a cell without a figure stays below, whichever way the rest goes.
-  function sortKey(row, index) {
-    const cell = row.cells[index];
-    if (cell.dataset.v === undefined) return cell.textContent.trim();
-    return cell.dataset.v === "" ? null : Number(cell.dataset.v);
-  }
   function sortBy(header) {
     const table = header.closest("table");
-    const body = table.tBodies[0];
-    const down = header.getAttribute("aria-sort") === "ascending";
-    const index = header.cellIndex;
-    const rows = all("tr[data-method]", body).map((row) => [sortKey(row, index), row]);
-    rows.sort(([a], [b]) => {
-      if (a === null || b === null) return (a === null) - (b === null);
-      const order = typeof a === "number" ? a - b : a.localeCompare(b);
-      return down ? -order : order;
+    const sign = header.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+    const key = (row) => row.cells[header.cellIndex].dataset.v ?? row.cells[header.cellIndex].textContent.trim();
+    const isText = !header.classList.contains("number");
+    const rows = all("tr[data-method]", table).sort((a, b) => {
+      const [one, other] = [key(a), key(b)];
+      if (one === "" || other === "") return (one === "") - (other === "");
+      return sign * (isText ? one.localeCompare(other) : one - other);
     });
-    for (const other of all("th[aria-sort]", table)) other.setAttribute("aria-sort", "none");
-    header.setAttribute("aria-sort", down ? "descending" : "ascending");
-    body.append(...rows.map(([, row]) => row), body.querySelector("tr.none"));
+    for (const other of all("[aria-sort]", table)) other.setAttribute("aria-sort", "none");
+    header.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+    table.tBodies[0].append(...rows, table.querySelector("tr.none"));
   }
 
   // Theme: the system's, until a person chooses.
   const root = document.documentElement;
-  const isDark = () => (root.dataset.theme
-    ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
-  const themeButton = document.getElementById("theme");
+  const isDark = () => (root.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "")) === "dark";
   function setTheme(theme) {
     if (theme) root.dataset.theme = theme;
-    themeButton.setAttribute("aria-pressed", String(isDark()));
-    themeButton.textContent = isDark() ? "Light" : "Dark";
+    byId("theme").textContent = isDark() ? "Light" : "Dark";
+    byId("theme").setAttribute("aria-pressed", isDark());
   }
-  const stored = { // a page opened from a file may have no storage
-    get: () => { try { return localStorage.getItem("theme"); } catch { return null; } },
-    set: (value) => { try { localStorage.setItem("theme", value); } catch { /* not kept */ } },
-  };
-
-  for (const box of all("input[data-group]")) box.addEventListener("change", applyFilters);
-  for (const header of all("th[aria-sort]")) header.querySelector("button").addEventListener("click", () => sortBy(header));
-  document.getElementById("all").addEventListener("click", () => {
-    for (const box of all("input[data-group]")) box.checked = true;
-    applyFilters();
-  });
-  document.getElementById("spread")?.addEventListener("change", (event) => {
-    document.body.classList.toggle("with-spread", event.target.checked);
-  });
-  themeButton.addEventListener("click", () => {
+  byId("theme").addEventListener("click", () => {
     setTheme(isDark() ? "light" : "dark");
-    stored.set(root.dataset.theme);
+    try { localStorage.setItem("theme", root.dataset.theme); } catch { /* a page opened from a file may have no storage */ }
   });
+  try { setTheme(localStorage.getItem("theme")); } catch { setTheme(null); }
+
+  for (const box of boxes) box.addEventListener("change", applyFilters);
+  for (const header of all("[aria-sort]")) header.querySelector("button").addEventListener("click", () => sortBy(header));
+  byId("all").addEventListener("click", () => { for (const box of boxes) box.checked = true; applyFilters(); });
+  byId("spread")?.addEventListener("change", (event) => document.body.classList.toggle("with-spread", event.target.checked));
   for (const link of all('a[href^="#env-"]')) {
     link.addEventListener("click", () => { document.querySelector(link.getAttribute("href")).open = true; });
   }
   if (matchMedia("(max-width: 40rem)").matches) document.querySelector(".filters").open = false;
-  setTheme(stored.get());
   applyFilters();
 })();

@@ -15,9 +15,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from . import style
-from .output import FORMATS, save
-from .reading import find_roots, read_results
-from .records import ResultSet
+from .page import FORMATS, save
+from .table import Results, find_roots, read_results
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,13 @@ class Drawing:
 
     name: str
     figure: Figure | None  # None: there was nothing to show; ``missing`` says why
-    missing: tuple[str, ...] = ()
+    missing: Sequence[str] = ()
 
 
-Draw = Callable[[ResultSet], list[Drawing]]
+Draw = Callable[[Results], list[Drawing]]
 
 
-def draw_styled(draw: Draw, results: ResultSet) -> list[Drawing]:
+def draw_styled(draw: Draw, results: Results) -> list[Drawing]:
     """Call ``draw`` with the project's style in force."""
     with mpl.rc_context(style.RC):
         return draw(results)
@@ -40,61 +39,48 @@ def draw_styled(draw: Draw, results: ResultSet) -> list[Drawing]:
 
 def main(draw: Draw, description: str, argv: Sequence[str] | None = None) -> int:
     """Run a plot script; -> its exit code."""
-    args = _parser(description).parse_args(argv)
-    results = load_or_explain(args.results_dir)
-    if results is None:
-        return 2
-    drawings = draw_styled(draw, results)
-    for drawing in drawings:
-        if drawing.figure is not None:
-            for path in save(drawing.figure, drawing.name, args.output_dir, tuple(args.format)):
-                print(path)
-    for line in dict.fromkeys(line for drawing in drawings for line in drawing.missing):
-        print(f"missing: {line}")
-    if not any(drawing.figure for drawing in drawings):
-        print(f"{args.results_dir}: {results.num_files} result files, none of which this script draws")
-    return report_problems(results)
-
-
-def load_or_explain(folder: Path) -> ResultSet | None:
-    """Read a results folder; None, and one clear line on stderr, where there is nothing to draw from."""
-    if not folder.is_dir():
-        print(f"error: --results-dir {folder}: no such folder", file=sys.stderr)
-        return None
-    results = read_results(folder)
-    if results.num_files:
-        return results
-    report_problems(results)
-    elsewhere = [str(root) for root in find_roots(folder) if root != folder]
-    hint = f"; there are some in {', '.join(elsewhere)}" if elsewhere else ""
-    print(f"error: --results-dir {folder}: no result files{hint}", file=sys.stderr)
-    return None
-
-
-def report_problems(results: ResultSet) -> int:
-    """Name notices and problems on the console; -> 1 where there are problems, else 0."""
-    for notice in results.notices:
-        print(f"note: {notice}")
-    for problem in results.problems:
-        print(f"error: {problem.path}: {problem.text}; skipped", file=sys.stderr)
-    return 1 if results.problems else 0
-
-
-def add_output_arguments(parser: argparse.ArgumentParser, default_format: str = "png") -> None:
-    """``--output-dir`` and ``--format``."""
-    parser.add_argument("--output-dir", type=Path, default=Path("figures"), help="default: %(default)s")
-    parser.add_argument(
-        "--format", nargs="+", choices=FORMATS, default=[default_format], help="one or more; default: png"
-    )
-
-
-def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--results-dir",
-        type=Path,
-        default=Path("results"),
-        help="the folder that holds the result files, or the root above final/ and fixed_eval/; default: %(default)s",
-    )
-    add_output_arguments(parser)
-    return parser
+    add_arguments(parser, "the folder that holds the result files, or the root above final/ and fixed_eval/")
+    args = parser.parse_args(argv)
+    found, code = read_or_explain(args.results_dir, [args.results_dir])
+    for results in found:
+        drawings = draw_styled(draw, results)
+        for drawing in drawings:
+            if drawing.figure is not None:
+                for path in save(drawing.figure, drawing.name, args.output_dir, args.format):
+                    print(path)
+        for line in dict.fromkeys(line for drawing in drawings for line in drawing.missing):
+            print(f"missing: {line}")
+        if not any(drawing.figure for drawing in drawings):
+            print(f"{args.results_dir}: {results.num_files} result files, none of which this script draws")
+    return code
+
+
+def read_or_explain(top: Path, roots: Sequence[Path]) -> tuple[list[Results], int]:
+    """Read roots of results at or below ``top``, and name what is wrong with their files on the console.
+
+    Returns:
+        The roots' results, and the exit code: 1 where a file is broken or foreign. No results, 2 and one clear line
+        where there are none.
+    """
+    results = [read_results(root) for root in roots if root.is_dir()]
+    for notice in (notice for one in results for notice in one.notices):
+        print(f"note: {notice}")
+    problems = [problem for one in results for problem in one.problems]
+    for path, text in problems:
+        print(f"error: {path}: {text}; skipped", file=sys.stderr)
+    found = [one for one in results if one.num_files]
+    if found:
+        return found, 1 if problems else 0
+    elsewhere = ", ".join(str(root) for root in find_roots(top) if root not in roots)
+    why = "no result files" + (f"; there are some in {elsewhere}" if elsewhere else "")
+    print(f"error: --results-dir {top}: {why if top.is_dir() else 'no such folder'}", file=sys.stderr)
+    return [], 2
+
+
+def add_arguments(parser: argparse.ArgumentParser, results_help: str, formats: bool = True) -> None:
+    """``--results-dir``, ``--output-dir`` and, where figures are written, ``--format``."""
+    parser.add_argument("--results-dir", type=Path, default=Path("results"), help=f"{results_help}; default: results")
+    parser.add_argument("--output-dir", type=Path, default=Path("figures"), help="default: %(default)s")
+    if formats:
+        parser.add_argument("--format", nargs="+", choices=FORMATS, default=["png"], help="one or more; default: png")

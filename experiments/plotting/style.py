@@ -1,28 +1,17 @@
 """One look for every figure: labels, colours, hatches, line styles, sizes.
 
 Colours are Okabe and Ito's, which people with any common colour blindness can tell apart, with grey for the
-baseline. A method has one colour everywhere. A backend changes no colour: it is told by hatch (bars), line style and
-marker face (lines), and so survives black-and-white printing.
+baseline. A method has one colour everywhere. A backend changes no colour: it is told by hatch (bars), dashes and
+marker (lines), and so survives black-and-white printing.
 
-Figures are made at the width at which they are read, half a page, so sizes below are the sizes on paper.
+Figures are made at the width at which they are read, half a page or a page, so sizes below are the sizes on paper.
 """
 
 from dataclasses import dataclass
 
-WIDTH_IN = 3.4  # half a page
-PNG_DPI = 220
-
-SIZE_TITLE = 8.5
-SIZE_LABEL = 7.0
-SIZE_TICK = 6.5
-SIZE_LEGEND = 6.5
-SIZE_VALUE = 5.5
-SIZE_NOTE = 6.0
-
-INK = "#222222"
-QUIET = "#666666"
-GRID = "#DDDDDD"
-BAND = "#EEEEEE"
+HALF_PAGE_IN = 3.4
+SIZE_TITLE, SIZE_LABEL, SIZE_TICK, SIZE_VALUE, SIZE_NOTE = 8.5, 7.0, 6.5, 5.5, 6.0
+INK, QUIET, GRID, BAND = "#222222", "#666666", "#dddddd", "#eeeeee"
 
 
 @dataclass(frozen=True)
@@ -46,21 +35,20 @@ class BackendStyle:
 
 # In the order in which figures show them.
 METHODS = {
-    "baseline": MethodStyle("Baseline", "#7F7F7F", "s"),
-    "streaming": MethodStyle("StreamingLLM", "#0072B2", "o"),
-    "mit": MethodStyle("StreamingLLM (original)", "#56B4E9", "v"),
-    "kvpress": MethodStyle("KVPress", "#E69F00", "^"),
-    "window": MethodStyle("Window", "#CC79A7", "D"),
-    "dense": MethodStyle("Dense", "#D55E00", "X"),
+    "baseline": MethodStyle("Baseline", "#7f7f7f", "s"),
+    "streaming": MethodStyle("StreamingLLM", "#0072b2", "o"),
+    "mit": MethodStyle("StreamingLLM (original)", "#56b4e9", "v"),
+    "kvpress": MethodStyle("KVPress", "#e69f00", "^"),
+    "window": MethodStyle("Window", "#cc79a7", "D"),
+    "dense": MethodStyle("Dense", "#d55e00", "X"),
 }
 
 BACKENDS = {
     "math": BackendStyle("", "-", True, 3.4),
-    "flash": BackendStyle("//////", (0, (4, 1.6)), False, 5.2),
+    "flash": BackendStyle("////", (0, (4, 1.6)), False, 5.2),
     "cudnn": BackendStyle("-----", (0, (1, 1.2)), False, 7.0),
     "efficient": BackendStyle("xxxxxx", (0, (4, 1.2, 1, 1.2)), False, 8.8),
 }
-
 # Lines of older files that name no backend: neither math's nor flash's.
 UNSTATED_LINESTYLE = (0, (6, 1, 1, 1))
 
@@ -70,12 +58,7 @@ DATASET_LABELS = {
     "demo_encyclopaedia": "Demo encyclopaedia",
     "demo_narrative": "Demo narrative",
 }
-
-MODE_LABELS = {
-    "chunked": "chunked",
-    "decode_loop": "decode loop",
-    "kvpress_official": "kvpress official",
-}
+MODE_LABELS = {"chunked": "chunked", "decode_loop": "decode loop", "kvpress_official": "kvpress official"}
 
 RC = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so a figure looks the same on every machine
@@ -83,48 +66,40 @@ RC = {
     "text.color": INK,
     "axes.edgecolor": QUIET,
     "axes.labelcolor": INK,
-    "axes.labelsize": SIZE_LABEL,
-    "axes.labelpad": 2.5,
+    "axes.labelsize": SIZE_TICK,
+    "axes.labelpad": 2.0,
     "axes.linewidth": 0.6,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 3.0,
+    "axes.titlesize": SIZE_LABEL,
+    "axes.titley": 1.0,  # else matplotlib searches for it, which takes long
+    "axes.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.unicode_minus": True,
     "grid.color": GRID,
     "grid.linewidth": 0.5,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": SIZE_TICK,
-    "ytick.labelsize": SIZE_TICK,
-    "xtick.major.size": 2,
-    "ytick.major.size": 2,
-    "xtick.minor.size": 1.2,
-    "ytick.minor.size": 1.2,
-    "xtick.major.width": 0.5,
-    "ytick.major.width": 0.5,
-    "xtick.minor.width": 0.4,
-    "ytick.minor.width": 0.4,
-    "xtick.major.pad": 2,
-    "ytick.major.pad": 2,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 3.6,
+    **{f"{axis}tick.{key}": value for axis in "xy" for key, value in {
+        "color": QUIET, "labelcolor": INK, "labelsize": SIZE_TICK, "major.size": 2, "major.width": 0.5, "major.pad": 2,
+    }.items()},
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
-    "legend.fontsize": SIZE_LEGEND,
-    "figure.dpi": 100,
-    "savefig.dpi": PNG_DPI,
+    "legend.fontsize": SIZE_TICK,
+    "legend.borderpad": 0,
+    "legend.borderaxespad": 0.7,
+    "legend.labelspacing": 0.28,
+    "legend.columnspacing": 1.2,
+    "legend.handletextpad": 0.6,
+    "figure.dpi": 220,  # the layout is made at the resolution of the PNG
+    "savefig.dpi": "figure",
+    "text.hinting": "none",  # at this resolution glyphs need none, and all formats have the same
     "pdf.fonttype": 42,
     "svg.hashsalt": "streaming-llm",  # else the ids in an SVG differ from run to run
-    "text.usetex": False,
-    "path.simplify": True,
-}
+}  # fmt: skip
 
 
-def series_label(method: str, backend: str | None, mode: str | None = None) -> str:
+def series_label(method: str, backend: str | None, mode: str = "") -> str:
     """The label of a series: ``StreamingLLM (flash)``; ``StreamingLLM`` where the files state no backend."""
     label = METHODS[method].label
     if backend is not None:

@@ -1,1 +1,1 @@
-"""The parts of `train_demo_model.py`: corpus, tokenizer, model, batches, checkpoint, loop, report."""
+"""Parts of scripts/train_demo_model.py: the recipe, the text as training sequences, the report on unseen texts."""

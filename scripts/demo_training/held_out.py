@@ -1,36 +1,24 @@
-"""The report at the end: does the model that was written stream as it should, on text it has never seen?
+"""Does the model that was written stream as it should, on text that it has never seen?
 
-Everything is measured on the files in the output folder, loaded as a user loads them, in float32. For each
-held-out text a stream of tokens beginning with `<|endoftext|>` is scored three times: with everything kept
-(dense), with a window without sinks, and with sinks and a window of the same size together. Perplexities are
-over the second half of the stream, far past the length that the model was trained on.
+Everything is measured on the files in the output folder, loaded as a user loads them, in float32. For each held-out
+text a stream of tokens beginning with `<|endoftext|>` is scored three times: with everything kept (dense), with a
+window without sinks, and with sinks and a window of the same size together. Perplexities are over the second half of
+the stream, far past the length that the model was trained on.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from streaming_llm import score_stream
 
 N_SINK = 4
-
-
-@dataclass(frozen=True)
-class HeldOutText:
-    """A text that was not trained on, and the stream that its report is about.
-
-    Attributes:
-        ids: token ids, int64 `[1, tokens]`, beginning with `<|endoftext|>`.
-        start_character: where in the text the stream begins.
-        tail_characters: characters that the second half of the stream stands for.
-    """
-
-    name: str
-    ids: torch.Tensor
-    start_character: int
-    tail_characters: int
 
 
 @dataclass(frozen=True)
@@ -48,92 +36,77 @@ class HeldOutResult:
     streaming_bits_per_character: float
 
 
-def make_held_out_text(
-    tokenizer: object, name: str, text: str, *, start_character: int, max_tokens: int, min_tokens: int
-) -> HeldOutText:
-    """The first `max_tokens` tokens from `start_character` on.
+def make_stream(
+    tokenizer: PreTrainedTokenizerFast, name: str, text: str, max_tokens: int, min_tokens: int
+) -> torch.Tensor:
+    """The first `max_tokens` tokens: int64 `[1, tokens]`, beginning with `<|endoftext|>`.
 
     Raises:
         ValueError: fewer than `min_tokens` are there; nothing would have been evicted from the cache then.
     """
-    ids = tokenizer(text[start_character:], verbose=False).input_ids[:max_tokens]
+    ids = tokenizer(text, verbose=False).input_ids[:max_tokens]
     if len(ids) < min_tokens:
         raise ValueError(
-            f"held-out text {name}: {len(ids)} tokens from character {start_character} on, at least "
-            f"{min_tokens} are needed; pass a longer text or a smaller --held-out-start"
+            f"held-out text {name}: {len(ids)} tokens, at least {min_tokens} are needed; pass a longer text, "
+            "a smaller --held-out-start or a larger --held-out-tokens"
         )
-    tail = ids[len(ids) // 2 :]
-    return HeldOutText(name, torch.tensor([ids]), start_character, len(tokenizer.decode(tail)))
+    return torch.tensor([ids])
 
 
-def measure(model_dir: Path, texts: list[HeldOutText], cache_size: int, device: torch.device) -> list[HeldOutResult]:
-    """Score every text with the three kinds of attention; `cache_size` counts sinks and window together."""
-    from transformers import AutoModelForCausalLM
-
-    from streaming_llm import score_stream
-
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(device).eval()
+def measure(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, streams: dict[str, torch.Tensor], cache_size: int, device: str
+) -> list[HeldOutResult]:
+    """Score every stream with the three kinds of attention; `cache_size` counts sinks and window together."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     results = []
-    for text in texts:
-        ids, tokens = text.ids.to(device), text.ids.shape[1]
+    for name, ids in streams.items():
+        tokens = ids.shape[1]
         first = tokens // 2
         kinds = {"dense": (0, tokens), "window": (0, cache_size), "streaming": (N_SINK, cache_size - N_SINK)}
         mean = {}
         for kind, (n_sink, window_size) in kinds.items():
-            nll = score_stream(model, ids, n_sink=n_sink, window_size=window_size)  # [1, tokens - 1]
+            nll = score_stream(model, ids.to(device), n_sink=n_sink, window_size=window_size)  # [1, tokens - 1]
             mean[kind] = nll[0, first - 1 :].double().mean().item()  # nll[0, j] is token j + 1's
-        tail_tokens = tokens - first
+        bits = mean["streaming"] * (tokens - first) / math.log(2)
         results.append(
             HeldOutResult(
-                text=text.name,
+                text=name,
                 tokens=tokens,
                 first_position=first,
                 **{kind: math.exp(nll) for kind, nll in mean.items()},
                 dense_to_streaming=math.exp(mean["dense"] - mean["streaming"]),
                 window_to_streaming=math.exp(mean["window"] - mean["streaming"]),
-                streaming_bits_per_character=mean["streaming"] * tail_tokens / math.log(2) / text.tail_characters,
+                streaming_bits_per_character=bits / len(tokenizer.decode(ids[0, first:])),
             )
         )
     return results
 
 
 @torch.no_grad()
-def sink_shares(model_dir: Path, texts: list[HeldOutText], context_length: int, device: torch.device) -> list[float]:
+def sink_shares(folder: Path, streams: Iterable[torch.Tensor], context_length: int, device: str) -> list[float]:
     """Share of the attention that token 0 takes, per layer, in 0..1.
 
     Mean over the texts, all heads, and the queries of the second half of the first `context_length` tokens.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     model.to(device).eval()
-    total = torch.zeros(model.config.num_hidden_layers, dtype=torch.float64)
-    for text in texts:
-        ids = text.ids[:, :context_length].to(device)
-        attentions = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
-        for layer, weights in enumerate(attentions):  # each [1, num_heads, length, length]
-            total[layer] += weights[0, :, ids.shape[1] // 2 :, 0].double().mean().cpu()
-    return (total / len(texts)).tolist()
+    shares = []
+    for ids in streams:
+        attentions = model(ids[:, :context_length].to(device), use_cache=False, output_attentions=True).attentions
+        # each [1, num_heads, length, length]
+        shares.append([w[0, :, w.shape[2] // 2 :, 0].double().mean().item() for w in attentions])
+    return torch.tensor(shares).mean(0).tolist()
 
 
 def format_table(results: list[HeldOutResult], shares: list[float], cache_size: int) -> str:
-    """The report as plain text, for the console."""
-    names = (
-        "dense",
-        f"window {cache_size}",
-        f"{N_SINK} sinks + {cache_size - N_SINK}",
-        "dense /",
-        "window /",
-        "bits/char",
-    )
+    """The report as plain text, for the console; its last line is what sinks are worth."""
+    names = ["dense", f"window {cache_size}", f"{N_SINK} sinks + {cache_size - N_SINK}", "dense /", "window /"]
     width = max(len("held-out text"), *(len(result.text) for result in results))
-    lines = [f"{'held-out text':<{width}}  {'positions':>13}  " + "  ".join(f"{name:>14}" for name in names)]
+    lines = [f"{'held-out text':<{width}}  {'positions':>13}" + "".join(f"{n:>16}" for n in [*names, "bits/char"])]
     for result in results:
-        fields = asdict(result)
-        values = [fields[key] for key in ("dense", "window", "streaming")]
-        ratios = [result.dense_to_streaming, result.window_to_streaming, result.streaming_bits_per_character]
-        cells = [f"{value:14.2f}" for value in values] + [f"{value:14.3f}" for value in ratios]
-        span = f"{result.first_position}..{result.tokens}"
-        lines.append(f"{result.text:<{width}}  {span:>13}  " + "  ".join(cells))
+        span, values = f"{result.first_position}..{result.tokens}", list(asdict(result).values())[3:]
+        lines.append(f"{result.text:<{width}}  {span:>13}" + "".join(f"{value:16.3f}" for value in values))
     lines.append("attention on token 0, by layer: " + "  ".join(f"{share:.1%}" for share in shares))
+    ratios = [result.window_to_streaming for result in results]
+    lines.append(f"window without sinks / with sinks: {min(ratios):.2f} to {max(ratios):.2f} times the perplexity")
     return "\n".join(lines)
