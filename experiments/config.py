@@ -77,8 +77,8 @@ class ExperimentConfig:
 
     model: tuple[str, ...] = _option(
         (DEMO_MODEL,),
-        "demo (bundled; the default), a hub name such as EleutherAI/pythia-2.8b, a local folder, or random:<size> "
-        "such as random:pythia-2.8b (random weights: speed only)",
+        "demo (bundled; the default), a hub name such as EleutherAI/pythia-2.8b, a local folder, a .gguf file, or "
+        "random:<size> such as random:pythia-2.8b (random weights: speed only)",
         many=True,
     )
     datasets: tuple[str, ...] | None = _option(None, _DATASETS_HELP, many=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from experiments.config import DEMO_MODEL, SetupError, unknown_name
+from experiments.gguf_files import gguf_file, gguf_fingerprint, read_gguf
 from experiments.hub import ask_hub
 from experiments.random_models import RANDOM_SIZES, random_config, random_model
 from experiments.tokens import NO_TOKENIZER, Beginning, beginning_of
@@ -119,6 +120,9 @@ class ModelSource:
             return ModelInfo(random_config(RANDOM_SIZES[self.where]), None, None)
         where, options = self._place(), self.options
         with self._readable():
+            if "gguf_file" in options:
+                config, tokenizer = read_gguf(where, options["gguf_file"], self.fingerprint)
+                return ModelInfo(config, tokenizer, None)
             config = AutoConfig.from_pretrained(where, **options)
             family_of(config)  # refuses a model that cannot stream, before its weights are read
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
@@ -153,11 +157,14 @@ class ModelSource:
         """The folder or hub name; raises SetupError where this machine has no such folder, or another."""
         if self.is_demo:
             return str(DEMO_FOLDER)
-        if self.fingerprint.startswith(_FILES):
+        gguf = self.options.get("gguf_file")
+        if gguf or self.fingerprint.startswith(_FILES):
             here = f"{self.where} on {socket.gethostname()}"
-            if not Path(self.where).is_dir():
-                raise SetupError(f"model {self.name!r}: there is no folder {here}; copy it there, or name a hub model")
-            if _files_fingerprint(Path(self.where)) != self.fingerprint:
+            if not Path(self.where, gguf or "").exists():
+                what = f"file {gguf} in" if gguf else "folder"
+                raise SetupError(f"model {self.name!r}: there is no {what} {here}; copy it there, or name a hub model")
+            found = gguf_fingerprint(Path(self.where, gguf)) if gguf else _files_fingerprint(Path(self.where))
+            if found != self.fingerprint:
                 raise SetupError(f"model {self.name!r}: the files in {here} are not those of the model")
         return self.where
 
@@ -175,10 +182,15 @@ def find_model(name: str, seed: int = 0) -> ModelSource:
         return _folder(name, DEMO_FOLDER, slug="")
     if name.startswith(RANDOM_PREFIX):
         return _random(name, seed)
+    if (file := gguf_file(Path(name))) is not None:
+        options = {"local_files_only": True, "gguf_file": file.name}
+        return ModelSource(name, _slug(file.stem), "trained", gguf_fingerprint(file), str(file.parent), options)
     if Path(name).is_dir():
         return _folder(name, Path(name), slug=_slug(Path(name).resolve().name))
     if Path(name).exists():
-        raise SetupError(f"model {name!r} is a file: pass the folder that holds config.json and the weights")
+        raise SetupError(
+            f"model {name!r} is a file: pass a .gguf file, or the folder that holds config.json and the weights"
+        )
     if name.startswith(("/", ".", "~")):
         raise SetupError(f"model {name!r}: there is no such folder")
     return _hub(name)
