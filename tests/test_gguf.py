@@ -10,8 +10,9 @@ import pytest
 import torch
 from evaluation_support import World, make_tokenizer, no_collection  # noqa: F401 - a fixture
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
 
+import gguf
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from experiments import gguf_files
