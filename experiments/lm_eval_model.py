@@ -22,11 +22,9 @@ from experiments.config import ExperimentConfig, SetupError, unknown_name
 from experiments.measuring import resolve_machine
 from experiments.models import find_model
 from experiments.plan import model_settings
-from streaming_llm import StreamingConfig, StreamingKVCache, StreamingLLMWrapper, resolve_block_engine, score_stream
-from streaming_llm.attachment import attached
-from streaming_llm.engines.blocks import block_forward, default_block_size
-from streaming_llm.families import lm_head
-from streaming_llm.losses import LOGITS_BYTES, cross_entropy
+from experiments.stream_states import block_size_for, judged, states_at
+from streaming_llm import StreamingConfig, StreamingLLMWrapper, resolve_block_engine, score_stream
+from streaming_llm.engines.blocks import block_forward
 
 NAME = "streaming"
 OF_HFLM = (
@@ -139,17 +137,20 @@ class StreamingLM(HFLM):
         return [found[index] for index in range(len(rows))]
 
     def _whole(self, rows: list[list[int]]) -> list[float]:
-        """Log-likelihoods of all tokens of rows but the first."""
+        """Log-likelihoods of all tokens of rows but the first; the longest row comes first."""
         if len(rows[-1]) < 2:  # the shortest: an empty document has none to predict
             return [*(self._whole(rows[:-1]) if len(rows) > 1 else []), 0.0]
-        ids, lengths = self._padded(rows)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.int64)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
         totals = torch.zeros(len(rows), dtype=torch.float64, device=lengths.device)
 
         def add(start: int, nll: Tensor, hidden: Tensor) -> None:
             inside = torch.arange(start, start + nll.shape[1], device=nll.device) < lengths[:, None]
             totals.add_(torch.where(inside, nll, 0.0).sum(1, dtype=torch.float64).to(totals.device))
 
-        size, engine = self._block_size(len(rows)), self._stream.engine
+        size, engine = block_size_for(len(rows), self.streaming_config, self.model), self._stream.engine
         score_stream(self.model, ids, config=self.streaming_config, block_size=size, engine=engine, on_block=add)
         return (-totals).tolist()
 
@@ -212,50 +213,16 @@ class StreamingLM(HFLM):
 
         return fits()
 
-    # Streams: rows of a batch begin together, and what pads the shorter ones behind their ends is seen by nobody
-
-    @torch.no_grad()
     def _predicting(self, rows: list[list[int]], n_last: list[int]) -> list[Tensor]:
         """Final hidden states ``[n_last, hidden]`` that predict the last tokens of each row."""
-        ids, lengths = self._padded([row[:-1] for row in rows])
-        ends = lengths.tolist()
-        parts: list[list[Tensor]] = [[] for _ in rows]
-        with attached(self.model):
-            cache = StreamingKVCache.from_model(self.model, config=self.streaming_config)
-            start = 0
-            for block in ids.split(self._block_size(len(rows)), dim=1):
-                hidden = self._block(block.to(self.device), cache)
-                for row, (end, n) in enumerate(zip(ends, n_last, strict=True)):
-                    first, last = max(end - n, start) - start, min(end - start, block.shape[1])
-                    if first < last:
-                        parts[row].append(hidden[row, first:last].clone())
-                start += block.shape[1]
-        return [torch.cat(part) for part in parts]
+        inputs = [row[:-1] for row in rows]
+        wanted = [range(len(row) - n, len(row)) for row, n in zip(inputs, n_last, strict=True)]
+        return states_at(self.model, self._block, self.streaming_config, inputs, wanted)
 
     def _answer(self, hidden: Tensor, tokens: list[int]) -> tuple[float, bool]:
         """Log-likelihood of `tokens` from the states ``[n, hidden]`` that predict them, and whether all are greedy."""
-        targets = torch.tensor(tokens, device=hidden.device)
-        total, greedy = 0.0, True
-        step = max(1, LOGITS_BYTES // (4 * self.model.get_output_embeddings().weight.shape[0]))
-        for states, these in zip(hidden.split(step), targets.split(step), strict=True):
-            logits = lm_head(self.model, states)
-            these = these.to(logits.device)
-            total -= float(cross_entropy(logits, these).sum(dtype=torch.float64))
-            greedy = greedy and bool((logits.argmax(-1) == these).all())
-        return total, greedy
-
-    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Ids ``[batch, length]`` padded on the right, on the CPU, and lengths ``[batch]`` on the device."""
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
-        return ids, lengths.to(self.device)
-
-    def _block_size(self, n_rows: int) -> int:
-        """Tokens of each row at a time: as many in all rows together as the library takes of one."""
-        window = self.streaming_config.window_size
-        return window * max(1, default_block_size(window, self.model) // (window * n_rows))
+        losses, greedy = judged(self.model, hidden, tokens)
+        return -float(losses.sum(dtype=torch.float64)), bool(greedy.all())
 
 
 def _loaded(config: ExperimentConfig, tokenizer: Any) -> tuple[PreTrainedModel, Any, StreamingConfig, dict]:
