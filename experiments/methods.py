@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from experiments.engines import Forward, capture, forward_of, recomputing_engine, score
+from experiments.engines import Forward, capture, forward_of, plain_forward, recomputing_engine, score
 from experiments.kvpress_support import (
     PRESSES,
     import_adapter,
@@ -22,6 +22,8 @@ from experiments.placements import Gapped, Rerotated
 from experiments.timing import synchronise
 from streaming_llm import StreamingDecoder
 from streaming_llm.attachment import maskless_attention
+from streaming_llm.families import decoder_of, transformers_model
+from streaming_llm.losses import cross_entropy, token_nll
 
 __all__ = ["DEFAULT_METHODS", "METHODS", "REFERENCE_METHOD", "Method", "MethodSettings"]
 
@@ -34,6 +36,7 @@ class Baseline(Method):
     """
 
     name, label = "baseline", "Baseline"
+    parallel = True
     engine_for = staticmethod(recomputing_engine)
 
     def _attach(self, stack: ExitStack) -> None:
@@ -65,6 +68,20 @@ class Baseline(Method):
         if self._captured is None:
             self._capture()
         return self._captured(self._context)
+
+    def score(self, ids: Tensor) -> Tensor:
+        """See `Method.score`: the windows of many tokens at a time, which tells nothing about speed."""
+        model, size = transformers_model(self.model), self.settings.cache_size
+        with maskless_attention(self.model):
+            first = ids[:, : size + 1]  # those whose window is all that came before
+            hidden = decoder_of(model)(first, use_cache=False).last_hidden_state
+            losses = [token_nll(model, hidden[:, :-1], first[:, 1:])[0].float()]
+            windows = ids[0, 1:].unfold(0, size, 1)[:-1] if ids.shape[1] > size + 1 else ids[:0]
+            at_a_time = max(1, (1 << (18 if ids.device.type == "cuda" else 12)) // size)
+            for number, part in enumerate(windows.split(at_a_time)):
+                targets = ids[0, size + 1 + number * at_a_time :][: len(part)]
+                losses.append(cross_entropy(plain_forward(self.model)(part), targets).float())
+        return torch.cat(losses)[None]
 
     def _capture(self) -> None:
         synchronise(self._context.device)
