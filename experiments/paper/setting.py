@@ -1,6 +1,7 @@
 """What all experiments of a model share: the model on its device, the stream of tokens, and how long everything is."""
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -52,7 +53,9 @@ class Lengths:
     sentences: int = 256
 
     @classmethod
-    def of(cls, context_length: int, is_demo: bool, cache: int | None, most: int | None) -> "Lengths":
+    def of(
+        cls, context_length: int, is_demo: bool, cache: int | None, most: int | None, samples: int | None
+    ) -> "Lengths":
         """The paper's for a model with this context; smaller ones for the demo, and none above `most` tokens."""
         large = min(context_length // 2, 2048) if not is_demo else 256
         small = cache or (min(large, 1024) if not is_demo else 128)
@@ -64,13 +67,16 @@ class Lengths:
         )
         if is_demo:
             lengths = replace(
-                lengths, curve=2048, book=4096, table=8192, positions=4096, longest=24_000, timed_caches=(64, 128, 256),
-                timed_steps=16, stream_samples=2, stream_queries=20, questions=50, sentences=64,
+                lengths, curve=2048, book=4096, table=8192, positions=4096, longest=24_000, timed_steps=16,
+                timed_caches=(64, 128, 256), stream_samples=2, stream_queries=20, questions=50, sentences=64,
             )  # fmt: skip
+        if samples is not None:
+            lengths = replace(lengths, stream_samples=samples)
         if most is None:
             return lengths
         names = ("curve", "book", "table", "positions", "longest")
-        return replace(lengths, **{name: min(getattr(lengths, name), most) for name in names})
+        return replace(lengths, **{name: min(getattr(lengths, name), most) for name in names},
+                       stream_queries=min(lengths.stream_queries, max(1, most // 200)))  # fmt: skip
 
 
 class Setting:
@@ -216,7 +222,7 @@ def perplexity(nll: np.ndarray) -> float:
 def curve(nll: np.ndarray, n_points: int = 100) -> dict[str, list]:
     """Perplexity along a stream: of stretches of equal length, with the number of the last token of each."""
     ends = np.unique(np.linspace(0, len(nll), min(n_points, len(nll)) + 1).astype(int))
-    parts = [nll[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    parts = [nll[a:b] for a, b in itertools.pairwise(ends)]
     return {"token": [int(end) for end in ends[1:]], "perplexity": [perplexity(part) for part in parts]}
 
 
