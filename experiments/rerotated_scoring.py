@@ -5,6 +5,7 @@ their n-th turn together: after it, token t meets the one key that has made as m
 goes through the model in one forward with an attention that works by turns instead of by tokens.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,9 +22,16 @@ QUERIES_AT_A_TIME = 16384
 _NAME = "rerotated"
 
 
+@functools.lru_cache(maxsize=16)
+def _one_back(rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine `[rotary_dim]` of a turn by -1 position."""
+    with torch.inference_mode(False):
+        return tuple(x.to(dtype) for x in rotary.cos_sin(-1))
+
+
 def turned_back(keys: Tensor, rotary: Rotary) -> Tensor:
     """Keys `[..., head_dim]` turned by -1 position with cosines, products and sums in their own dtype."""
-    cos, sin = (x.to(keys.dtype) for x in rotary.cos_sin(-1))
+    cos, sin = _one_back(rotary, keys.dtype)
     turned, passed = keys[..., : rotary.rotary_dim], keys[..., rotary.rotary_dim :]
     return torch.cat((turned * cos + rotary.quarter_turn(turned) * sin, passed), dim=-1)
 

@@ -35,7 +35,7 @@ class Curves(_Always):
             nll = one.arrays["nll"]
             beyond = nll[min(setting.lengths.cache, len(nll) - 1) :]
             rows.append(_row(one, method=method, beyond_cache=perplexity(beyond)))
-            curves[method] = curve(nll)
+            curves[method] = curve(nll, 40)
         return {"cache_size": setting.lengths.cache, "n_sink": setting.n_sink, "rows": rows, "curves": curves,
                 "context_length": setting.info.context_length}  # fmt: skip
 
