@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 from experiments.config import ExperimentConfig, SetupError
-from experiments.executors import Executor, make_executor
+from experiments.executors import Executor, InProcess
 from experiments.model_results import CELLS, ModelResults
 from experiments.models import ModelSource, find_model
 from experiments.plan import Cell, ModelPlan, Task
@@ -237,6 +237,21 @@ class _Probes(_Cells):
         if "scoring_sec" in run:
             seconds += run["scoring_sec"] * task.ids.shape[1] / (run["scored_tokens"] + 1)
         self.estimator.add(task.cell, seconds)
+
+
+def make_executor(config: ExperimentConfig) -> Executor:
+    """The executor that a configuration names; raises SetupError where it cannot be had."""
+    if config.launcher == "local":
+        return InProcess(config)
+    from experiments.ray_executor import RayExecutor
+
+    try:
+        return RayExecutor(config)
+    except ImportError as error:
+        raise SetupError(
+            f"--launcher ray needs the package ray, which cannot be imported ({error}): pip install "
+            "'streaming-llm[cluster]'"
+        ) from None
 
 
 def _find_models(config: ExperimentConfig) -> list[ModelSource]:

@@ -10,39 +10,32 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":  # perhaps in a checkout that is not installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
 import torch
-from model_setup import config_of, load_wrapped
 from torch import Tensor
 from tqdm import tqdm
 
 from experiments import long_scoring, loss_figures
-from experiments.cli import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_SETUP,
-    OneLineParser,
-    add_cache_sizes,
-    add_dtype_and_device,
-    add_text_options,
-)
-from experiments.config import SetupError, at_least, settings_for
+from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SETUP, MODEL, STREAM, TEXTS, OneLineParser, add_options
+from experiments.config import SetupError, at_least
+from experiments.engines import default_block_size
 from experiments.environment import environment, what_matters
 from experiments.long_scoring import LongScoring, ScoringError, StoppedError
 from experiments.memory import PeakMemory
-from experiments.models import LoadedModel, ModelSource, find_model
+from experiments.model_setup import Subject, config_of, set_up
 from experiments.results import SCHEMA_VERSION, hash_of, now, read_result, save_result
-from experiments.session import Machine, resolve_machine
 from experiments.stop_request import StopRequest
 from experiments.storage import SaveError, check_writable, folder_lock, remove_leftovers, set_aside, write_npz
 from experiments.texts import DATASETS, RANDOM_TOKENS, Text, load_as_one
 from experiments.tokens import Beginning, DocumentStream, RandomStream
-from streaming_llm import StreamingConfig, StreamingLLMWrapper
-from streaming_llm.model import default_block_size
+from streaming_llm import StreamingLLMWrapper
 
 EXIT_SIGNAL = 128  # plus the signal's number: 130 for Ctrl-C
 _CHECKPOINT_ROOM = 1 << 20
@@ -67,68 +60,27 @@ interrupted. Interrupted or killed, the same command goes on from the last check
 the same result."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     """The command line."""
-    parser = OneLineParser(
-        prog="score_long.py",
-        description=__doc__.splitlines()[0],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    group = parser.add_argument_group("what is scored")
-    add = group.add_argument
-    add("--model", default="demo", metavar="NAME", help="demo (the default), a hub name, a folder, random:<size>")
-    add(
-        "--datasets",
-        "--dataset",
-        dest="datasets",
-        nargs="+",
-        default=None,
-        metavar="NAME",
-        help="bundled texts, wikitext, pg19, files, folders, hub names (see run_final_experiments.py); several make "
-        "one stream; default: demo_encyclopaedia; random_tokens for random weights",
-    )
-    add_text_options(group)
+    parser = OneLineParser("score_long.py", __doc__.splitlines()[0], EPILOG)
+    texts = {"flags": ("--datasets", "--dataset"), "help": "as of run_final_experiments.py; several make one stream; "
+             "default: demo_encyclopaedia, random_tokens for random weights"}  # fmt: skip
+    add = add_options(parser, "what is scored", ("model", *TEXTS), ("model",), datasets=texts).add_argument
     add("--max-tokens", type=int, default=None, metavar="N", help="default: the whole text")
-    add(
-        "--bos-per-document",
-        action="store_true",
-        help="put the beginning-of-sequence token before each document (default: at the very start alone)",
-    )
-    add(
-        "--fresh-tail",
-        type=float,
-        default=None,
-        metavar="FRACTION",
-        help="also score the last FRACTION of the stream as a fresh stream, to tell drift from difficult text",
-    )
-    group = parser.add_argument_group("how it is computed")
-    add = group.add_argument
-    add_cache_sizes(group)
+    each = "put the beginning-of-sequence token before each document (default: at the very start alone)"
+    add("--bos-per-document", action="store_true", help=each)
+    fresh = "also score the last FRACTION of the stream as a fresh stream, to tell drift from difficult text"
+    add("--fresh-tail", type=float, default=None, metavar="FRACTION", help=fresh)
+    how, backend = (*STREAM, "attn_backend_list", *MODEL[1:]), {"flags": ("--attn-backend",)}
+    add = add_options(parser, "how it is computed", how, how, attn_backend_list=backend).add_argument
     add("--block-size", type=int, default=None, metavar="N", help="tokens at a time; default: suits device and window")
-    add(
-        "--attn-backend", default=None, metavar="NAME", help="math, flash, cudnn, auto; default: FLASH_SDPA, then math"
-    )
-    add_dtype_and_device(group)
-    add("--seed", type=int, default=0, help="for random weights and tokens; default: 0")
-    group = parser.add_argument_group("output")
-    add = group.add_argument
+    nll = {"help": "keep each token's loss: <stem>.streaming.nll.npz (nll, position) beside the result"}
+    force = {"help": "start anew, whatever checkpoint or result there is"}
+    names = ("save_token_nll", "force", "progress")
+    add = add_options(parser, "output", names, save_token_nll=nll, force=force).add_argument
     add("--output", type=Path, required=True, metavar="FILE.json", help="the result")
-    add(
-        "--save-token-nll",
-        action="store_true",
-        help="keep each token's loss: <stem>.streaming.nll.npz (nll, position) beside the result",
-    )
-    add(
-        "--checkpoint-every",
-        type=float,
-        default=120.0,
-        metavar="SEC",
-        help="seconds between checkpoints; 0: after each block; default: 120",
-    )
-    add("--force", action="store_true", help="start anew, whatever checkpoint or result there is")
-    add("--no-progress", dest="progress", action="store_false", help="no progress bar")
+    every = "seconds between checkpoints; 0: after each block; default: 120"
+    add("--checkpoint-every", type=float, default=120.0, metavar="SEC", help=every)
     return parser
 
 
@@ -140,14 +92,14 @@ class Job:
     """What is to be done, and everything that it is done with."""
 
     options: argparse.Namespace
-    source: ModelSource
-    loaded: LoadedModel
-    machine: Machine
-    streaming: StreamingConfig
+    subject: Subject
     block_size: int
     text: Text
-    beginning: Beginning
     stream: DocumentStream | RandomStream
+
+    @property
+    def beginning(self) -> Beginning:
+        return self.subject.beginning
 
     @property
     def output(self) -> Path:
@@ -165,20 +117,20 @@ class Job:
     def identity(self) -> dict:
         """Everything that could change a figure; a checkpoint and a result with another identity are not used."""
         value = {
-            "model": self.source.fingerprint,
+            "model": self.subject.source.fingerprint,
             "data_sha256": self.text.sha256,
             "documents": self.text.num_documents,
             "max_tokens": self.options.max_tokens,
             "bos": self.beginning.ids,
             "bos_per_document": self.options.bos_per_document,
             "fresh_tail": self.options.fresh_tail,
-            "n_sink": self.streaming.n_sink,
-            "window_size": self.streaming.window_size,
+            "n_sink": self.subject.streaming.n_sink,
+            "window_size": self.subject.streaming.window_size,
             "block_size": self.block_size,
-            "backend": self.machine.backends[0],
-            "dtype": self.machine.dtype_name,
+            "backend": self.subject.machine.backends[0],
+            "dtype": self.subject.machine.dtype_name,
             "seed": self.options.seed,
-            **what_matters(self.machine.device),
+            **what_matters(self.subject.machine.device),
             "script": hash_of({"source": Path(__file__).read_text(encoding="utf-8")}),
         }
         return json.loads(json.dumps(value))  # plain values: torch's version is a class of its own
@@ -191,33 +143,27 @@ class Job:
 def prepare(options: argparse.Namespace) -> Job:
     """Check a command line and load what it names; raises SetupError."""
     _check_options(options)
-    config = config_of(options)
-    machine = resolve_machine(config)
-    source = find_model(options.model, options.seed)
-    is_random = source.weights == "random"
+    is_random = str(options.model).startswith("random:")
     _check_random(options, is_random)
-    text = DATASETS[RANDOM_TOKENS]() if is_random else load_as_one(_datasets(options), options.text_key)
-    loaded = load_wrapped(source, machine)
-    settings = settings_for(config, loaded.context_length, source.is_demo, loaded.largest_window)
-    beginning = loaded.beginning(options.bos)
+    names = options.datasets or ["demo_encyclopaedia"]
+    text = DATASETS[RANDOM_TOKENS]() if is_random else load_as_one(names, options.text_key)
+    subject = set_up(config_of(options))
+    loaded, beginning = subject.loaded, subject.beginning
     for warning in filter(None, (beginning.warning, text.warning)):
         print(f"warning: {warning}", file=sys.stderr)
     if is_random:
         stream = RandomStream(loaded.vocab_size, options.max_tokens, options.seed)
     else:
-        each = document_start(beginning) if options.bos_per_document else ()
+        each = beginning.start if options.bos_per_document else ()
+        if options.bos_per_document and not each:
+            raise SetupError("--bos-per-document: the tokenizer has no beginning-of-sequence token")
         stream = DocumentStream(text, loaded.tokenizer, beginning.ids, options.max_tokens, each)
-    streaming = StreamingConfig(settings.n_sink, settings.window_size)
-    block_size = options.block_size or default_block_size(settings.window_size, loaded.model)
-    return Job(options, source, loaded, machine, streaming, block_size, text, beginning, stream)
-
-
-def _datasets(options: argparse.Namespace) -> list[str]:
-    return options.datasets or ["demo_encyclopaedia"]
+    block_size = options.block_size or default_block_size(subject.streaming.window_size, loaded.model)
+    return Job(options, subject, block_size, text, stream)
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    for name, low in {"max_tokens": 2, "block_size": 1, "seed": 0}.items():
+    for name, low in {"max_tokens": 2, "block_size": 1}.items():
         at_least(f"--{name.replace('_', '-')}", getattr(options, name), low)
     if options.fresh_tail is not None and not 0 < options.fresh_tail < 1:
         raise SetupError(f"--fresh-tail must be above 0 and below 1, got {options.fresh_tail}")
@@ -243,21 +189,14 @@ def _check_random(options: argparse.Namespace, is_random: bool) -> None:
             raise SetupError(f"--{name.replace('_', '-')} says nothing about random weights")
 
 
-def document_start(beginning: Beginning) -> tuple[int, ...]:
-    """What stands before each document under --bos-per-document."""
-    if not beginning.ids and beginning.bos_id is None:
-        raise SetupError("--bos-per-document: the tokenizer has no beginning-of-sequence token")
-    return beginning.ids or (beginning.bos_id,)
-
-
 # Scoring
 
 
 def score(job: Job, command: str) -> None:
     """Score a job's stream, and write the result; raises SetupError, SaveError, ScoringError, StoppedError."""
-    memory = PeakMemory(job.machine.device)
+    memory, subject = PeakMemory(job.subject.machine.device), job.subject
     memory.start()
-    wrapper = StreamingLLMWrapper(job.loaded.model, job.streaming.n_sink, job.streaming.window_size)
+    wrapper = StreamingLLMWrapper(subject.loaded.model, subject.streaming.n_sink, subject.streaming.window_size)
     with wrapper as stream, StopRequest() as stop:
         every = job.options.checkpoint_every
         run = LongScoring(job.work, job.identity(), stream, job.block_size, every, stop, memory, say)
@@ -280,9 +219,7 @@ def tail_chunks(job: Job, start: int, position: int) -> Iterator[Tensor]:
 
     It begins with what a fresh stream begins with, or, where there is no such token, with the one before.
     """
-    front = job.beginning.ids[-1:]
-    if not front and job.beginning.bos_id is not None and job.options.bos != "never":
-        front = (job.beginning.bos_id,)
+    front = job.beginning.start[-1:]
     if not front:
         yield from job.stream.chunks(start - 1 + position)
         return
@@ -321,32 +258,29 @@ def write_result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarra
 
 def result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | None, command: str) -> dict:
     """The result file's contents. Times are sums over all sessions, without loading and checkpoints."""
-    if job.source.weights == "random":
+    subject = job.subject
+    if subject.source.weights == "random":
         figures = dict.fromkeys(("mean_nll", "perplexity", "tenths", "curve")) | {"scored_tokens": len(losses)}
         figures["perplexity_reason"] = "the weights are random"
     else:
         figures = loss_figures.stream_figures(losses)
-    config, state = job.streaming, run.passes["stream"]
+    config, state, device = subject.streaming, run.passes["stream"], subject.machine.device
     if tail is not None:
         tail = loss_figures.tail_figures(losses, tail, job.options.fresh_tail, config.cache_size)
-    sizes = {"n_sink": config.n_sink, "window_size": config.window_size, "max_cache_size": config.cache_size}
+    facts = subject.facts()
+    facts["streaming_llm"] |= {"max_cache_size": config.cache_size}
     return {
         "schema_version": SCHEMA_VERSION,
         "experiment": "long_scoring",
         "method": "streaming",
-        "model": job.source.name,
-        "weights": job.source.weights,
+        **facts,
+        "weights": subject.source.weights,
         "dataset": job.text.dataset,
         "documents": max(1, job.text.num_documents),
         "characters": job.text.num_characters,
         "beginning_of_sequence": where_bos_stands(job),
-        "bos": job.beginning.record(),
-        "backend": job.machine.backends[0],
-        "dtype": job.machine.dtype_name,
-        "device": job.identity()["device"],
         "num_tokens": state.tokens,
         "max_tokens": job.options.max_tokens,
-        "streaming_llm": sizes,
         "block_size": job.block_size,
         **figures,
         "fresh_tail": tail,
@@ -354,7 +288,7 @@ def result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | No
         "waiting_for_text_sec": state.waiting_for_text_sec,
         "toks_per_sec": state.tokens / state.scoring_sec,
         **run.facts,
-        "environment": environment(job.machine.device, command, job.options.seed, kvpress_imported=False),
+        "environment": environment(device, command, job.options.seed, kvpress_imported=False),
         "config_hash": job.config_hash,
         "data_sha256": job.text.sha256,
         "status": "ok",
@@ -400,18 +334,12 @@ def is_finished(job: Job) -> bool:
 
 def in_work_folder(job: Job, command: str) -> None:
     """Hold the work folder for this process while the job runs."""
-    with ExitStack() as stack:
-        check_writable(job.output.parent, _CHECKPOINT_ROOM)
-        try:
-            stack.enter_context(folder_lock(job.work / "lock"))
-        except SetupError as error:
-            reason = str(error).partition(": ")[2].partition(";")[0]
-            raise SetupError(f"--output {job.output}: {reason}") from None
+    check_writable(job.output.parent, _CHECKPOINT_ROOM)
+    with folder_lock(job.work / "lock", f"--output {job.output}"):
         remove_leftovers(job.work)
-        if job.options.force:
-            for path in job.work.iterdir():
-                if path.name != "lock":
-                    path.unlink()
+        for path in job.work.iterdir() if job.options.force else ():
+            if path.name != "lock":
+                path.unlink()
         score(job, command)
 
 
