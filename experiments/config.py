@@ -237,8 +237,13 @@ class ModelSettings:
     ablation_tokens: int
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Sinks and window."""
+        return self.n_sink, self.window_size
+
+    @property
     def cache_size(self) -> int:
-        return self.n_sink + self.window_size
+        return sum(self.sizes)
 
 
 def settings_for(

@@ -104,7 +104,7 @@ class Bench:
         """Load a model and find out what of the configuration runs with it; raises SetupError where nothing does."""
         loaded = self._load(source)
         settings = model_settings(self.config, source, loaded)
-        sizes = (settings.n_sink, settings.window_size)
+        sizes = settings.sizes
         engines = {backend: self._engine(source, backend, sizes) for backend in self.machine.backends}
         self.machine.wrap(loaded, source.name, self.machine.backends[0])
         methods, skipped = self._methods(source, sizes, engines[self.machine.backends[0]])

@@ -16,8 +16,7 @@ from experiments.environment import device_name, environment
 from experiments.measuring import Machine, resolve_machine
 from experiments.models import LoadedModel, ModelSource, find_model
 from experiments.plan import model_settings
-from experiments.results import now
-from experiments.storage import write_json
+from experiments.storage import now, write_json
 from experiments.tokens import Beginning
 from streaming_llm import StreamingConfig, StreamingDecoder
 

@@ -99,14 +99,14 @@ class ExperimentRunner:
         queue = _Cells(models)
         try:
             for outcome in executor.measure(queue):
-                model = by_name[outcome.cell.model]
-                record = model.keep(outcome)
-                if record is None:
-                    self.say(f"{queue.where(outcome.cell)}: FAILED: {outcome.reason}")
+                cell, model = outcome.cell, by_name[outcome.cell.model]
+                model.keep(outcome)
+                if outcome.run is None:
+                    self.say(f"{queue.where(cell)}: FAILED: {outcome.reason}")
                 else:
-                    queue.estimator.add(outcome.cell, outcome.wall_sec)
-                    shown = cell_line(record, show_perplexity=model.plan.source.weights == "trained")
-                    self.say(f"{queue.where(outcome.cell)}: {shown}; left: {queue.time_left()}")
+                    queue.estimator.add(cell, outcome.wall_sec)
+                    shown = cell_line(outcome.run, show_perplexity=model.plan.source.weights == "trained")
+                    self.say(f"{queue.where(cell)}: {shown}; left: {queue.time_left()}")
                 model.write_complete()
         except KeyboardInterrupt:
             self._say_interrupted(models, later)

@@ -5,7 +5,9 @@ disk, and renamed. A process that is killed leaves at most a temporary file, whi
 """
 
 import contextlib
+import datetime
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -23,6 +25,16 @@ from experiments.config import SetupError
 _NUMBER_LIST = re.compile(r"\[\n[\s\d.,eE+-]+\]")
 TEMPORARY_SUFFIX = ".partial"
 SUPERSEDED = "superseded"
+
+
+def hash_of(value: dict) -> str:
+    """SHA-256 of a JSON object, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 class SaveError(RuntimeError):

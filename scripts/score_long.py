@@ -30,9 +30,18 @@ from experiments.environment import environment, what_matters
 from experiments.long_scoring import LongScoring, ScoringError, StoppedError
 from experiments.memory import PeakMemory
 from experiments.model_setup import Subject, config_of, set_up
-from experiments.results import SCHEMA_VERSION, hash_of, now, read_result, save_result
+from experiments.results import SCHEMA_VERSION, read_result, save_result
 from experiments.stop_request import StopRequest
-from experiments.storage import SaveError, check_writable, folder_lock, remove_leftovers, set_aside, write_npz
+from experiments.storage import (
+    SaveError,
+    check_writable,
+    folder_lock,
+    hash_of,
+    now,
+    remove_leftovers,
+    set_aside,
+    write_npz,
+)
 from experiments.texts import DATASETS, RANDOM_TOKENS, Text, load_as_one
 from experiments.tokens import Beginning, DocumentStream, RandomStream
 from streaming_llm import StreamingLLMWrapper

@@ -13,8 +13,7 @@ from experiments.benchmarks.contenders import CONTENDERS
 from experiments.benchmarks.decode import DECODE, PREFILL, TOLERANCE, Cell, Timing
 from experiments.environment import environment, what_matters
 from experiments.measuring import Machine
-from experiments.results import hash_of, now
-from experiments.storage import read_json, set_aside, write_json
+from experiments.storage import hash_of, now, read_json, set_aside, write_json
 
 SCHEMA_VERSION = 1
 BENCHMARK = "decode"
