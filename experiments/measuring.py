@@ -110,7 +110,9 @@ class Bench:
         methods, skipped = self._methods(source, sizes, engines[self.machine.backends[0]])
         device = self.machine.device
         matters = what_matters(device)
-        spread = loaded.layers_on
+        asked = self.config.device_map
+        spread = None if asked is None else {"asked": asked, "weights_mb": loaded.weights_mb}
+        where = environment(device, self.config.command, self.config.seed, self._kvpress_imported)
         return Facts(
             device=matters["device"],
             dtype=self.machine.dtype_name,
@@ -118,8 +120,8 @@ class Bench:
             methods=methods,
             skipped=skipped,
             matters=matters,
-            environment=environment(device, self.config.command, self.config.seed, self._kvpress_imported),
-            device_map=None if spread is None else {"asked": self.config.device_map, "modules": spread},
+            environment=where if spread is None else where | {"device_map": spread},
+            device_map=spread,
         )
 
     def measure(self, task: Task, display: LossDisplay | None = None) -> Outcome:
