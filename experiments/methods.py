@@ -15,12 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from experiments.engines import Forward, capture, engine_of, forward_of, open_decoder, recomputing_engine, score
-from experiments.kvpress_support import (
-    PRESSES,
-    import_adapter,
-    kvpress_attention_functions,
-    kvpress_unavailable,
-)
+from experiments.kvpress_support import PRESSES, import_adapter, kvpress_attention_functions, kvpress_unavailable
 from experiments.timing import synchronise
 from streaming_llm.attention import maskless_attention
 

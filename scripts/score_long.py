@@ -30,6 +30,7 @@ from experiments.environment import environment, what_matters
 from experiments.long_scoring import LongScoring, ScoringError, StoppedError
 from experiments.memory import PeakMemory
 from experiments.model_setup import Subject, config_of, set_up
+from experiments.models import RANDOM_PREFIX
 from experiments.results import SCHEMA_VERSION, read_result, save_result
 from experiments.stop_request import StopRequest
 from experiments.storage import (
@@ -43,7 +44,7 @@ from experiments.storage import (
     write_npz,
 )
 from experiments.texts import DATASETS, RANDOM_TOKENS, Text, load_as_one
-from experiments.tokens import Beginning, DocumentStream, RandomStream
+from experiments.tokens import DocumentStream, RandomStream
 from streaming_llm import StreamingLLMWrapper
 
 EXIT_SIGNAL = 128  # plus the signal's number: 130 for Ctrl-C
@@ -107,39 +108,29 @@ class Job:
     stream: DocumentStream | RandomStream
 
     @property
-    def beginning(self) -> Beginning:
-        return self.subject.beginning
-
-    @property
-    def output(self) -> Path:
-        return self.options.output
-
-    @property
     def work(self) -> Path:
         """Holds checkpoint and losses until there is a result."""
-        return self.output.with_name(f"{self.output.name}.resume")
+        return self.options.output.with_name(f"{self.options.output.name}.resume")
 
     @property
     def token_nll_path(self) -> Path:
-        return self.output.with_name(f"{self.output.stem}.streaming.nll.npz")
+        return self.options.output.with_name(f"{self.options.output.stem}.streaming.nll.npz")
 
     def identity(self) -> dict:
         """Everything that could change a figure; a checkpoint and a result with another identity are not used."""
+        options, machine, streaming = self.options, self.subject.machine, self.subject.streaming
         value = {
             "model": self.subject.source.fingerprint,
             "data_sha256": self.text.sha256,
             "documents": self.text.num_documents,
-            "max_tokens": self.options.max_tokens,
-            "bos": self.beginning.ids,
-            "bos_per_document": self.options.bos_per_document,
-            "fresh_tail": self.options.fresh_tail,
-            "n_sink": self.subject.streaming.n_sink,
-            "window_size": self.subject.streaming.window_size,
+            "bos": self.subject.beginning.ids,
+            **{name: getattr(options, name) for name in ("max_tokens", "bos_per_document", "fresh_tail", "seed")},
+            "n_sink": streaming.n_sink,
+            "window_size": streaming.window_size,
             "block_size": self.block_size,
-            "backend": self.subject.machine.backends[0],
-            "dtype": self.subject.machine.dtype_name,
-            "seed": self.options.seed,
-            **what_matters(self.subject.machine.device),
+            "backend": machine.backends[0],
+            "dtype": machine.dtype_name,
+            **what_matters(machine.device),
             "script": hash_of({"source": Path(__file__).read_text(encoding="utf-8")}),
         }
         return json.loads(json.dumps(value))  # plain values: torch's version is a class of its own
@@ -151,9 +142,8 @@ class Job:
 
 def prepare(options: argparse.Namespace) -> Job:
     """Check a command line and load what it names; raises SetupError."""
-    _check_options(options)
-    is_random = str(options.model).startswith("random:")
-    _check_random(options, is_random)
+    is_random = options.model.startswith(RANDOM_PREFIX)
+    _check(options, is_random)
     names = options.datasets or ["demo_encyclopaedia"]
     text = DATASETS[RANDOM_TOKENS]() if is_random else load_as_one(names, options.text_key)
     subject = set_up(config_of(options))
@@ -171,31 +161,26 @@ def prepare(options: argparse.Namespace) -> Job:
     return Job(options, subject, block_size, text, stream)
 
 
-def _check_options(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace, is_random: bool) -> None:
     for name, low in {"max_tokens": 2, "block_size": 1}.items():
         at_least(f"--{name.replace('_', '-')}", getattr(options, name), low)
+    wrong = ""
     if options.fresh_tail is not None and not 0 < options.fresh_tail < 1:
-        raise SetupError(f"--fresh-tail must be above 0 and below 1, got {options.fresh_tail}")
-    if not 0 <= options.checkpoint_every < math.inf:
-        raise SetupError(f"--checkpoint-every must be 0 or more seconds, got {options.checkpoint_every}")
-    if options.bos_per_document and options.bos == "never":
-        raise SetupError("--bos-per-document and --bos never exclude each other")
-    if options.output.suffix != ".json":
-        raise SetupError(f"--output {options.output}: the name must end in .json")
-    if options.output.is_dir():
-        raise SetupError(f"--output {options.output}: is a folder; name a file")
-
-
-def _check_random(options: argparse.Namespace, is_random: bool) -> None:
-    if not is_random:
-        return
-    if options.max_tokens is None:
-        raise SetupError(f"model {options.model!r}: random tokens have no end, give --max-tokens")
-    if options.datasets not in (None, [RANDOM_TOKENS]):
-        raise SetupError(f"model {options.model!r} has no tokenizer: only --datasets {RANDOM_TOKENS}")
-    for name in ("fresh_tail", "save_token_nll", "bos_per_document"):
-        if getattr(options, name):
-            raise SetupError(f"--{name.replace('_', '-')} says nothing about random weights")
+        wrong = f"--fresh-tail must be above 0 and below 1, got {options.fresh_tail}"
+    elif not 0 <= options.checkpoint_every < math.inf:
+        wrong = f"--checkpoint-every must be 0 or more seconds, got {options.checkpoint_every}"
+    elif options.bos_per_document and options.bos == "never":
+        wrong = "--bos-per-document and --bos never exclude each other"
+    elif options.output.suffix != ".json" or options.output.is_dir():
+        wrong = f"--output {options.output}: name a file that ends in .json"
+    elif is_random and options.max_tokens is None:
+        wrong = f"model {options.model!r}: random tokens have no end, give --max-tokens"
+    elif is_random and options.datasets not in (None, [RANDOM_TOKENS]):
+        wrong = f"model {options.model!r} has no tokenizer: only --datasets {RANDOM_TOKENS}"
+    elif is_random and (options.fresh_tail or options.save_token_nll or options.bos_per_document):
+        wrong = "--fresh-tail, --save-token-nll and --bos-per-document say nothing about random weights"
+    if wrong:
+        raise SetupError(wrong)
 
 
 # Scoring
@@ -203,22 +188,29 @@ def _check_random(options: argparse.Namespace, is_random: bool) -> None:
 
 def score(job: Job, command: str) -> None:
     """Score a job's stream, and write the result; raises SetupError, SaveError, ScoringError, StoppedError."""
-    memory, subject = PeakMemory(job.subject.machine.device), job.subject
+    options, streaming, memory = job.options, job.subject.streaming, PeakMemory(job.subject.machine.device)
     memory.start()
-    wrapper = StreamingLLMWrapper(subject.loaded.model, subject.streaming.n_sink, subject.streaming.window_size)
+    wrapper = StreamingLLMWrapper(job.subject.loaded.model, streaming.n_sink, streaming.window_size)
     with wrapper as stream, StopRequest() as stop:
-        every = job.options.checkpoint_every
+        every = options.checkpoint_every
         run = LongScoring(job.work, job.identity(), stream, job.block_size, every, stop, memory, say)
         if run.passes:
             say(f"goes on at token {sum(state.tokens for state in run.passes.values()):,}")
         with display(job, "stream") as show:
             losses = run.run("stream", job.stream.chunks, show)
         tail = None
-        if job.options.fresh_tail is not None:
-            start = len(losses) + 1 - loss_figures.tail_length(len(losses) + 1, job.options.fresh_tail)
+        if options.fresh_tail is not None:
+            start = len(losses) + 1 - loss_figures.tail_length(len(losses) + 1, options.fresh_tail)
             with display(job, "fresh tail") as show:
                 tail = run.run("tail", lambda position: tail_chunks(job, start, position), show)
-        write_result(job, run, losses, tail, command)
+        value = result(job, run, losses, tail, command)
+        if job.token_nll_path.exists():  # of an earlier result, perhaps another one
+            set_aside(job.token_nll_path, "earlier")
+        if options.save_token_nll:
+            write_npz(job.token_nll_path, nll=np.asarray(losses), position=np.arange(1, len(losses) + 1))
+            say(f"wrote: {job.token_nll_path}")
+        say(str(save_result(options.output, value, keep_previous=options.force)))
+        say(summary(value))
     del losses, tail  # mapped from files that are removed
     run.discard()
 
@@ -228,13 +220,10 @@ def tail_chunks(job: Job, start: int, position: int) -> Iterator[Tensor]:
 
     It begins with what a fresh stream begins with, or, where there is no such token, with the one before.
     """
-    front = job.beginning.start[-1:]
-    if not front:
-        yield from job.stream.chunks(start - 1 + position)
-        return
-    if position == 0:
+    front = job.subject.beginning.start[-1:]
+    if front and position == 0:
         yield torch.tensor([front], dtype=torch.int64)
-    yield from job.stream.chunks(start + max(0, position - 1))
+    yield from job.stream.chunks(start + max(0, position - 1) if front else start - 1 + position)
 
 
 @contextmanager
@@ -253,18 +242,6 @@ def display(job: Job, title: str) -> Iterator[long_scoring.Show]:
         yield show
 
 
-def write_result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | None, command: str) -> None:
-    """Assemble the result and save it; prints what there is to know."""
-    value = result(job, run, losses, tail, command)
-    if job.token_nll_path.exists():  # of an earlier result, perhaps another one
-        set_aside(job.token_nll_path, "earlier")
-    if job.options.save_token_nll:
-        write_npz(job.token_nll_path, nll=np.asarray(losses), position=np.arange(1, len(losses) + 1))
-        say(f"wrote: {job.token_nll_path}")
-    say(str(save_result(job.output, value, keep_previous=job.options.force)))
-    say(summary(value))
-
-
 def result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | None, command: str) -> dict:
     """The result file's contents. Times are sums over all sessions, without loading and checkpoints."""
     subject = job.subject
@@ -276,7 +253,7 @@ def result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | No
     config, state, device = subject.streaming, run.passes["stream"], subject.machine.device
     if tail is not None:
         tail = loss_figures.tail_figures(losses, tail, job.options.fresh_tail, config.cache_size)
-    facts = subject.facts()
+    facts, at_start = subject.facts(), "at the start of the stream" if subject.beginning.ids else "nowhere"
     facts["streaming_llm"] |= {"max_cache_size": config.cache_size}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -287,7 +264,7 @@ def result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | No
         "dataset": job.text.dataset,
         "documents": max(1, job.text.num_documents),
         "characters": job.text.num_characters,
-        "beginning_of_sequence": where_bos_stands(job),
+        "beginning_of_sequence": "per document" if job.options.bos_per_document else at_start,
         "num_tokens": state.tokens,
         "max_tokens": job.options.max_tokens,
         "block_size": job.block_size,
@@ -303,13 +280,6 @@ def result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | No
         "status": "ok",
         "timestamp": now(),
     }
-
-
-def where_bos_stands(job: Job) -> str:
-    """Where in the stream a beginning-of-sequence token was put."""
-    if job.options.bos_per_document:
-        return "per document"
-    return "at the start of the stream" if job.beginning.ids else "nowhere"
 
 
 def summary(value: dict) -> str:
@@ -333,23 +303,11 @@ def summary(value: dict) -> str:
 
 def is_finished(job: Job) -> bool:
     """Whether the output holds the result of this very job, with the losses if they are wanted."""
-    if job.options.save_token_nll and not job.token_nll_path.exists():
-        return False
     try:
-        return read_result(job.output)["config_hash"] == job.config_hash
+        finished = read_result(job.options.output)["config_hash"] == job.config_hash
     except (OSError, ValueError):
         return False
-
-
-def in_work_folder(job: Job, command: str) -> None:
-    """Hold the work folder for this process while the job runs."""
-    check_writable(job.output.parent, _CHECKPOINT_ROOM)
-    with folder_lock(job.work / "lock", f"--output {job.output}"):
-        remove_leftovers(job.work)
-        for path in job.work.iterdir() if job.options.force else ():
-            if path.name != "lock":
-                path.unlink()
-        score(job, command)
+    return finished and (job.token_nll_path.exists() or not job.options.save_token_nll)
 
 
 def say(line: str) -> None:
@@ -357,35 +315,37 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def complain(line: str) -> None:
-    print(f"error: {line}", file=sys.stderr, flush=True)
-
-
 def run(argv: list[str]) -> int:
     job = prepare(build_parser().parse_args(argv))
-    if not job.options.force and is_finished(job):
-        say(f"there already: {job.output} (--force scores again)")
+    output, force = job.options.output, job.options.force
+    if not force and is_finished(job):
+        say(f"there already: {output} (--force scores again)")
         return 0
-    in_work_folder(job, shlex.join(["python", "scripts/score_long.py", *argv]))
+    check_writable(output.parent, _CHECKPOINT_ROOM)
+    with folder_lock(job.work / "lock", f"--output {output}"):
+        remove_leftovers(job.work)
+        for path in job.work.iterdir() if force else ():
+            if path.name != "lock":
+                path.unlink()
+        score(job, shlex.join(["python", "scripts/score_long.py", *argv]))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
+    later = "the same command goes on from the last checkpoint, if there is one"
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except SetupError as error:
-        complain(str(error))
-        return EXIT_SETUP
+        code, line = EXIT_SETUP, str(error)
     except (ScoringError, SaveError, torch.OutOfMemoryError) as error:
-        complain(f"{str(error).splitlines()[0]}; the same command goes on from the last checkpoint, if there is one")
-        return EXIT_FAILED
+        code, line = EXIT_FAILED, f"{str(error).splitlines()[0]}; {later}"
     except StoppedError as stopped:
-        complain(f"{stopped}; the same command goes on from there")
-        return EXIT_SIGNAL + stopped.signal_number
+        code, line = EXIT_SIGNAL + stopped.signal_number, f"{stopped}; the same command goes on from there"
     except KeyboardInterrupt:
-        complain("interrupted; the same command goes on from the last checkpoint, if there is one")
-        return EXIT_INTERRUPTED
+        code, line = EXIT_INTERRUPTED, f"interrupted; {later}"
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":
