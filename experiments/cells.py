@@ -5,26 +5,16 @@ change its figures; a record with another hash is never used.
 """
 
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from experiments.measuring import Outcome
 from experiments.plan import Cell
-from experiments.results import now
-from experiments.storage import read_json, set_aside, write_json, write_npz
+from experiments.storage import hash_of, now, read_json, set_aside, write_json, write_npz
 
 CELL_SCHEMA = 2
-
-
-@dataclass(frozen=True)
-class CellRecord:
-    """A finished cell: its figures (`results.run_record`), its hash, and how long it took altogether."""
-
-    cell: Cell
-    config_hash: str
-    run: dict
-    wall_sec: float
 
 
 class CellStore:
@@ -39,18 +29,20 @@ class CellStore:
         name = f"{cell.dataset}_{cell.backend}_{cell.method}_{cell.engine}_{sizes}_{cell.scoring}_r{cell.repeat}"
         return self.folder / f"{name}_{config_hash[:16]}.json"
 
-    def save(self, record: CellRecord, nll: np.ndarray, position: np.ndarray, config: dict) -> None:
-        """Keep a finished cell. Its losses are written first: a record that is there is complete."""
+    def save(self, outcome: Outcome, config: dict) -> None:
+        """Keep a finished cell; `config` is its hash's preimage. Its losses are written first: a record that is there
+        is complete."""
         if self.folder is None:
             return
-        path = self.path(record.cell, record.config_hash)
-        write_npz(path.with_suffix(".npz"), nll=nll, position=position)
-        value = {"cell_schema": CELL_SCHEMA, "cell": asdict(record.cell), "config_hash": record.config_hash}
-        value |= {"config": config, "run": record.run, "wall_sec": record.wall_sec, "timestamp": now()}
+        config_hash = hash_of(config)
+        path = self.path(outcome.cell, config_hash)
+        write_npz(path.with_suffix(".npz"), nll=outcome.nll, position=outcome.position)
+        value = {"cell_schema": CELL_SCHEMA, "cell": asdict(outcome.cell), "config_hash": config_hash}
+        value |= {"config": config, "run": outcome.run, "wall_sec": outcome.wall_sec, "timestamp": now()}
         write_json(path, value)
 
-    def load(self, cell: Cell, config_hash: str) -> CellRecord | None:
-        """The finished cell, or None; raises ValueError where its file is broken or another's."""
+    def load(self, cell: Cell, config_hash: str) -> dict | None:
+        """The run of a finished cell, or None; raises ValueError where its file is broken or another's."""
         if self.folder is None:
             return None
         path = self.path(cell, config_hash)
@@ -63,18 +55,14 @@ class CellStore:
         if value.get("cell") != asdict(cell) or not isinstance(value.get("run"), dict):
             raise ValueError("not the record of this cell")
         try:
-            self._read_losses(path)
+            self.load_losses(cell, config_hash)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"its losses cannot be read ({error})") from None
-        return CellRecord(cell, config_hash, value["run"], float(value["wall_sec"]))
+        return value["run"]
 
-    def load_losses(self, record: CellRecord) -> tuple[np.ndarray, np.ndarray]:
+    def load_losses(self, cell: Cell, config_hash: str) -> tuple[np.ndarray, np.ndarray]:
         """The cell's losses in nats and the positions of their tokens."""
-        return self._read_losses(self.path(record.cell, record.config_hash))
-
-    @staticmethod
-    def _read_losses(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+        with np.load(self.path(cell, config_hash).with_suffix(".npz"), allow_pickle=False) as arrays:
             return arrays["nll"], arrays["position"]
 
     def set_aside(self, cell: Cell, config_hash: str) -> Path:

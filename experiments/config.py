@@ -14,11 +14,30 @@ ENGINES = ("auto", "eager", "graph", "graph+compile", "fused", "fused-triton")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DEFAULT_ABLATION_N_SINKS = (0, 1, 2, 4, 8, 16)
 DEMO_MODEL = "demo"
-_DATASETS_HELP = (
-    "demo_encyclopaedia, demo_narrative (bundled), wikitext (WikiText-103 test), pg19 (PG19 test), a file (.txt, "
-    ".json, .jsonl, .csv, .parquet, ..., also compressed), a folder of them, or a data set of the hub "
-    "(owner/name[:config][@split]); default: the bundled texts, random_tokens for random weights"
-)
+_MODEL_HELP = """demo (bundled; the default), a hub name such as EleutherAI/pythia-2.8b, a local folder, a .gguf
+file, or random:<size> such as random:pythia-2.8b (random weights: speed only)"""
+_DATASETS_HELP = """demo_encyclopaedia, demo_narrative (bundled), wikitext (WikiText-103 test), pg19 (PG19 test), a
+file (.txt, .json, .jsonl, .csv, .parquet, ..., also compressed), a folder of them, or a data set of the hub
+(owner/name[:config][@split]); default: the bundled texts, random_tokens for random weights"""
+_BOS_HELP = """auto, always, never: a beginning-of-sequence token in front of a text; auto (default): what the model
+was trained on, as its tokenizer and configuration tell"""
+_METHODS_HELP = """baseline, streaming, kvpress, window, dense; default: baseline streaming kvpress, the last skipped
+where it is not installed"""
+_WINDOW_HELP = """recent tokens kept, sinks excluded; default: 252 for the demo model, else what fills the model's
+context with the sinks, up to 2048 together"""
+_BACKENDS_HELP = """math, flash, cudnn (CUDA only), or auto (flash where it runs, else math); default: what FLASH_SDPA
+says (1 flash, 0 math), else math"""
+_ENGINE_HELP = f"""how a decode step runs, with every method that can: {", ".join(ENGINES)}; auto (default): the
+fastest that runs here; the re-computation is measured with every engine that a method uses"""
+_DTYPE_HELP = f"{', '.join(DTYPES)}; default: bfloat16 on a GPU that has it, float32 on a CPU"
+_SPREAD_HELP = """auto: spread a model that is too large for one GPU over all; default: all of it on --device"""
+_SCORING_HELP = """decode (default): perplexity from the token loop; parallel: block-parallel over the whole text, with
+the speed from a decode sample; ablations always use parallel"""
+_PRESS_HELP = """the press of kvpress: streaming_llm (default), knorm, keydiff, random, lagkv, cur; tova,
+expected_attention, cap on Llama-like models"""
+_OUTPUT_HELP = "default: results; a model other than the demo has a folder of its own in it"
+_LAUNCHER_HELP = "local (default): in this process; ray: side by side, on all GPUs of this machine or of a cluster"
+_ADDRESS_HELP = "of a Ray cluster (auto: the one of this machine); default: Ray starts on this machine"
 
 
 class SetupError(ValueError):
@@ -63,6 +82,10 @@ def _option(default, help: str, **details):
     return field(default=default, metadata={"help": help, **details})
 
 
+def _number(default: int | None, low: int, metavar: str, help: str, **details):
+    return _option(default, help, low=low, metavar=metavar, **details)
+
+
 @dataclass(frozen=True)
 class ExperimentConfig:
     """One evaluation: models x data sets x backends x methods x repeats, and the ablations.
@@ -75,124 +98,59 @@ class ExperimentConfig:
     Raises SetupError (a ValueError) naming the field, the value and what is allowed.
     """
 
-    model: tuple[str, ...] = _option(
-        (DEMO_MODEL,),
-        "demo (bundled; the default), a hub name such as EleutherAI/pythia-2.8b, a local folder, a .gguf file, or "
-        "random:<size> such as random:pythia-2.8b (random weights: speed only)",
-        many=True,
-    )
+    model: tuple[str, ...] = _option((DEMO_MODEL,), _MODEL_HELP, many=True)
     datasets: tuple[str, ...] | None = _option(None, _DATASETS_HELP, many=True)
     text_key: str = _option("text", "key or column of a record that holds its text; default: text", metavar="KEY")
-    bos: str = _option(
-        "auto",
-        "auto, always, never: a beginning-of-sequence token in front of a text; auto (default): what the model was "
-        "trained on, as its tokenizer and configuration tell",
-        known=("auto", "always", "never"),
-        metavar="WHEN",
+    bos: str = _option("auto", _BOS_HELP, known=("auto", "always", "never"), metavar="WHEN")
+    methods: tuple[str, ...] | None = _option(None, _METHODS_HELP, many=True, known=_methods)
+
+    n_sink: int | None = _number(None, 0, "S", "sinks kept; default: 4")
+    window_size: int | None = _number(None, 1, "W", _WINDOW_HELP)
+    max_eval_tokens: int | None = _number(
+        None, 2, "N", "tokens of each text; default: 768 for the demo model, else 4096"
     )
-    methods: tuple[str, ...] | None = _option(
-        None,
-        "baseline, streaming, kvpress, window, dense; default: baseline streaming kvpress, the last skipped where it "
-        "is not installed",
-        many=True,
-        known=_methods,
-    )
-    n_sink: int | None = _option(None, "sinks kept; default: 4", low=0, metavar="S")
-    window_size: int | None = _option(
-        None,
-        "recent tokens kept, sinks excluded; default: 252 for the demo model, else what fills the model's context "
-        "with the sinks, up to 2048 together",
-        low=1,
-        metavar="W",
-    )
-    max_eval_tokens: int | None = _option(
-        None, "tokens of each text; default: 768 for the demo model, else 4096", low=2, metavar="N"
-    )
-    attn_backend_list: tuple[str, ...] | None = _option(
-        None,
-        "math, flash, cudnn (CUDA only), or auto (flash where it runs, else math); default: what FLASH_SDPA says "
-        "(1 flash, 0 math), else math",
-        many=True,
-    )
-    dtype: str | None = _option(
-        None, f"{', '.join(DTYPES)}; default: bfloat16 on a GPU that has it, float32 on a CPU", known=DTYPES
-    )
+
+    attn_backend_list: tuple[str, ...] | None = _option(None, _BACKENDS_HELP, many=True)
+    engine: str = _option("auto", _ENGINE_HELP, known=ENGINES, flags=("--engine", "--decode-engine"))
+    dtype: str | None = _option(None, _DTYPE_HELP, known=DTYPES)
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    device_map: str | None = _option(
-        None,
-        "auto: spread a model that is too large for one GPU over all of them; default: all of it on --device",
-        known=("auto",),
-    )
-    engine: str = _option(
-        "auto",
-        f"how a decode step runs, with every method that can: {', '.join(ENGINES)}; auto (default): the fastest that "
-        "runs here; the re-computation is measured with every engine that a method uses",
-        known=ENGINES,
-        flags=("--engine", "--decode-engine"),
-    )
-    seed: int = _option(0, "for random weights and tokens; default: 0", low=0, metavar="N")
+    device_map: str | None = _option(None, _SPREAD_HELP, known=("auto",))
+    seed: int = _number(0, 0, "N", "for random weights and tokens; default: 0")
+
     only: tuple[str, ...] = _option(
         EXPERIMENTS, f"{', '.join(EXPERIMENTS)}; default: all", many=True, known=EXPERIMENTS
     )
-    repeats: int = _option(1, "runs of each cell, interleaved; figures are medians; default: 1", low=1, metavar="N")
-    scoring: str = _option(
-        "decode",
-        "decode (default): perplexity from the token loop; parallel: block-parallel over the whole text, with the "
-        "speed from a decode sample; ablations always use parallel",
-        known=("decode", "parallel"),
+    repeats: int = _number(1, 1, "N", "runs of each cell, interleaved; figures are medians; default: 1")
+    scoring: str = _option("decode", _SCORING_HELP, known=("decode", "parallel"))
+    decode_sample: int = _number(128, 0, "N", "decode steps timed under parallel scoring; 0: none; default: 128")
+    kvpress_press: str = _option("streaming_llm", _PRESS_HELP, known=_presses)
+    ablation_window_sizes: tuple[int, ...] | None = _number(
+        None, 1, "W", "default: the five largest powers of two up to the model's context", many=True
     )
-    decode_sample: int = _option(
-        128, "decode steps timed under parallel scoring; 0: perplexity only; default: 128", low=0, metavar="N"
+    ablation_n_sinks: tuple[int, ...] | None = _number(
+        None, 0, "S", "default: 0 1 2 4 8 16; the cache size stays the same", many=True
     )
-    kvpress_press: str = _option(
-        "streaming_llm",
-        "the press of kvpress: streaming_llm (default), knorm, keydiff, random, lagkv, cur; tova, expected_attention, "
-        "cap on Llama-like models",
-        known=_presses,
+    ablation_tokens: int | None = _number(
+        None, 2, "N", "tokens of the text (the first data set) that ablations score; default: 4096 or more"
     )
-    ablation_window_sizes: tuple[int, ...] | None = _option(
-        None, "default: the five largest powers of two up to the model's context", many=True, low=1, metavar="W"
-    )
-    ablation_n_sinks: tuple[int, ...] | None = _option(
-        None, "default: 0 1 2 4 8 16; the cache size stays the same", many=True, low=0, metavar="S"
-    )
-    ablation_tokens: int | None = _option(
-        None,
-        "tokens of the text (the first data set) that ablations score; default: 4096 or more",
-        low=2,
-        metavar="N",
-    )
-    output_dir: Path | None = _option(
-        "results",
-        "default: results; a model other than the demo has a folder of its own in it",
-        metavar="DIR",
-    )
+
+    output_dir: Path | None = _option("results", _OUTPUT_HELP, metavar="DIR")
     save_token_nll: bool = _option(False, "keep each token's loss: <stem>.<method>.nll.npz beside the main files")
     force: bool = _option(False, "run cells again that are finished already")
     dry_run: bool = _option(
-        False, "print the plan, what is already there and an estimate of the time; compute nothing"
+        False, "print the plan, what is there already and an estimate of the time; compute nothing"
     )
     progress: bool = _option(True, "no progress bars")
-    launcher: str = _option(
-        "local",
-        "local (default): in this process; ray: on all GPUs of this machine or of a cluster",
-        known=("local", "ray"),
-    )
-    ray_address: str | None = _option(
-        None,
-        "of a Ray cluster (auto: the one this machine belongs to); default: Ray starts on this machine",
-        metavar="HOST:PORT",
-    )
+
+    launcher: str = _option("local", _LAUNCHER_HELP, known=("local", "ray"))
+    ray_address: str | None = _option(None, _ADDRESS_HELP, metavar="HOST:PORT")
     gpus_per_cell: float | None = _option(
         None, "GPUs of a cell under Ray; a fraction only where nothing is timed; default: 1", metavar="N"
     )
-    cpus_per_cell: int = _option(1, "CPU cores of a cell under Ray; default: 1", low=1, metavar="N")
-    gpu_type: str | None = _option(
-        None, "the kind of GPU, by Ray's name, where a cluster has several (H100, A100, ...)"
-    )
-    retries: int = _option(
-        2, "how often a cell is tried again whose worker died, under Ray; default: 2", low=0, metavar="N"
-    )
+    cpus_per_cell: int = _number(1, 1, "N", "CPU cores of a cell under Ray; default: 1")
+    gpu_type: str | None = _option(None, "the kind of GPU, by Ray's name (H100, ...), where a cluster has several")
+    retries: int = _number(2, 0, "N", "how often a cell is tried again whose worker died, under Ray; default: 2")
+
     warmup_steps: int = field(default=4, metadata={"low": 0})
     command: str = ""  # the command line, for the record
 
@@ -237,8 +195,13 @@ class ModelSettings:
     ablation_tokens: int
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Sinks and window."""
+        return self.n_sink, self.window_size
+
+    @property
     def cache_size(self) -> int:
-        return self.n_sink + self.window_size
+        return sum(self.sizes)
 
 
 def settings_for(

@@ -4,6 +4,7 @@ A speedup is then never a comparison of two engines. The pieces that need CUDA a
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,6 +52,38 @@ def capture(forward: Forward, example: Tensor, engine: str) -> Forward:
     from streaming_llm.engines.recorder import GraphedCall
 
     return GraphedCall(torch.compile(forward) if engine == "graph+compile" else forward, example)
+
+
+def default_block_size(window_size: int, model) -> int:
+    """Tokens to process at a time in blocks: what suits the model's device."""
+    from streaming_llm.engines.blocks import default_block_size
+
+    return default_block_size(window_size, model)
+
+
+def block_engine(model, engine: str = "auto") -> str:
+    """What blocks of tokens run by, "fused" or "eager"; raises ValueError where `engine` cannot run them."""
+    from streaming_llm import resolve_block_engine
+
+    return resolve_block_engine(model, engine)
+
+
+@torch.no_grad()
+def _dense(model, forward: Forward, ids: Tensor) -> Tensor:
+    from streaming_llm.attachment import maskless_attention
+    from streaming_llm.losses import token_nll
+
+    with maskless_attention(model):
+        return token_nll(model, forward(ids)[:, :-1], ids[:, 1:])
+
+
+def dense_losses(model, engine: str) -> Forward:
+    """Ids [1, N] -> losses [1, N - 1] of a plain dense forward over them, by the kernels of `block_engine`."""
+    if engine == "fused":
+        from streaming_llm.fused import fused_blocks
+
+        return partial(_dense, model, fused_blocks(model))
+    return partial(_dense, model, lambda ids: model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
 
 
 def score(model, ids: Tensor, n_sink: int, window_size: int, engine: str) -> Tensor:

@@ -74,18 +74,3 @@ class InProcess(Executor):
             with cell_bar(queue.title(task), task.steps, self.config.progress, trained) as display:
                 outcome = outcome_of(lambda task=task, display=display: self.bench.measure(task, display), task.cell)
             yield outcome
-
-
-def make_executor(config: ExperimentConfig) -> Executor:
-    """The executor that a configuration names; raises SetupError where it cannot be had."""
-    if config.launcher == "local":
-        return InProcess(config)
-    from experiments.ray_executor import RayExecutor
-
-    try:
-        return RayExecutor(config)
-    except ImportError as error:
-        raise SetupError(
-            f"--launcher ray needs the package ray, which cannot be imported ({error}): pip install "
-            "'streaming-llm[cluster]'"
-        ) from None

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -102,28 +101,21 @@ class LongScoring:
         state = self.passes.setdefault(name, Pass())
         with _Losses(self.work / f"{name}.f32", max(0, state.tokens - 1)) as losses:
             if not state.done:
-                self._score(state, losses, chunks, show)
+                with closing(read_ahead(chunks(state.tokens))) as tokens:
+                    self._score(state, losses, in_blocks(tokens, self.block_size), show)
             return losses.read()
 
     def discard(self) -> None:
         """Remove the work folder, once there is a result."""
         shutil.rmtree(self.work)
 
-    def _score(self, state: Pass, losses: "_Losses", chunks: Chunks, show: Show) -> None:
-        scorer = self._scorer()
-        show(state.tokens, None)
-        with closing(read_ahead(chunks(state.tokens))) as tokens:
-            blocks = in_blocks(tokens, self.block_size)
-            first = next(blocks, None)  # finding the place in the text is no part of scoring
-            self._loop(state, losses, scorer, blocks if first is None else chain([first], blocks), show)
-
-    def _loop(self, state: Pass, losses: "_Losses", scorer: BlockScorer, blocks: Iterator[Tensor], show: Show):
-        seen, arriving = state.tokens, Arriving(scorer.device)
+    def _score(self, state: Pass, losses: "_Losses", blocks: Iterator[Tensor], show: Show) -> None:
+        scorer, seen = self._scorer(), state.tokens
+        arriving = Arriving(scorer.device)
+        show(seen, None)
+        block = next(blocks, None)  # finding the place in the text is no part of scoring
         begin = time.perf_counter()
         while True:
-            asked = time.perf_counter()
-            block = next(blocks, None)
-            state.waiting_for_text_sec += time.perf_counter() - asked
             stopping = self.stop.signal_number is not None
             due = seen > state.tokens and time.perf_counter() - begin >= self.every_sec
             if block is None or stopping or due:
@@ -141,6 +133,9 @@ class LongScoring:
             losses.append(arriving.swap(self._score_block(scorer, block)))
             seen += block.shape[1]
             show(block.shape[1], losses.perplexity)
+            asked = time.perf_counter()
+            block = next(blocks, None)
+            state.waiting_for_text_sec += time.perf_counter() - asked
 
     def _score_block(self, scorer: BlockScorer, block: Tensor) -> Tensor:
         """Losses [n] of the next tokens [1, n]; [n - 1] of a stream's first, whose first token nothing predicts."""

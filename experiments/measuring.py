@@ -104,13 +104,15 @@ class Bench:
         """Load a model and find out what of the configuration runs with it; raises SetupError where nothing does."""
         loaded = self._load(source)
         settings = model_settings(self.config, source, loaded)
-        sizes = (settings.n_sink, settings.window_size)
+        sizes = settings.sizes
         engines = {backend: self._engine(source, backend) for backend in self.machine.backends}
         self.machine.wrap(loaded, source.name, self.machine.backends[0])
         methods, skipped = self._methods(source, sizes, engines[self.machine.backends[0]])
         device = self.machine.device
         matters = what_matters(device)
-        spread = loaded.layers_on
+        asked = self.config.device_map
+        spread = None if asked is None else {"asked": asked, "weights_mb": loaded.weights_mb}
+        where = environment(device, self.config.command, self.config.seed, self._kvpress_imported)
         return Facts(
             device=matters["device"],
             dtype=self.machine.dtype_name,
@@ -118,8 +120,8 @@ class Bench:
             methods=methods,
             skipped=skipped,
             matters=matters,
-            environment=environment(device, self.config.command, self.config.seed, self._kvpress_imported),
-            device_map=None if spread is None else {"asked": self.config.device_map, "modules": spread},
+            environment=where if spread is None else where | {"device_map": spread},
+            device_map=spread,
         )
 
     def measure(self, task: Task, display: LossDisplay | None = None) -> Outcome:

@@ -11,12 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from experiments.engines import Forward, capture, forward_of, plain_forward, recomputing_engine, score
-from experiments.kvpress_support import (
-    PRESSES,
-    import_adapter,
-    kvpress_attention_functions,
-    kvpress_unavailable,
-)
+from experiments.kvpress_support import PRESSES, import_adapter, kvpress_attention_functions, kvpress_unavailable
 from experiments.method_base import Method, MethodSettings
 from experiments.placements import Gapped, Rerotated
 from experiments.timing import synchronise

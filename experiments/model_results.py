@@ -3,20 +3,12 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from experiments.cells import CellRecord, CellStore
+from experiments.cells import CellStore
 from experiments.measuring import Outcome
 from experiments.methods import METHODS
 from experiments.plan import HELD_CONSTANT, MAIN, Cell, FilePlan, Group, ModelPlan, engines_of
-from experiments.results import (
-    MethodRuns,
-    ablation_result,
-    fixed_eval_result,
-    hash_of,
-    main_result,
-    read_result,
-    save_result,
-)
-from experiments.storage import check_writable, remove_leftovers, set_aside, write_npz
+from experiments.results import Runs, ablation_result, fixed_eval_result, main_result, read_result, save_result
+from experiments.storage import check_writable, hash_of, remove_leftovers, set_aside, write_npz
 
 CELLS = ".cells"
 
@@ -33,7 +25,7 @@ class ModelResults:
         self.root = None if output_dir is None else output_dir / source.slug
         self.store = CellStore(None if output_dir is None else output_dir / CELLS / (source.slug or source.name))
         self.hashes = {cell: hash_of(plan.cell_config(cell)) for cell in plan.cells}
-        self.done: dict[Cell, CellRecord] = {}
+        self.done: dict[Cell, dict] = {}
         self.failed: dict[Cell, str] = {}
         self.main: list[dict] = []
         self.ablations: list[dict] = []
@@ -62,11 +54,10 @@ class ModelResults:
     def find_finished(self, move_broken: bool) -> None:
         """Load the finished cells of the plan; a broken record is named, and moved away where that is allowed."""
         for cell in () if self.config.force else self.plan.cells:
-            record = self._load(cell, move_broken)
-            if record is not None:
-                self.done[cell] = record
+            if (run := self._load(cell, move_broken)) is not None:
+                self.done[cell] = run
 
-    def _load(self, cell: Cell, move_broken: bool) -> CellRecord | None:
+    def _load(self, cell: Cell, move_broken: bool) -> dict | None:
         config_hash = self.hashes.get(cell) or hash_of(self.plan.cell_config(cell))
         try:
             return self.store.load(cell, config_hash)
@@ -84,16 +75,13 @@ class ModelResults:
                 return True
         return False
 
-    def keep(self, outcome: Outcome) -> CellRecord | None:
-        """Keep a cell that was measured, then write the files that it completes; None where it failed."""
-        cell = outcome.cell
+    def keep(self, outcome: Outcome) -> None:
+        """Keep a cell that was measured, or the reason why it failed."""
         if outcome.run is None:
-            self.failed[cell] = outcome.reason
-            return None
-        record = CellRecord(cell, self.hashes[cell], outcome.run, outcome.wall_sec)
-        self.store.save(record, outcome.nll, outcome.position, self.plan.cell_config(cell))
-        self.done[cell] = record
-        return record
+            self.failed[outcome.cell] = outcome.reason
+        else:
+            self.store.save(outcome, self.plan.cell_config(outcome.cell))
+            self.done[outcome.cell] = outcome.run
 
     # --- files -----------------------------------------------------------------------------------------------
 
@@ -106,41 +94,37 @@ class ModelResults:
                 self._written.add(file)
                 self._write_main(file) if file.kind == MAIN else self._write_ablation(file)
 
-    def _runs(self, file: FilePlan, group: Group) -> MethodRuns:
+    def _runs(self, file: FilePlan, group: Group) -> Runs:
         """The runs of a group: those of this plan, and more repeats of the same configuration from earlier ones."""
         cells = [file.cell(group, repeat) for repeat in range(self.config.repeats)]
-        which = (group.method, group.engine, *group.sizes)
-        records = [self.done[cell] for cell in cells if cell in self.done]
-        failed = [self.failed[cell] for cell in cells if cell in self.failed]
-        if failed:
-            return MethodRuns(*which, tuple(record.run for record in records), "failed", failed[0])
-        if not self.config.force:
-            records += self._earlier_runs(file, group, first_repeat=len(cells))
-        return MethodRuns(*which, tuple(record.run for record in records))
+        runs = [self.done[cell] for cell in cells if cell in self.done]
+        for cell in cells:
+            if cell in self.failed:
+                return Runs(group, runs, "failed", self.failed[cell])
+        return Runs(group, runs if self.config.force else runs + self._earlier_runs(file, group, len(cells)))
 
-    def _earlier_runs(self, file: FilePlan, group: Group, first_repeat: int) -> list[CellRecord]:
-        records: list[CellRecord] = []
-        while (record := self._load(file.cell(group, first_repeat + len(records)), move_broken=True)) is not None:
-            records.append(record)
-        return records
+    def _earlier_runs(self, file: FilePlan, group: Group, first_repeat: int) -> list[dict]:
+        runs: list[dict] = []
+        while (run := self._load(file.cell(group, first_repeat + len(runs)), move_broken=True)) is not None:
+            runs.append(run)
+        return runs
 
-    def _methods_of_earlier_runs(self, file: FilePlan, sizes: tuple[int, int]) -> Iterable[MethodRuns]:
+    def _methods_of_earlier_runs(self, file: FilePlan, sizes: tuple[int, int]) -> Iterable[Runs]:
         """Methods that are not in this plan, but finished earlier under the same conditions: they stay in the file."""
         known = {group.method for group in file.groups} | set(self.plan.facts.skipped)
         chosen = self.plan.facts.engines[file.backend]
         for name in (name for name in METHODS if name not in known):
             for engine in engines_of(name, chosen, METHODS):
                 group = Group(name, engine, *sizes)
-                if records := self._earlier_runs(file, group, first_repeat=0):
-                    yield MethodRuns(name, engine, *sizes, tuple(record.run for record in records))
+                if runs := self._earlier_runs(file, group, first_repeat=0):
+                    yield Runs(group, runs)
 
     def _write_main(self, file: FilePlan) -> None:
-        settings = self.plan.settings
-        sizes = (settings.n_sink, settings.window_size)
+        plan, sizes = self.plan, self.plan.settings.sizes
         methods = [self._runs(file, group) for group in file.groups]
         methods += self._methods_of_earlier_runs(file, sizes)
-        methods += [MethodRuns(name, "", *sizes, (), "skipped", why) for name, why in self.plan.facts.skipped.items()]
-        value = main_result(self.plan.header(file), methods, sizes, self.plan.facts.environment)
+        methods += [Runs(Group(name, "", *sizes), (), "skipped", why) for name, why in plan.facts.skipped.items()]
+        value = main_result(plan.header(file), methods, sizes, plan.facts.environment)
         self.main.append(value)
         if self.root is None:
             return
@@ -155,12 +139,10 @@ class ModelResults:
             self._write_losses(file, path)
 
     def _write_losses(self, file: FilePlan, path: Path) -> None:
-        written: set[str] = set()
-        for group in file.groups:
-            record = self.done.get(file.cell(group, 0))
-            if record is not None and group.method not in written:  # one engine's are enough
-                written.add(group.method)
-                nll, position = self.store.load_losses(record)
+        for group in reversed(file.groups):  # of several engines the first one's stay
+            cell = file.cell(group, 0)
+            if cell in self.done:
+                nll, position = self.store.load_losses(cell, self.hashes[cell])
                 if len(nll):
                     write_npz(path.with_name(f"{file.stem}.{group.method}.nll.npz"), nll=nll, position=position)
 

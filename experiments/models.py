@@ -81,13 +81,13 @@ class LoadedModel(ModelInfo):
         return self.model.get_input_embeddings().weight.device
 
     @property
-    def layers_on(self) -> dict[str, int] | None:
-        """How many modules of a model that is spread over several devices are on which; None where it is not."""
-        places = getattr(self.model, "hf_device_map", None)
-        if not places:
-            return None
-        names = [str(torch.device("cuda", place) if isinstance(place, int) else place) for place in places.values()]
-        return {name: names.count(name) for name in dict.fromkeys(names)}
+    def weights_mb(self) -> dict[str, float]:
+        """Megabytes of weights by device."""
+        held: dict[str, float] = {}
+        for parameter in self.model.parameters():
+            place = str(parameter.device)
+            held[place] = held.get(place, 0.0) + parameter.numel() * parameter.element_size() / 1e6
+        return held
 
 
 @dataclass(frozen=True)

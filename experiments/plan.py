@@ -14,7 +14,7 @@ from experiments.config import ExperimentConfig, ModelSettings, SetupError, sett
 from experiments.methods import METHODS, REFERENCE_METHOD
 from experiments.models import ModelInfo, ModelSource
 from experiments.perplexity import decode_steps
-from experiments.results import Header, hash_of
+from experiments.storage import hash_of
 from experiments.texts import Text
 from experiments.tokens import Beginning, first_tokens, random_tokens
 
@@ -118,9 +118,8 @@ def plan_files(
     files = []
     for dataset in datasets if MAIN in config.only else ():
         for backend, engine in facts.engines.items():  # the attn_backend_list
-            sizes = (settings.n_sink, settings.window_size)
             groups = [
-                Group(method, own, *sizes)
+                Group(method, own, *settings.sizes)
                 for method in facts.methods
                 for own in engines_of(method, engine, facts.methods)
             ]
@@ -260,32 +259,32 @@ class ModelPlan:
     def _kvpress_config(self) -> dict:
         return {"kvpress": self.facts.environment["kvpress"], "kvpress_press": self.config.kvpress_press}
 
-    def header(self, file: FilePlan) -> Header:
+    def header(self, file: FilePlan) -> dict:
         """The conditions of a result file; its hash covers all methods' configurations, not which of them ran."""
-        text, limit = self.text(file.dataset), file.tokens
-        shared = self._shared_config(file.dataset, limit, file.backend, file.scoring) | self._kvpress_config()
+        text, settings = self.text(file.dataset), self.settings
+        shared = self._shared_config(file.dataset, file.tokens, file.backend, file.scoring) | self._kvpress_config()
         if file.kind == MAIN:
-            shared |= {"n_sink": self.settings.n_sink, "window_size": self.settings.window_size}
+            shared |= {"n_sink": settings.n_sink, "window_size": settings.window_size}
         else:
             shared |= {"sizes": [list(group.sizes) for group in file.groups]}
         is_random = self.info.tokenizer is None
-        return Header(
-            experiment=text.experiment,
-            model=self.source.name,
-            dataset=text.dataset,
-            dataset_key=file.dataset,
-            backend=file.backend,
-            dtype=self.facts.dtype,
-            device=self.facts.device,
-            num_tokens=shared["num_tokens"],
-            max_eval_tokens=limit,
-            tokens=f"random ids, seed {self.config.seed}" if is_random else "the text, by the model's tokenizer",
-            scoring=file.scoring,
-            weights=self.source.weights,
-            bos=self.beginning.record(),
-            data_sha256=text.sha256,
-            config_hash=hash_of(shared),
-        )
+        return {
+            "experiment": text.experiment,
+            "model": self.source.name,
+            "dataset": text.dataset,
+            "dataset_key": file.dataset,
+            "backend": file.backend,
+            "dtype": self.facts.dtype,
+            "device": self.facts.device,
+            "num_tokens": shared["num_tokens"],
+            "max_eval_tokens": file.tokens,
+            "tokens": f"random ids, seed {self.config.seed}" if is_random else "the text, by the model's tokenizer",
+            "scoring": file.scoring,
+            "weights": self.source.weights,
+            "bos": self.beginning.record(),
+            "data_sha256": text.sha256,
+            "config_hash": hash_of(shared),
+        }
 
 
 def model_settings(config: ExperimentConfig, source: ModelSource, info: ModelInfo) -> ModelSettings:

@@ -9,8 +9,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -75,7 +76,7 @@ class RayExecutor(Executor):
         self._idle: list = []  # workers without a cell
         self._busy: dict = {}  # of each reference to an outcome: its worker and task
         self._loaded: dict = {}  # by worker: the name of the model that it loaded last
-        self._facts: dict[str, Facts] = {}
+        self._facts: dict[str, Facts | SetupError] = {}
         what = f"{self.share['num_gpus']:g} GPUs" if self.on_gpu else f"{config.cpus_per_cell} CPU cores"
         where = config.ray_address or "this machine"
         self.description = f"ray on {where}: {len(nodes)} nodes, {self._capacity()} workers with {what} each"
@@ -114,97 +115,80 @@ class RayExecutor(Executor):
         self._loaded.pop(worker, None)
         self.ray.kill(worker)
 
-    # --- models ----------------------------------------------------------------------------------------------
+    # --- calls -----------------------------------------------------------------------------------------------
 
-    def open(self, sources: Sequence[ModelSource]) -> list[Facts | SetupError]:
-        found: dict[ModelSource, Facts | SetupError] = {}
-        attempts = {source.name: 0 for source in sources}
-        waiting = list(sources)
-        while waiting or self._busy:
-            self._grow(len(waiting) + len(self._busy))
-            while waiting and self._idle:
-                worker, source = self._idle.pop(), waiting.pop(0)
-                self._busy[worker.open.remote(source)] = worker, source
-                self._loaded[worker] = source.name
-            for source, answer in self._answers():
-                if isinstance(answer, self.ray.exceptions.RayError):
-                    attempts[source.name] += 1
-                    if attempts[source.name] <= self.config.retries:
-                        waiting.append(source)
-                        continue
-                    answer = SetupError(f"model {source.name!r}: its worker died: {_first_line(answer)}")
-                found[source.name] = self._checked(answer)
-            if not self._busy and waiting and not self._capacity():
-                raise SetupError("the Ray cluster has no node left that a cell fits on")
-        self._facts = {name: facts for name, facts in found.items() if isinstance(facts, Facts)}
-        return [found[source.name] for source in sources]
+    def _calls(self, name: str, take: Callable[[str | None], Any], left: Callable[[], int]) -> Iterator[tuple]:
+        """Call a method of the workers with each argument there is: yields (argument, answer) as they come.
 
-    @staticmethod
-    def _checked(facts: Facts | SetupError) -> Facts | SetupError:
-        if isinstance(facts, SetupError):
-            return facts
-        if facts.matters["sources"] != sources_hash():
-            return SetupError("a node of the Ray cluster has other sources of this project: install the same there")
-        of_driver = dict(zip(("commit", "dirty"), commit(), strict=True))
-        return replace(facts, environment=facts.environment | of_driver | {"launcher": "ray"})
-
-    # --- cells -----------------------------------------------------------------------------------------------
-
-    def measure(self, queue: Queue) -> Iterator[Outcome]:
-        attempts: dict = {}
-        again: list[Task] = []
+        `take` gives out the next of the `left` arguments, one of the model named if there is any. A call whose worker
+        or node dies is made again elsewhere; when that has been enough, the answer is the reason, a string.
+        """
+        again: list = []
+        attempts: dict[int, int] = {}
         last_seen = time.monotonic()  # when there was a node that a cell fits on
-        visible = self.config.progress and sys.stderr.isatty()
-        with tqdm(desc="cells", total=len(queue), unit="cell", disable=not visible) as bar:
-            while len(queue) or again or self._busy:
-                self._hand_out(queue, again)
-                if self._busy or self._capacity():
-                    last_seen = time.monotonic()
-                elif time.monotonic() - last_seen > _NOBODY_SEC:
-                    yield from self._give_up(queue, again)
-                    return
-                for task, answer in self._answers():
-                    outcome = answer
-                    if isinstance(answer, self.ray.exceptions.RayError):
-                        attempts[task.cell] = attempts.get(task.cell, 0) + 1
-                        if attempts[task.cell] <= self.config.retries:
-                            again.append(task)
-                            continue
-                        reason = f"its worker died {attempts[task.cell]} times: {_first_line(answer)}"
-                        outcome = Outcome(task.cell, None, 0.0, {}, reason)
-                    bar.update()
-                    yield self._of_one_kind(outcome)
-                bar.set_postfix_str(f"{len(self._busy)} running, {queue.progress()}")
-
-    def _hand_out(self, queue: Queue, again: list[Task]) -> None:
-        self._grow(len(queue) + len(again) + len(self._busy))
-        for worker in list(self._idle):
-            task = again.pop(0) if again else queue.next(self._loaded.get(worker))
-            if task is None:
-                return
-            self._idle.remove(worker)
-            self._loaded[worker] = task.source.name
-            self._busy[worker.measure.remote(task)] = worker, task
+        while left() or again or self._busy:
+            self._grow(left() + len(again) + len(self._busy))
+            for worker in list(self._idle):
+                argument = again.pop(0) if again else take(self._loaded.get(worker))
+                if argument is None:
+                    break
+                self._idle.remove(worker)
+                self._loaded[worker] = getattr(argument, "source", argument).name
+                self._busy[getattr(worker, name).remote(argument)] = worker, argument
+            for argument, answer in self._answers():
+                if isinstance(answer, self.ray.exceptions.RayError):
+                    tries = attempts[id(argument)] = attempts.get(id(argument), 0) + 1
+                    if tries <= self.config.retries:
+                        again.append(argument)
+                        continue
+                    answer = f"its worker died {tries} times: {_first_line(answer)}"
+                yield argument, answer
+            if self._busy or self._capacity():
+                last_seen = time.monotonic()
+            elif time.monotonic() - last_seen > _NOBODY_SEC:
+                while (argument := again.pop() if again else take(None)) is not None:
+                    yield argument, "the Ray cluster has no node left that a cell fits on"
 
     def _answers(self) -> Iterator[tuple]:
-        """What has come back since the last call, after at most a second: (task, outcome or Ray's error)."""
+        """What has come back since the last call, after at most a second: (argument, answer or Ray's error)."""
         if not (self._busy or self._starting):
             time.sleep(_TICK_SEC)
             return
         for ref in self.ray.wait([*self._busy, *self._starting], num_returns=1, timeout=_TICK_SEC)[0]:
-            worker, task = self._busy.pop(ref, None) or (self._starting.pop(ref), None)
+            worker, argument = self._busy.pop(ref, None) or (self._starting.pop(ref), None)
             try:
                 answer = self.ray.get(ref)
                 self._idle.append(worker)
             except self.ray.exceptions.RayError as error:  # the worker or its node died
                 self._drop(worker)
                 answer = error
-            if task is not None:
-                yield task, answer
+            if argument is not None:
+                yield argument, answer
 
-    def _give_up(self, queue: Queue, again: list[Task]) -> Iterator[Outcome]:
-        while (task := again.pop() if again else queue.next(None)) is not None:
-            yield Outcome(task.cell, None, 0.0, {}, "the Ray cluster has no worker left that could run it")
+    def open(self, sources: Sequence[ModelSource]) -> list[Facts | SetupError]:
+        waiting = list(sources)
+        for source, answer in self._calls("open", lambda _: waiting.pop(0) if waiting else None, lambda: len(waiting)):
+            if isinstance(answer, str):
+                answer = SetupError(f"model {source.name!r}: {answer}")
+            elif isinstance(answer, Facts) and answer.matters["sources"] != sources_hash():
+                answer = SetupError(
+                    "a node of the Ray cluster has other sources of this project: install the same there"
+                )
+            elif isinstance(answer, Facts):
+                own = dict(zip(("commit", "dirty"), commit(), strict=True))
+                answer = replace(answer, environment=answer.environment | own | {"launcher": "ray"})
+            self._facts[source.name] = answer
+        return [self._facts[source.name] for source in sources]
+
+    def measure(self, queue: Queue) -> Iterator[Outcome]:
+        visible = self.config.progress and sys.stderr.isatty()
+        with tqdm(desc="cells", total=len(queue), unit="cell", disable=not visible) as bar:
+            for task, answer in self._calls("measure", queue.next, lambda: len(queue)):
+                yield (
+                    Outcome(task.cell, None, 0.0, {}, answer) if isinstance(answer, str) else self._of_one_kind(answer)
+                )
+                bar.update()
+                bar.set_postfix_str(f"{len(self._busy)} running, {queue.progress()}")
 
     def _of_one_kind(self, outcome: Outcome) -> Outcome:
         """The outcome, if it was measured under the conditions of the others; figures of two cards never meet."""

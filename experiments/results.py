@@ -3,17 +3,17 @@
 A figure that could not be measured is None, with the reason beside it under `<figure>_reason`.
 """
 
-import datetime
-import hashlib
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.engines import recomputing_engine
 from experiments.methods import METHODS, REFERENCE_METHOD
-from experiments.storage import read_json, set_aside, write_json
+from experiments.plan import Group
+from experiments.storage import now, read_json, set_aside, write_json
 
 SCHEMA_VERSION = 1
 FIGURES = (
@@ -36,52 +36,14 @@ _ABOUT_THE_RUN = ("timestamp", "environment")  # differ between two writings of 
 _RANDOM_WEIGHTS = "the weights are random"
 
 
-def hash_of(value: dict) -> str:
-    """SHA-256 of a JSON object, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def now() -> str:
-    """The time, in UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
 @dataclass(frozen=True)
-class Header:
-    """What every result file says about the conditions of its figures. `weights`: "trained" or "random"."""
+class Runs:
+    """The finished runs of a group, or why there are none: `status` is "ok", "skipped" or "failed"."""
 
-    experiment: str
-    model: str
-    dataset: str
-    dataset_key: str
-    backend: str
-    dtype: str
-    device: str
-    num_tokens: int
-    max_eval_tokens: int
-    tokens: str
-    scoring: str
-    weights: str
-    bos: dict  # what stands in front of the text: `experiments.tokens.Beginning.record`
-    data_sha256: str
-    config_hash: str
-
-
-@dataclass(frozen=True)
-class MethodRuns:
-    """The finished runs of a method, or why there are none: `status` is "ok", "skipped" or "failed"."""
-
-    method: str
-    engine: str  # that it was told to run by; what really ran is in the runs
-    n_sink: int
-    window_size: int
-    runs: tuple[dict, ...]  # figures and facts of each run, as `run_record` makes them
+    group: Group
+    runs: Sequence[dict]  # figures and facts of each run, as `run_record` makes them
     status: str = "ok"
     reason: str = ""
-
-    @property
-    def cache_size(self) -> int:
-        return self.n_sink + self.window_size
 
 
 def run_record(result, attn_backend: str) -> dict:
@@ -99,15 +61,15 @@ def run_record(result, attn_backend: str) -> dict:
     return record | {name: getattr(result, name) for name in _PARALLEL_FIGURES if getattr(result, name) is not None}
 
 
-def method_block(runs: MethodRuns, header: Header, reference: MethodRuns | None) -> dict:
+def method_block(runs: Runs, header: dict, reference: Runs | None) -> dict:
     """A method's block: medians over its runs, its comparison with the reference method, the raw runs."""
-    block: dict = {"status": runs.status, "label": METHODS[runs.method].label}
+    block: dict = {"status": runs.status, "label": METHODS[runs.group.method].label}
     if runs.reason:
         block["reason"] = runs.reason
     if runs.status != "ok":
         block |= dict.fromkeys((*FIGURES, *COMPARISONS))
         return block | {"runs": list(runs.runs)}
-    records = [_without_perplexity(run) if header.weights == "random" else run for run in runs.runs]
+    records = [_without_perplexity(run) if header["weights"] == "random" else run for run in runs.runs]
     names = FIGURES + tuple(name for name in _PARALLEL_FIGURES if name in records[0])
     block |= {name: median([record[name] for record in records]) for name in names}
     facts = {key: value for key, value in records[0].items() if key not in names}
@@ -140,11 +102,12 @@ def evicts(num_tokens: int, cache_size: int, method: str = "streaming") -> bool:
     return METHODS[method].bounded and num_tokens - 2 > cache_size
 
 
-def _comparisons(runs: MethodRuns, block: dict, header: Header, reference: MethodRuns | None) -> dict:
-    evicted = evicts(header.num_tokens, runs.cache_size, runs.method)
+def _comparisons(runs: Runs, block: dict, header: dict, reference: Runs | None) -> dict:
+    num_tokens, cache_size = header["num_tokens"], sum(runs.group.sizes)
+    evicted = evicts(num_tokens, cache_size, runs.group.method)
     compared = {
         "speedup": None,
-        "compression_ratio": 1 - runs.cache_size / header.num_tokens if evicted else 0.0,
+        "compression_ratio": 1 - cache_size / num_tokens if evicted else 0.0,
         "ppl_increase_percent": None,
     }
     if reference is None or reference.status != "ok":
@@ -167,30 +130,26 @@ def _comparisons(runs: MethodRuns, block: dict, header: Header, reference: Metho
     return compared
 
 
-def main_result(header: Header, methods: Sequence[MethodRuns], sizes: tuple[int, int], environment: dict) -> dict:
+def main_result(header: dict, methods: Sequence[Runs], sizes: tuple[int, int], environment: dict) -> dict:
     """The contents of `<dataset>_main_backend-<backend>.json`; `sizes`: (n_sink, window_size).
 
     A method is compared with the reference method by the same engine. `methods` may hold the latter several times:
     the first is the file's `baseline`, and all of them stand by engine under `baselines`.
     """
-    references = {runs.engine: runs for runs in methods if runs.method == REFERENCE_METHOD}
+    references = {runs.group.engine: runs for runs in methods if runs.group.method == REFERENCE_METHOD}
     blocks: dict[str, dict] = {}
     baselines: dict[str, dict] = {}
+    failed: dict[str, str] = {}
     for runs in methods:
-        block = method_block(runs, header, references.get(recomputing_engine(runs.engine)))
-        if runs.method == REFERENCE_METHOD:
-            baselines[runs.engine] = block
-        blocks.setdefault(runs.method, block)
-    failed = {name: block["reason"] for name, block in blocks.items() if block["status"] == "failed"}
-    failed |= {
-        f"{REFERENCE_METHOD} ({engine})": block["reason"]
-        for engine, block in baselines.items()
-        if block["status"] == "failed" and block is not blocks[REFERENCE_METHOD]
-    }
+        method, engine = runs.group.method, runs.group.engine
+        block = method_block(runs, header, references.get(recomputing_engine(engine)))
+        if method == REFERENCE_METHOD:
+            baselines[engine] = block
+        if block["status"] == "failed":
+            failed[f"{method} ({engine})" if method in blocks else method] = block["reason"]
+        blocks.setdefault(method, block)
     streaming = blocks.get("streaming", {})
-    value = {"schema_version": SCHEMA_VERSION, **asdict(header)}
-    value["streaming_llm"] = {"n_sink": sizes[0], "window_size": sizes[1], "max_cache_size": sum(sizes)}
-    value |= blocks
+    value = {"schema_version": SCHEMA_VERSION, **header, "streaming_llm": _sizes(sizes), **blocks}
     if len(baselines) > 1:
         value["baselines"] = baselines
     value["metrics"] = {name: streaming.get(name) for name in COMPARISONS}
@@ -198,33 +157,31 @@ def main_result(header: Header, methods: Sequence[MethodRuns], sizes: tuple[int,
     return value | _ending(failed, environment)
 
 
+def _sizes(sizes: tuple[int, int]) -> dict:
+    return {"n_sink": sizes[0], "window_size": sizes[1], "max_cache_size": sum(sizes)}
+
+
 def fixed_eval_result(main: dict, method: str) -> dict:
     """The contents of `<dataset>_<method>_backend-<backend>.json`, from the main file's contents."""
-    block = main[method]
-    shared = [*Header.__dataclass_fields__, "streaming_llm"]
-    value = {"schema_version": SCHEMA_VERSION, "method": method} | {name: main[name] for name in shared}
-    value["total_time"] = block["runtime_sec"]
-    value["prefill_time"] = block["prefill_sec"]
+    block, shared = main[method], itertools.takewhile(lambda item: item[0] not in main["methods"], main.items())
+    value = {"schema_version": SCHEMA_VERSION, "method": method} | dict(shared)
+    value |= {"total_time": block["runtime_sec"], "prefill_time": block["prefill_sec"]}
     return value | block | {"environment": main["environment"], "timestamp": main["timestamp"]}
 
 
-def ablation_result(
-    header: Header, kind: str, cells: Sequence[MethodRuns], held_constant: str, environment: dict
-) -> dict:
+def ablation_result(header: dict, kind: str, cells: Sequence[Runs], held_constant: str, environment: dict) -> dict:
     """The contents of `ablation_<kind>_backend-<backend>.json`: one entry for each pair of sizes."""
     entries, failed = [], {}
+    no_baseline = {f"{name}{reason}" for name in ("speedup", "ppl_increase_percent") for reason in ("", "_reason")}
     for runs in cells:
         block = method_block(runs, header, None)
-        for name in ("speedup", "ppl_increase_percent"):  # an ablation has no baseline
-            block.pop(name, None)
-            block.pop(f"{name}_reason", None)
-        sizes = {"n_sink": runs.n_sink, "window_size": runs.window_size, "max_cache_size": runs.cache_size}
-        entries.append(sizes | {"evicts": evicts(header.num_tokens, runs.cache_size)} | block)
+        sizes = _sizes(runs.group.sizes)
+        entry = sizes | {"evicts": evicts(header["num_tokens"], sizes["max_cache_size"])}
+        entries.append(entry | {name: figure for name, figure in block.items() if name not in no_baseline})
         if runs.status == "failed":
-            failed[f"n_sink {runs.n_sink}, window_size {runs.window_size}"] = runs.reason
+            failed[f"n_sink {sizes['n_sink']}, window_size {sizes['window_size']}"] = runs.reason
     value = {"schema_version": SCHEMA_VERSION, "ablation_type": kind, "held_constant": held_constant}
-    value |= asdict(header) | {"method": "streaming", "results": entries}
-    return value | _ending(failed, environment)
+    return value | header | {"method": "streaming", "results": entries} | _ending(failed, environment)
 
 
 def _ending(failed: dict[str, str], environment: dict) -> dict:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 from experiments.config import ExperimentConfig, SetupError
-from experiments.executors import Executor, make_executor
+from experiments.executors import Executor, InProcess
 from experiments.model_results import CELLS, ModelResults
 from experiments.models import ModelSource, find_model
 from experiments.plan import Cell, ModelPlan, Task
@@ -99,14 +99,14 @@ class ExperimentRunner:
         queue = _Cells(models)
         try:
             for outcome in executor.measure(queue):
-                model = by_name[outcome.cell.model]
-                record = model.keep(outcome)
-                if record is None:
-                    self.say(f"{queue.where(outcome.cell)}: FAILED: {outcome.reason}")
+                cell, model = outcome.cell, by_name[outcome.cell.model]
+                model.keep(outcome)
+                if outcome.run is None:
+                    self.say(f"{queue.where(cell)}: FAILED: {outcome.reason}")
                 else:
-                    queue.estimator.add(outcome.cell, outcome.wall_sec)
-                    shown = cell_line(record, show_perplexity=model.plan.source.weights == "trained")
-                    self.say(f"{queue.where(outcome.cell)}: {shown}; left: {queue.time_left()}")
+                    queue.estimator.add(cell, outcome.wall_sec)
+                    shown = cell_line(outcome.run, show_perplexity=model.plan.source.weights == "trained")
+                    self.say(f"{queue.where(cell)}: {shown}; left: {queue.time_left()}")
                 model.write_complete()
         except KeyboardInterrupt:
             self._say_interrupted(models, later)
@@ -237,6 +237,21 @@ class _Probes(_Cells):
         if "scoring_sec" in run:
             seconds += run["scoring_sec"] * task.ids.shape[1] / (run["scored_tokens"] + 1)
         self.estimator.add(task.cell, seconds)
+
+
+def make_executor(config: ExperimentConfig) -> Executor:
+    """The executor that a configuration names; raises SetupError where it cannot be had."""
+    if config.launcher == "local":
+        return InProcess(config)
+    from experiments.ray_executor import RayExecutor
+
+    try:
+        return RayExecutor(config)
+    except ImportError as error:
+        raise SetupError(
+            f"--launcher ray needs the package ray, which cannot be imported ({error}): pip install "
+            "'streaming-llm[cluster]'"
+        ) from None
 
 
 def _find_models(config: ExperimentConfig) -> list[ModelSource]:

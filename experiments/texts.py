@@ -69,10 +69,7 @@ class Text:
 
 
 def _bundled(key: str, experiment: str) -> Text:
-    path = ASSETS / f"{key}.txt"
-    if not path.is_file():
-        raise SetupError(f"the bundled text {key} is missing: no file {path.name} in experiments/assets/texts")
-    return Text(key, experiment, key, lambda: _text_file(path))
+    return Text(key, experiment, key, lambda: _text_file(ASSETS / f"{key}.txt"))
 
 
 def _joined(key: str, experiment: str, dataset: str, *where: str | None) -> Text:
@@ -211,7 +208,7 @@ def _stem(path: Path) -> str:
 
 
 def _file(path: Path, text_key: str) -> Iterator[str]:
-    return _text_file(path) if _kind(path) == ".txt" else _record_file(path, text_key)
+    return _text_file(path) if _kind(path) == ".txt" else filter(None, _record_file(path, text_key))
 
 
 def _text_file(path: Path) -> Iterator[str]:
@@ -255,7 +252,7 @@ def _record_file(path: Path, text_key: str) -> Iterator[str]:
         options = {**options, "converters": {text_key: str}, "keep_default_na": False}
     with _readable(path, is_json_lines=_kind(path) in (".jsonl", ".ndjson")):
         rows = datasets.load_dataset(reader, data_files=[str(path)], split="train", streaming=True, **options)
-        yield from filter(None, record_texts(rows, text_key, str(path)))
+        yield from record_texts(rows, text_key, str(path))
 
 
 def record_texts(rows: Iterable[dict], text_key: str, source: str) -> Iterator[str]:

@@ -29,6 +29,11 @@ class Beginning:
     bos_id: int | None = None
     is_doubtful: bool = False
 
+    @property
+    def start(self) -> tuple[int, ...]:
+        """What a text begins with that is not a given one, a generated or a fresh one: there is a token if any is."""
+        return self.ids or (() if self.bos_id is None or self.option == "never" else (self.bos_id,))
+
     def record(self) -> dict:
         """What result files say about it, as JSON values."""
         return {"option": self.option, "token": self.token, "in_front": bool(self.ids), "reason": self.reason}

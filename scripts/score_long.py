@@ -10,39 +10,42 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":  # perhaps in a checkout that is not installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
 import torch
-from model_setup import config_of, load_wrapped
 from torch import Tensor
 from tqdm import tqdm
 
 from experiments import long_scoring, loss_figures
-from experiments.cli import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_SETUP,
-    OneLineParser,
-    add_cache_sizes,
-    add_dtype_and_device,
-    add_text_options,
-)
-from experiments.config import SetupError, at_least, settings_for
+from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SETUP, MODEL, STREAM, TEXTS, OneLineParser, add_options
+from experiments.config import SetupError, at_least
+from experiments.engines import default_block_size
 from experiments.environment import environment, what_matters
 from experiments.long_scoring import LongScoring, ScoringError, StoppedError
 from experiments.memory import PeakMemory
-from experiments.models import LoadedModel, ModelSource, find_model
-from experiments.results import SCHEMA_VERSION, hash_of, now, read_result, save_result
-from experiments.session import Machine, resolve_machine
+from experiments.model_setup import Subject, config_of, set_up
+from experiments.models import RANDOM_PREFIX
+from experiments.results import SCHEMA_VERSION, read_result, save_result
 from experiments.stop_request import StopRequest
-from experiments.storage import SaveError, check_writable, folder_lock, remove_leftovers, set_aside, write_npz
+from experiments.storage import (
+    SaveError,
+    check_writable,
+    folder_lock,
+    hash_of,
+    now,
+    remove_leftovers,
+    set_aside,
+    write_npz,
+)
 from experiments.texts import DATASETS, RANDOM_TOKENS, Text, load_as_one
-from experiments.tokens import Beginning, DocumentStream, RandomStream
-from streaming_llm import StreamingConfig, StreamingLLMWrapper
-from streaming_llm.engines.blocks import default_block_size
+from experiments.tokens import DocumentStream, RandomStream
+from streaming_llm import StreamingLLMWrapper
 
 EXIT_SIGNAL = 128  # plus the signal's number: 130 for Ctrl-C
 _CHECKPOINT_ROOM = 1 << 20
@@ -67,68 +70,27 @@ interrupted. Interrupted or killed, the same command goes on from the last check
 the same result."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     """The command line."""
-    parser = OneLineParser(
-        prog="score_long.py",
-        description=__doc__.splitlines()[0],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    group = parser.add_argument_group("what is scored")
-    add = group.add_argument
-    add("--model", default="demo", metavar="NAME", help="demo (the default), a hub name, a folder, random:<size>")
-    add(
-        "--datasets",
-        "--dataset",
-        dest="datasets",
-        nargs="+",
-        default=None,
-        metavar="NAME",
-        help="bundled texts, wikitext, pg19, files, folders, hub names (see run_final_experiments.py); several make "
-        "one stream; default: demo_encyclopaedia; random_tokens for random weights",
-    )
-    add_text_options(group)
+    parser = OneLineParser("score_long.py", __doc__.splitlines()[0], EPILOG)
+    texts = {"flags": ("--datasets", "--dataset"), "help": "as of run_final_experiments.py; several make one stream; "
+             "default: demo_encyclopaedia, random_tokens for random weights"}  # fmt: skip
+    add = add_options(parser, "what is scored", ("model", *TEXTS), ("model",), datasets=texts).add_argument
     add("--max-tokens", type=int, default=None, metavar="N", help="default: the whole text")
-    add(
-        "--bos-per-document",
-        action="store_true",
-        help="put the beginning-of-sequence token before each document (default: at the very start alone)",
-    )
-    add(
-        "--fresh-tail",
-        type=float,
-        default=None,
-        metavar="FRACTION",
-        help="also score the last FRACTION of the stream as a fresh stream, to tell drift from difficult text",
-    )
-    group = parser.add_argument_group("how it is computed")
-    add = group.add_argument
-    add_cache_sizes(group)
+    each = "put the beginning-of-sequence token before each document (default: at the very start alone)"
+    add("--bos-per-document", action="store_true", help=each)
+    fresh = "also score the last FRACTION of the stream as a fresh stream, to tell drift from difficult text"
+    add("--fresh-tail", type=float, default=None, metavar="FRACTION", help=fresh)
+    how, backend = (*STREAM, "attn_backend_list", *MODEL[1:]), {"flags": ("--attn-backend",)}
+    add = add_options(parser, "how it is computed", how, how, attn_backend_list=backend).add_argument
     add("--block-size", type=int, default=None, metavar="N", help="tokens at a time; default: suits device and window")
-    add(
-        "--attn-backend", default=None, metavar="NAME", help="math, flash, cudnn, auto; default: FLASH_SDPA, then math"
-    )
-    add_dtype_and_device(group)
-    add("--seed", type=int, default=0, help="for random weights and tokens; default: 0")
-    group = parser.add_argument_group("output")
-    add = group.add_argument
+    nll = {"help": "keep each token's loss: <stem>.streaming.nll.npz (nll, position) beside the result"}
+    force = {"help": "start anew, whatever checkpoint or result there is"}
+    names = ("save_token_nll", "force", "progress")
+    add = add_options(parser, "output", names, save_token_nll=nll, force=force).add_argument
     add("--output", type=Path, required=True, metavar="FILE.json", help="the result")
-    add(
-        "--save-token-nll",
-        action="store_true",
-        help="keep each token's loss: <stem>.streaming.nll.npz (nll, position) beside the result",
-    )
-    add(
-        "--checkpoint-every",
-        type=float,
-        default=120.0,
-        metavar="SEC",
-        help="seconds between checkpoints; 0: after each block; default: 120",
-    )
-    add("--force", action="store_true", help="start anew, whatever checkpoint or result there is")
-    add("--no-progress", dest="progress", action="store_false", help="no progress bar")
+    every = "seconds between checkpoints; 0: after each block; default: 120"
+    add("--checkpoint-every", type=float, default=120.0, metavar="SEC", help=every)
     return parser
 
 
@@ -140,45 +102,35 @@ class Job:
     """What is to be done, and everything that it is done with."""
 
     options: argparse.Namespace
-    source: ModelSource
-    loaded: LoadedModel
-    machine: Machine
-    streaming: StreamingConfig
+    subject: Subject
     block_size: int
     text: Text
-    beginning: Beginning
     stream: DocumentStream | RandomStream
-
-    @property
-    def output(self) -> Path:
-        return self.options.output
 
     @property
     def work(self) -> Path:
         """Holds checkpoint and losses until there is a result."""
-        return self.output.with_name(f"{self.output.name}.resume")
+        return self.options.output.with_name(f"{self.options.output.name}.resume")
 
     @property
     def token_nll_path(self) -> Path:
-        return self.output.with_name(f"{self.output.stem}.streaming.nll.npz")
+        return self.options.output.with_name(f"{self.options.output.stem}.streaming.nll.npz")
 
     def identity(self) -> dict:
         """Everything that could change a figure; a checkpoint and a result with another identity are not used."""
+        options, machine, streaming = self.options, self.subject.machine, self.subject.streaming
         value = {
-            "model": self.source.fingerprint,
+            "model": self.subject.source.fingerprint,
             "data_sha256": self.text.sha256,
             "documents": self.text.num_documents,
-            "max_tokens": self.options.max_tokens,
-            "bos": self.beginning.ids,
-            "bos_per_document": self.options.bos_per_document,
-            "fresh_tail": self.options.fresh_tail,
-            "n_sink": self.streaming.n_sink,
-            "window_size": self.streaming.window_size,
+            "bos": self.subject.beginning.ids,
+            **{name: getattr(options, name) for name in ("max_tokens", "bos_per_document", "fresh_tail", "seed")},
+            "n_sink": streaming.n_sink,
+            "window_size": streaming.window_size,
             "block_size": self.block_size,
-            "backend": self.machine.backends[0],
-            "dtype": self.machine.dtype_name,
-            "seed": self.options.seed,
-            **what_matters(self.machine.device),
+            "backend": machine.backends[0],
+            "dtype": machine.dtype_name,
+            **what_matters(machine.device),
             "script": hash_of({"source": Path(__file__).read_text(encoding="utf-8")}),
         }
         return json.loads(json.dumps(value))  # plain values: torch's version is a class of its own
@@ -190,64 +142,45 @@ class Job:
 
 def prepare(options: argparse.Namespace) -> Job:
     """Check a command line and load what it names; raises SetupError."""
-    _check_options(options)
-    config = config_of(options)
-    machine = resolve_machine(config)
-    source = find_model(options.model, options.seed)
-    is_random = source.weights == "random"
-    _check_random(options, is_random)
-    text = DATASETS[RANDOM_TOKENS]() if is_random else load_as_one(_datasets(options), options.text_key)
-    loaded = load_wrapped(source, machine)
-    settings = settings_for(config, loaded.context_length, source.is_demo, loaded.largest_window)
-    beginning = loaded.beginning(options.bos)
+    is_random = options.model.startswith(RANDOM_PREFIX)
+    _check(options, is_random)
+    names = options.datasets or ["demo_encyclopaedia"]
+    text = DATASETS[RANDOM_TOKENS]() if is_random else load_as_one(names, options.text_key)
+    subject = set_up(config_of(options))
+    loaded, beginning = subject.loaded, subject.beginning
     for warning in filter(None, (beginning.warning, text.warning)):
         print(f"warning: {warning}", file=sys.stderr)
     if is_random:
         stream = RandomStream(loaded.vocab_size, options.max_tokens, options.seed)
     else:
-        each = document_start(beginning) if options.bos_per_document else ()
+        each = beginning.start if options.bos_per_document else ()
+        if options.bos_per_document and not each:
+            raise SetupError("--bos-per-document: the tokenizer has no beginning-of-sequence token")
         stream = DocumentStream(text, loaded.tokenizer, beginning.ids, options.max_tokens, each)
-    streaming = StreamingConfig(settings.n_sink, settings.window_size)
-    block_size = options.block_size or default_block_size(settings.window_size, loaded.model)
-    return Job(options, source, loaded, machine, streaming, block_size, text, beginning, stream)
+    block_size = options.block_size or default_block_size(subject.streaming.window_size, loaded.model)
+    return Job(options, subject, block_size, text, stream)
 
 
-def _datasets(options: argparse.Namespace) -> list[str]:
-    return options.datasets or ["demo_encyclopaedia"]
-
-
-def _check_options(options: argparse.Namespace) -> None:
-    for name, low in {"max_tokens": 2, "block_size": 1, "seed": 0}.items():
+def _check(options: argparse.Namespace, is_random: bool) -> None:
+    for name, low in {"max_tokens": 2, "block_size": 1}.items():
         at_least(f"--{name.replace('_', '-')}", getattr(options, name), low)
+    wrong = ""
     if options.fresh_tail is not None and not 0 < options.fresh_tail < 1:
-        raise SetupError(f"--fresh-tail must be above 0 and below 1, got {options.fresh_tail}")
-    if not 0 <= options.checkpoint_every < math.inf:
-        raise SetupError(f"--checkpoint-every must be 0 or more seconds, got {options.checkpoint_every}")
-    if options.bos_per_document and options.bos == "never":
-        raise SetupError("--bos-per-document and --bos never exclude each other")
-    if options.output.suffix != ".json":
-        raise SetupError(f"--output {options.output}: the name must end in .json")
-    if options.output.is_dir():
-        raise SetupError(f"--output {options.output}: is a folder; name a file")
-
-
-def _check_random(options: argparse.Namespace, is_random: bool) -> None:
-    if not is_random:
-        return
-    if options.max_tokens is None:
-        raise SetupError(f"model {options.model!r}: random tokens have no end, give --max-tokens")
-    if options.datasets not in (None, [RANDOM_TOKENS]):
-        raise SetupError(f"model {options.model!r} has no tokenizer: only --datasets {RANDOM_TOKENS}")
-    for name in ("fresh_tail", "save_token_nll", "bos_per_document"):
-        if getattr(options, name):
-            raise SetupError(f"--{name.replace('_', '-')} says nothing about random weights")
-
-
-def document_start(beginning: Beginning) -> tuple[int, ...]:
-    """What stands before each document under --bos-per-document."""
-    if not beginning.ids and beginning.bos_id is None:
-        raise SetupError("--bos-per-document: the tokenizer has no beginning-of-sequence token")
-    return beginning.ids or (beginning.bos_id,)
+        wrong = f"--fresh-tail must be above 0 and below 1, got {options.fresh_tail}"
+    elif not 0 <= options.checkpoint_every < math.inf:
+        wrong = f"--checkpoint-every must be 0 or more seconds, got {options.checkpoint_every}"
+    elif options.bos_per_document and options.bos == "never":
+        wrong = "--bos-per-document and --bos never exclude each other"
+    elif options.output.suffix != ".json" or options.output.is_dir():
+        wrong = f"--output {options.output}: name a file that ends in .json"
+    elif is_random and options.max_tokens is None:
+        wrong = f"model {options.model!r}: random tokens have no end, give --max-tokens"
+    elif is_random and options.datasets not in (None, [RANDOM_TOKENS]):
+        wrong = f"model {options.model!r} has no tokenizer: only --datasets {RANDOM_TOKENS}"
+    elif is_random and (options.fresh_tail or options.save_token_nll or options.bos_per_document):
+        wrong = "--fresh-tail, --save-token-nll and --bos-per-document say nothing about random weights"
+    if wrong:
+        raise SetupError(wrong)
 
 
 # Scoring
@@ -255,22 +188,29 @@ def document_start(beginning: Beginning) -> tuple[int, ...]:
 
 def score(job: Job, command: str) -> None:
     """Score a job's stream, and write the result; raises SetupError, SaveError, ScoringError, StoppedError."""
-    memory = PeakMemory(job.machine.device)
+    options, streaming, memory = job.options, job.subject.streaming, PeakMemory(job.subject.machine.device)
     memory.start()
-    wrapper = StreamingLLMWrapper(job.loaded.model, job.streaming.n_sink, job.streaming.window_size)
+    wrapper = StreamingLLMWrapper(job.subject.loaded.model, streaming.n_sink, streaming.window_size)
     with wrapper as stream, StopRequest() as stop:
-        every = job.options.checkpoint_every
+        every = options.checkpoint_every
         run = LongScoring(job.work, job.identity(), stream, job.block_size, every, stop, memory, say)
         if run.passes:
             say(f"goes on at token {sum(state.tokens for state in run.passes.values()):,}")
         with display(job, "stream") as show:
             losses = run.run("stream", job.stream.chunks, show)
         tail = None
-        if job.options.fresh_tail is not None:
-            start = len(losses) + 1 - loss_figures.tail_length(len(losses) + 1, job.options.fresh_tail)
+        if options.fresh_tail is not None:
+            start = len(losses) + 1 - loss_figures.tail_length(len(losses) + 1, options.fresh_tail)
             with display(job, "fresh tail") as show:
                 tail = run.run("tail", lambda position: tail_chunks(job, start, position), show)
-        write_result(job, run, losses, tail, command)
+        value = result(job, run, losses, tail, command)
+        if job.token_nll_path.exists():  # of an earlier result, perhaps another one
+            set_aside(job.token_nll_path, "earlier")
+        if options.save_token_nll:
+            write_npz(job.token_nll_path, nll=np.asarray(losses), position=np.arange(1, len(losses) + 1))
+            say(f"wrote: {job.token_nll_path}")
+        say(str(save_result(options.output, value, keep_previous=options.force)))
+        say(summary(value))
     del losses, tail  # mapped from files that are removed
     run.discard()
 
@@ -280,15 +220,10 @@ def tail_chunks(job: Job, start: int, position: int) -> Iterator[Tensor]:
 
     It begins with what a fresh stream begins with, or, where there is no such token, with the one before.
     """
-    front = job.beginning.ids[-1:]
-    if not front and job.beginning.bos_id is not None and job.options.bos != "never":
-        front = (job.beginning.bos_id,)
-    if not front:
-        yield from job.stream.chunks(start - 1 + position)
-        return
-    if position == 0:
+    front = job.subject.beginning.start[-1:]
+    if front and position == 0:
         yield torch.tensor([front], dtype=torch.int64)
-    yield from job.stream.chunks(start + max(0, position - 1))
+    yield from job.stream.chunks(start + max(0, position - 1) if front else start - 1 + position)
 
 
 @contextmanager
@@ -307,46 +242,31 @@ def display(job: Job, title: str) -> Iterator[long_scoring.Show]:
         yield show
 
 
-def write_result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | None, command: str) -> None:
-    """Assemble the result and save it; prints what there is to know."""
-    value = result(job, run, losses, tail, command)
-    if job.token_nll_path.exists():  # of an earlier result, perhaps another one
-        set_aside(job.token_nll_path, "earlier")
-    if job.options.save_token_nll:
-        write_npz(job.token_nll_path, nll=np.asarray(losses), position=np.arange(1, len(losses) + 1))
-        say(f"wrote: {job.token_nll_path}")
-    say(str(save_result(job.output, value, keep_previous=job.options.force)))
-    say(summary(value))
-
-
 def result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | None, command: str) -> dict:
     """The result file's contents. Times are sums over all sessions, without loading and checkpoints."""
-    if job.source.weights == "random":
+    subject = job.subject
+    if subject.source.weights == "random":
         figures = dict.fromkeys(("mean_nll", "perplexity", "tenths", "curve")) | {"scored_tokens": len(losses)}
         figures["perplexity_reason"] = "the weights are random"
     else:
         figures = loss_figures.stream_figures(losses)
-    config, state = job.streaming, run.passes["stream"]
+    config, state, device = subject.streaming, run.passes["stream"], subject.machine.device
     if tail is not None:
         tail = loss_figures.tail_figures(losses, tail, job.options.fresh_tail, config.cache_size)
-    sizes = {"n_sink": config.n_sink, "window_size": config.window_size, "max_cache_size": config.cache_size}
+    facts, at_start = subject.facts(), "at the start of the stream" if subject.beginning.ids else "nowhere"
+    facts["streaming_llm"] |= {"max_cache_size": config.cache_size}
     return {
         "schema_version": SCHEMA_VERSION,
         "experiment": "long_scoring",
         "method": "streaming",
-        "model": job.source.name,
-        "weights": job.source.weights,
+        **facts,
+        "weights": subject.source.weights,
         "dataset": job.text.dataset,
         "documents": max(1, job.text.num_documents),
         "characters": job.text.num_characters,
-        "beginning_of_sequence": where_bos_stands(job),
-        "bos": job.beginning.record(),
-        "backend": job.machine.backends[0],
-        "dtype": job.machine.dtype_name,
-        "device": job.identity()["device"],
+        "beginning_of_sequence": "per document" if job.options.bos_per_document else at_start,
         "num_tokens": state.tokens,
         "max_tokens": job.options.max_tokens,
-        "streaming_llm": sizes,
         "block_size": job.block_size,
         **figures,
         "fresh_tail": tail,
@@ -354,19 +274,12 @@ def result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | No
         "waiting_for_text_sec": state.waiting_for_text_sec,
         "toks_per_sec": state.tokens / state.scoring_sec,
         **run.facts,
-        "environment": environment(job.machine.device, command, job.options.seed, kvpress_imported=False),
+        "environment": environment(device, command, job.options.seed, kvpress_imported=False),
         "config_hash": job.config_hash,
         "data_sha256": job.text.sha256,
         "status": "ok",
         "timestamp": now(),
     }
-
-
-def where_bos_stands(job: Job) -> str:
-    """Where in the stream a beginning-of-sequence token was put."""
-    if job.options.bos_per_document:
-        return "per document"
-    return "at the start of the stream" if job.beginning.ids else "nowhere"
 
 
 def summary(value: dict) -> str:
@@ -390,29 +303,11 @@ def summary(value: dict) -> str:
 
 def is_finished(job: Job) -> bool:
     """Whether the output holds the result of this very job, with the losses if they are wanted."""
-    if job.options.save_token_nll and not job.token_nll_path.exists():
-        return False
     try:
-        return read_result(job.output)["config_hash"] == job.config_hash
+        finished = read_result(job.options.output)["config_hash"] == job.config_hash
     except (OSError, ValueError):
         return False
-
-
-def in_work_folder(job: Job, command: str) -> None:
-    """Hold the work folder for this process while the job runs."""
-    with ExitStack() as stack:
-        check_writable(job.output.parent, _CHECKPOINT_ROOM)
-        try:
-            stack.enter_context(folder_lock(job.work / "lock"))
-        except SetupError as error:
-            reason = str(error).partition(": ")[2].partition(";")[0]
-            raise SetupError(f"--output {job.output}: {reason}") from None
-        remove_leftovers(job.work)
-        if job.options.force:
-            for path in job.work.iterdir():
-                if path.name != "lock":
-                    path.unlink()
-        score(job, command)
+    return finished and (job.token_nll_path.exists() or not job.options.save_token_nll)
 
 
 def say(line: str) -> None:
@@ -420,35 +315,37 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def complain(line: str) -> None:
-    print(f"error: {line}", file=sys.stderr, flush=True)
-
-
 def run(argv: list[str]) -> int:
     job = prepare(build_parser().parse_args(argv))
-    if not job.options.force and is_finished(job):
-        say(f"there already: {job.output} (--force scores again)")
+    output, force = job.options.output, job.options.force
+    if not force and is_finished(job):
+        say(f"there already: {output} (--force scores again)")
         return 0
-    in_work_folder(job, shlex.join(["python", "scripts/score_long.py", *argv]))
+    check_writable(output.parent, _CHECKPOINT_ROOM)
+    with folder_lock(job.work / "lock", f"--output {output}"):
+        remove_leftovers(job.work)
+        for path in job.work.iterdir() if force else ():
+            if path.name != "lock":
+                path.unlink()
+        score(job, shlex.join(["python", "scripts/score_long.py", *argv]))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
+    later = "the same command goes on from the last checkpoint, if there is one"
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except SetupError as error:
-        complain(str(error))
-        return EXIT_SETUP
+        code, line = EXIT_SETUP, str(error)
     except (ScoringError, SaveError, torch.OutOfMemoryError) as error:
-        complain(f"{str(error).splitlines()[0]}; the same command goes on from the last checkpoint, if there is one")
-        return EXIT_FAILED
+        code, line = EXIT_FAILED, f"{str(error).splitlines()[0]}; {later}"
     except StoppedError as stopped:
-        complain(f"{stopped}; the same command goes on from there")
-        return EXIT_SIGNAL + stopped.signal_number
+        code, line = EXIT_SIGNAL + stopped.signal_number, f"{stopped}; the same command goes on from there"
     except KeyboardInterrupt:
-        complain("interrupted; the same command goes on from the last checkpoint, if there is one")
-        return EXIT_INTERRUPTED
+        code, line = EXIT_INTERRUPTED, f"interrupted; {later}"
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

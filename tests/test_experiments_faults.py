@@ -195,12 +195,12 @@ def test_a_disk_that_fills_up_while_running_is_fatal_and_leaves_whole_files(worl
         original = CellStore.save
         saved = []
 
-        def save(self, record, *rest):
+        def save(self, outcome, config):
             if saved:  # before the second cell is kept, the disk is full
                 with contextlib.suppress(OSError):
                     (disk / "filler").write_bytes(bytes(4_000_000))
-            original(self, record, *rest)
-            saved.append(record)
+            original(self, outcome, config)
+            saved.append(outcome)
 
         monkeypatch.setattr(CellStore, "save", save)
         with pytest.raises(SaveError, match="No space"):

@@ -195,6 +195,31 @@ def test_random_tokens_are_not_for_trained_weights(world):
         world.run(datasets=["random_tokens"])
 
 
+def test_how_a_model_is_spread_is_recorded(world):
+    pytest.importorskip("accelerate")
+    world.run()
+    whole = load(world, "final/one_main_backend-math.json")
+    world.run(device_map="auto")
+    value = load(world, "final/one_main_backend-math.json")
+    spread = value["environment"]["device_map"]
+    assert (spread["asked"], list(spread["weights_mb"])) == ("auto", ["cpu"])
+    assert "device_map" not in whole["environment"]
+    assert value["streaming"]["perplexity"] == whole["streaming"]["perplexity"]
+    assert value["config_hash"] != whole["config_hash"]
+
+
+def test_a_sample_of_no_steps_times_nothing(world):
+    assert world.run(scoring="parallel", decode_sample=0, methods=["baseline", "streaming", "window"]).exit_code == 0
+    value = load(world, "final/one_main_backend-math.json")
+    streaming = value["streaming"]
+    assert streaming["perplexity"] > 1
+    for name in ("runtime_sec", "prefill_sec", "tpot_ms", "decode_toks_per_sec", "speedup"):
+        assert streaming[name] is None
+        assert "nothing is timed" in streaming[f"{name}_reason"]
+    assert streaming["decode_tokens"] == 0
+    assert "scoring_sec" not in streaming
+
+
 def test_several_models_have_folders_of_their_own(world, tmp_path):
     other = make_model_folder(tmp_path / "other", seed=5)
     world.run(model=[str(world.model), str(other)])

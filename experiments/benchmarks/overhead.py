@@ -6,12 +6,9 @@ own growing cache, cropped to the same length after each step. What the first ta
 decoder's own: slot, sinks, rotation, attention's plumbing.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -19,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from decode_benchmark.contenders import ConstantDense
-from experiments.timing import synchronise
+from experiments.benchmarks.decode import ConstantDense
 from experiments.methods import MethodSettings, Streaming
+from experiments.models import LoadedModel
+from experiments.timing import seconds
 from personal_adapters.neox_flash import wrap_attention
-from streaming_llm.families import text_config
 
 _WARM_UP = 10
 
@@ -68,16 +65,14 @@ _STEPS: dict[str, type] = {"decoder": Streaming, "forward": ReadyForward, "dynam
 
 
 @torch.inference_mode()
-def measure_overhead(model, settings: MethodSettings, backend: str, rounds: int, seed: int = 0) -> dict:
+def measure_overhead(loaded: LoadedModel, settings: MethodSettings, backend: str, rounds: int, seed: int = 0) -> dict:
     """Medians over `rounds` turns of one step each, in milliseconds, and the decoder's overhead in per cent."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(text_config(model.config).vocab_size, (1, settings.cache_size), generator=generator).to(
-        model.device
-    )
+    ids = torch.randint(loaded.vocab_size, (1, settings.cache_size), generator=generator).to(loaded.device)
     with ExitStack() as stack:
         steps: dict[str, Callable[[Tensor], Tensor]] = {}
         for name, method_class in _STEPS.items():
-            own = twin(model)
+            own = twin(loaded.model)
             wrap_attention(own, backend)
             method = stack.enter_context(method_class(own, settings))
             method.reset()
@@ -85,7 +80,7 @@ def measure_overhead(model, settings: MethodSettings, backend: str, rounds: int,
             for _ in range(_WARM_UP):
                 method.step(ids[:, 0])
             steps[name] = method.step
-        times = _in_turns(steps, [ids[:, i % ids.shape[1]] for i in range(rounds)], model.device)
+        times = _in_turns(steps, [ids[:, i % ids.shape[1]] for i in range(rounds)], loaded.device)
     medians = {f"{name}_step_ms": 1e3 * statistics.median(values) for name, values in times.items()}
     beside = statistics.median(own - plain for own, plain in zip(times["decoder"], times["forward"], strict=True))
     return {
@@ -105,9 +100,5 @@ def _in_turns(steps: dict[str, Callable], tokens: list[Tensor], device: torch.de
     names = list(steps)
     for i, token in enumerate(tokens):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            synchronise(device)
-            start = time.perf_counter()
-            steps[name](token)
-            synchronise(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds(lambda name=name, token=token: steps[name](token), device))
     return times

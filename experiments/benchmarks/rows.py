@@ -4,59 +4,53 @@
 configuration (device, versions, sources, number of steps, seed) is moved to `superseded/` and never used.
 """
 
-from __future__ import annotations
-
 import hashlib
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from decode_benchmark.contenders import CONTENDERS
-from decode_benchmark.measuring import TOLERANCE, Timing
-from decode_benchmark.plan import DECODE, PREFILL, Cell
+from experiments.benchmarks.contenders import CONTENDERS
+from experiments.benchmarks.decode import DECODE, PREFILL, TOLERANCE, Cell, Timing
 from experiments.environment import environment, what_matters
-from experiments.results import hash_of, now
-from experiments.storage import read_json, set_aside, write_json
+from experiments.measuring import Machine
+from experiments.storage import hash_of, now, read_json, set_aside, write_json
 
 SCHEMA_VERSION = 1
 BENCHMARK = "decode"
 FIGURE = {DECODE: "tpot_ms", PREFILL: "prefill_ms"}
-_DRAWING = "figure.py"
 
 
 def sources_hash() -> str:
     """SHA-256 over the benchmark's own sources; the library's are part of the environment."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.name != _DRAWING:
-            digest.update(path.name.encode() + path.read_bytes())
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 class ResultFile:
     """Finished runs by cell, on the disk and in memory. `path` None: in memory alone."""
 
-    def __init__(self, path: Path | None, device: torch.device, dtype_name: str, timing: Timing, command: str):
+    def __init__(self, path: Path | None, machine: Machine, timing: Timing, command: str):
         self.path = path
+        matters = what_matters(machine.device)
         self.head = {
             "schema_version": SCHEMA_VERSION,
             "benchmark": BENCHMARK,
-            "device": what_matters(device)["device"],
-            "dtype": dtype_name,
+            "device": matters["device"],
+            "dtype": machine.dtype_name,
             "steps": timing.steps,
             "warmup_steps": timing.warmup,
             "max_run_sec": timing.max_sec,
-            "check_tolerance": TOLERANCE[dtype_name],
+            "check_tolerance": TOLERANCE[machine.dtype_name],
             "check": "root mean square of the logits' difference to those of the eager decoder with math, as a share "
             "of the logits' own; prompt and first steps",
             "floor": "bytes of weights (without the table of input embeddings) and of the keys and values attended "
             "to, over the bytes that a copy reads and writes per second in the same run",
         }
-        config = {**self.head, "seed": timing.seed, "benchmark_sources": sources_hash(), **what_matters(device)}
+        config = {**self.head, "seed": timing.seed, "benchmark_sources": sources_hash(), **matters}
         self.config_hash = hash_of(config)
-        self.environment = environment(device, command, timing.seed, kvpress_imported=False)
+        self.environment = environment(machine.device, command, timing.seed, kvpress_imported=False)
         self.models: dict[str, dict] = {}
         self.overhead: list[dict] = []
         self._runs: dict[Cell, list[dict]] = {}
@@ -143,7 +137,8 @@ class ResultFile:
 
     def _row(self, cell: Cell, runs: Sequence[dict]) -> dict:
         contender = CONTENDERS[cell.contender]
-        row = {"cell": cell.key, "label": contender.label, "group": contender.group, "status": "ok"}
+        group = contender.group or contender.method
+        row = {"cell": cell.key, "label": contender.label, "group": group, "status": "ok"}
         row["interleaved"] = not contender.at_once
         if cell in self._failed:
             row["status"], row["reason"] = self._failed[cell]

@@ -4,15 +4,12 @@ A step reads every weight once, but for the table of input embeddings, of which 
 values of every token that is attended to. Activations and what is written are left out: the floor is a bound.
 """
 
-from __future__ import annotations
-
 import statistics
-import time
 
 import torch
 from transformers import DynamicCache
 
-from experiments.timing import synchronise
+from experiments.timing import seconds
 
 _COPIES = 10
 _CUDA_NBYTES, _CPU_NBYTES = 2**30, 2**28
@@ -33,7 +30,11 @@ def kv_token_nbytes(model) -> int:
     Configurations do not say: Falcon stores its shared heads once or repeated, by version.
     """
     cache = DynamicCache(config=model.config)
-    model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache, use_cache=True)
+    model(
+        torch.zeros(1, 1, dtype=torch.int64, device=model.get_input_embeddings().weight.device),
+        past_key_values=cache,
+        use_cache=True,
+    )
     return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
 
 
@@ -52,12 +53,5 @@ def copy_bytes_per_sec(device: torch.device, repeats: int = 5) -> float:
     source = torch.ones(nbytes // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    speeds = []
-    for _ in range(repeats):
-        synchronise(device)
-        start = time.perf_counter()
-        for _ in range(_COPIES):
-            target.copy_(source)
-        synchronise(device)
-        speeds.append(2 * nbytes * _COPIES / (time.perf_counter() - start))
-    return statistics.median(speeds)
+    times = [seconds(lambda: [target.copy_(source) for _ in range(_COPIES)], device) for _ in range(repeats)]
+    return 2 * nbytes * _COPIES / statistics.median(times)
