@@ -8,8 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from experiments.measuring import describe, free_memory
-from experiments.results import hash_of, now
-from experiments.storage import read_json, set_aside, write_json, write_npz
+from experiments.storage import hash_of, now, read_json, set_aside, write_json, write_npz
 
 PIECES = ".pieces"
 _SCHEMA = 1

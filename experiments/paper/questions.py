@@ -16,7 +16,7 @@ from experiments.hub import hub_rows
 from experiments.paper.asking import Asked, answered, binned, method_sizes
 from experiments.paper.pieces import Found, Piece
 from experiments.paper.setting import Setting
-from experiments.results import hash_of
+from experiments.storage import hash_of
 from experiments.stream_states import judged, states_at
 
 METHODS = ("one-shot", "dense", "window", "streaming")

@@ -8,8 +8,8 @@ from experiments.config import SetupError
 from experiments.paper.pieces import PIECES, Experiment, Found, Piece, PieceStore, attempt, distinct
 from experiments.paper.setting import Setting
 from experiments.progress import TimeEstimator
-from experiments.results import SCHEMA_VERSION, hash_of, now, save_result
-from experiments.storage import remove_leftovers
+from experiments.results import SCHEMA_VERSION, save_result
+from experiments.storage import hash_of, now, remove_leftovers
 
 Say = Callable[[str], None]
 
