@@ -44,8 +44,10 @@ def build_parser() -> OneLineParser:
     what = add_options(parser, "what is run", ("model", *TEXTS))
     names = ", ".join(f"{name} ({one.reference})" for name, one in EXPERIMENTS.items())
     what.add_argument("--only", nargs="+", metavar="NAME", help=f"{names}; default: all")
-    about = "multiple choice in ARC's format: .jsonl, .json, or allenai/ai2_arc:ARC-Challenge (hub); default: none"
-    what.add_argument("--questions", metavar="FILE", help=f"{about}, and no streaming question answering")
+    about = (
+        "multiple choice: a .jsonl or .json in ARC's format, allenai/ai2_arc:ARC-Challenge (hub), or made (easy ones)"
+    )
+    what.add_argument("--questions", metavar="FILE", help=f"{about}; default: no streaming question answering")
     sizes = add_options(parser, "sizes, in tokens", ("n_sink", "max_eval_tokens"), max_eval_tokens={
         "help": "no stream is longer; default: the paper's lengths, for the demo a few thousand tokens"})  # fmt: skip
     sizes.add_argument("--cache-size", type=int, metavar="C", help="sinks and window; default: 1024, for the demo 128")

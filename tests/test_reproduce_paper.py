@@ -110,6 +110,18 @@ def test_questions_in_both_of_arc_s_formats_make_one_conversation(questions):
         assert tokenizer.decode(stream.ids).count("What is wet?") == 4
 
 
+def test_made_questions_have_one_right_choice_each():
+    made = read_questions("made")
+    assert len(made) == 1000
+    for question in made:
+        texts = dict(question.choices)
+        assert len(set(texts.values())) == 4
+        if "plus" in question.stem:
+            _, _, a, _, b = question.stem.strip("?").split()
+            assert int(texts[question.answer]) == int(a) + int(b)
+    assert 200 < sum(question.answer == "C" for question in made) < 300
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

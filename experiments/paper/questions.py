@@ -14,11 +14,13 @@ import numpy as np
 from experiments.config import SetupError
 from experiments.hub import hub_rows
 from experiments.paper.asking import Asked, answered, binned, method_sizes
+from experiments.paper.made_questions import make_records
 from experiments.paper.pieces import Found, Piece
 from experiments.paper.setting import Setting
 from experiments.storage import hash_of
 from experiments.stream_states import judged, states_at
 
+MADE = "made"
 METHODS = ("one-shot", "dense", "window", "streaming")
 _ASK = "Answer each question with the letter of the right choice alone."
 _MARK = "@@ANSWER@@"
@@ -38,7 +40,9 @@ class Question:
 
 
 def read_questions(name: str) -> list[Question]:
-    """The questions of a file (.jsonl, .json) or of a hub data set; raises SetupError for what is none."""
+    """The questions of a file (.jsonl, .json), of a hub data set, or "made"; raises SetupError for what is none."""
+    if name == MADE:
+        return _of(make_records(1000, seed=0), name)
     path = Path(name)
     if path.exists() or path.suffix in (".jsonl", ".json"):
         return _of(_records(path), name)
@@ -110,7 +114,7 @@ class Questions:
     name, title, reference = "questions", "Streaming question answering", "Table 5"
 
     def why_not(self, setting: Setting) -> str | None:
-        return None if setting.questions else "it needs --questions: a file in ARC's format, or ARC itself on the hub"
+        return None if setting.questions else "it needs --questions: a file in ARC's format, ARC on the hub, or made"
 
     def pieces(self, setting: Setting) -> list[Piece]:
         questions = read_questions(str(setting.questions))[: setting.lengths.questions]
