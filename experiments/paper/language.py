@@ -158,7 +158,7 @@ class Positions(_Always):
         cache, limit = setting.lengths.cache, setting.lengths.positions
         pieces = [setting.losses(method, method, cache, limit) for method in self._methods]
         for repeat in range(setting.config.repeats):
-            pieces += [setting.timed(f"time {method} {repeat}", method, cache, repeat) for method in self._methods]
+            pieces += [setting.timed(f"time {name} {repeat}", name, cache, repeat, True) for name in self._methods]
         return pieces
 
     def result(self, setting: Setting, found: dict[str, Found]) -> dict:

@@ -20,6 +20,7 @@ from experiments.methods import METHODS
 from experiments.models import LoadedModel, ModelSource
 from experiments.paper.pieces import Found, Piece
 from experiments.perplexity import compute_perplexity
+from experiments.placements import model_call_engine
 from experiments.results import run_record
 from experiments.texts import Text
 from experiments.tokens import first_tokens
@@ -196,18 +197,22 @@ class Setting:
         config |= {"limit": limit, "data": self.text.sha256, "bos": list(self.beginning.ids), **other}
         return Piece(name, config, compute, (self.source.name, "losses", method), limit)
 
-    def timed(self, name: str, method: str, cache: int, repeat: int) -> Piece:
-        """A method's decode steps in the measured loop, behind a prompt that fills the cache."""
+    def timed(self, name: str, method: str, cache: int, repeat: int, by_model_call: bool = False) -> Piece:
+        """A method's decode steps in the measured loop, behind a prompt that fills the cache.
+
+        `by_model_call`: by the engine that runs every method, the model's own call, recorded where there is a GPU.
+        """
         sizes, steps = self.sizes(cache), self.lengths.timed_steps
 
         def compute() -> Found:
             cls, ids = METHODS[method], self.ids(cache + steps + 2)
-            settings = MethodSettings(sizes.n_sink, sizes.window_size, cls.engine_for(self.engine))
+            engine = model_call_engine(self.engine) if by_model_call else self.engine
+            settings = MethodSettings(sizes.n_sink, sizes.window_size, cls.engine_for(engine))
             result = compute_perplexity(self.loaded.model, ids, cls(self.loaded.model, settings), scoring="decode")
             return Found(run_record(result, self.backend))
 
         config = {"what": "timed", "method": method, "n_sink": sizes.n_sink, "window_size": sizes.window_size}
-        config |= {"steps": steps, "repeat": repeat, "data": self.text.sha256}
+        config |= {"steps": steps, "repeat": repeat, "data": self.text.sha256, "by_model_call": by_model_call}
         return Piece(name, config, compute, (self.source.name, "timed", method, str(cache)), steps)
 
 
