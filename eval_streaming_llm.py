@@ -3,19 +3,13 @@
 FLASH_SDPA=1 python eval_streaming_llm.py
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from experiments.cli import (
-    OneLineParser,
-    add_kernel_options,
-    add_size_options,
-    add_subject_options,
-    config_from,
-    guarded,
-)
-from experiments.comparison import run_comparison
+from experiments.cli import MODEL, STREAM, TEXTS, OneLineParser, add_options, config_from, guarded
+from experiments.config import ExperimentConfig, SetupError
+from experiments.runner import ExperimentRunner
+from experiments.storage import check_writable, write_json
 
 _EXAMPLES = """examples:
   the bundled demo:
@@ -29,30 +23,46 @@ _EXAMPLES = """examples:
 All methods, several data sets and backends, ablations: experiments/run_final_experiments.py"""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     """The command line of the comparison."""
-    parser = OneLineParser(
-        prog="eval_streaming_llm.py",
-        description=__doc__.splitlines()[0],
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_subject_options(parser, several=False)
-    add_size_options(parser)
-    add_kernel_options(parser, several=False)
-    group = parser.add_argument_group("output")
-    group.add_argument("--repeats", type=int, default=1, metavar="N", help="interleaved runs; default: 1")
+    parser = OneLineParser("eval_streaming_llm.py", __doc__.splitlines()[0], _EXAMPLES)
+    one, dataset = ("model", "datasets", "attn_backend_list"), {"flags": ("--dataset", "--datasets")}
+    add_options(parser, "what is measured", ("model", *TEXTS), one, datasets=dataset)
+    add_options(parser, "sizes, in tokens", (*STREAM, "max_eval_tokens"))
+    backend = {"flags": ("--attn-backend", "--attn-backend-list")}
+    how = ("attn_backend_list", "engine", *MODEL[1:], "device_map")
+    add_options(parser, "how it is computed", how, one, attn_backend_list=backend)
+    group = add_options(parser, "output", ("repeats", "progress"))
     group.add_argument("--output", type=Path, default=None, metavar="FILE", help="also write the result as JSON")
-    group.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
     return parser
+
+
+def compare(config: ExperimentConfig, output: Path | None) -> int:
+    """Run and print the comparison, and write it as a main result file where `output` says so."""
+    if output is not None:
+        if output.exists():
+            raise SetupError(f"--output {output}: there is such a file already; nothing is overwritten")
+        check_writable(output.parent, 2**16)
+    summary = ExperimentRunner(config).run()
+    if output is not None:
+        [[result]] = [outcome.main for outcome in summary.outcomes.values()]
+        write_json(output, result)
+        print(f"wrote: {output}")
+    return summary.exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     namespace = build_parser().parse_args(argv)
-    return guarded(lambda: run_comparison(config_from(namespace, argv, "eval_streaming_llm.py"), namespace.output))
+
+    def command() -> int:
+        fixed = {"methods": ("baseline", "streaming"), "only": "main", "output_dir": None}
+        if namespace.datasets is None and not str(namespace.model).startswith("random:"):
+            fixed["datasets"] = "demo_encyclopaedia"
+        return compare(config_from(namespace, argv, "eval_streaming_llm.py", **fixed), namespace.output)
+
+    return guarded(command)
 
 
 if __name__ == "__main__":

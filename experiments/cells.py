@@ -1,77 +1,50 @@
-"""Cells: the smallest pieces of work whose outcome is kept. Nothing that is finished is ever run again.
+"""Finished cells, kept: nothing that is finished is ever run again.
 
-A cell is one run of one method on one text with one attention backend: model x data set x backend x method x sizes
-x repeat. Its record is written when it is finished, atomically, under a name that holds a hash of everything that
-could change its figures; a record with another hash is never used.
+A cell's record is written when it is finished, atomically, under a name that holds a hash of everything that could
+change its figures; a record with another hash is never used.
 """
 
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from experiments.results import now
-from experiments.storage import read_json, set_aside, write_json, write_npz
+from experiments.measuring import Outcome
+from experiments.plan import Cell
+from experiments.storage import hash_of, now, read_json, set_aside, write_json, write_npz
 
-CELL_SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run. `dataset` is the data set's key; sizes in tokens; `repeat` counts from 0."""
-
-    dataset: str
-    backend: str
-    method: str
-    n_sink: int
-    window_size: int
-    scoring: str
-    tokens: int
-    repeat: int
-
-    def __str__(self) -> str:
-        sizes = f"{self.n_sink}+{self.window_size}"
-        return f"{self.dataset} | {self.backend} | {self.method} {sizes} | run {self.repeat + 1}"
-
-    @property
-    def kind(self) -> tuple[str, str, str]:
-        """Cells of one kind take about equally long for each token."""
-        return self.method, self.backend, self.scoring
-
-
-@dataclass(frozen=True)
-class CellRecord:
-    """A finished cell: its figures (`results.run_record`), its hash, and how long it took altogether."""
-
-    cell: Cell
-    config_hash: str
-    run: dict
-    wall_sec: float
+CELL_SCHEMA = 2
 
 
 class CellStore:
-    """The finished cells of one model, as files in one folder."""
+    """The finished cells of one model, as files in one folder; without a folder nothing is kept."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | None):
         self.folder = folder
 
     def path(self, cell: Cell, config_hash: str) -> Path:
         """Where the cell's record is, or would be."""
         sizes = f"s{cell.n_sink}w{cell.window_size}n{cell.tokens}"
-        name = f"{cell.dataset}_{cell.backend}_{cell.method}_{sizes}_{cell.scoring}_r{cell.repeat}"
+        name = f"{cell.dataset}_{cell.backend}_{cell.method}_{cell.engine}_{sizes}_{cell.scoring}_r{cell.repeat}"
         return self.folder / f"{name}_{config_hash[:16]}.json"
 
-    def save(self, record: CellRecord, nll: np.ndarray, position: np.ndarray, config: dict) -> None:
-        """Keep a finished cell. Its losses are written first: a record that is there is complete."""
-        path = self.path(record.cell, record.config_hash)
-        write_npz(path.with_suffix(".npz"), nll=nll, position=position)
-        value = {"cell_schema": CELL_SCHEMA, "cell": asdict(record.cell), "config_hash": record.config_hash}
-        value |= {"config": config, "run": record.run, "wall_sec": record.wall_sec, "timestamp": now()}
+    def save(self, outcome: Outcome, config: dict) -> None:
+        """Keep a finished cell; `config` is its hash's preimage. Its losses are written first: a record that is there
+        is complete."""
+        if self.folder is None:
+            return
+        config_hash = hash_of(config)
+        path = self.path(outcome.cell, config_hash)
+        write_npz(path.with_suffix(".npz"), nll=outcome.nll, position=outcome.position)
+        value = {"cell_schema": CELL_SCHEMA, "cell": asdict(outcome.cell), "config_hash": config_hash}
+        value |= {"config": config, "run": outcome.run, "wall_sec": outcome.wall_sec, "timestamp": now()}
         write_json(path, value)
 
-    def load(self, cell: Cell, config_hash: str) -> CellRecord | None:
-        """The finished cell, or None; raises ValueError where its file is broken or another's."""
+    def load(self, cell: Cell, config_hash: str) -> dict | None:
+        """The run of a finished cell, or None; raises ValueError where its file is broken or another's."""
+        if self.folder is None:
+            return None
         path = self.path(cell, config_hash)
         try:
             value = read_json(path)
@@ -82,28 +55,24 @@ class CellStore:
         if value.get("cell") != asdict(cell) or not isinstance(value.get("run"), dict):
             raise ValueError("not the record of this cell")
         try:
-            self._read_losses(path)
+            self.load_losses(cell, config_hash)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"its losses cannot be read ({error})") from None
-        return CellRecord(cell, config_hash, value["run"], float(value["wall_sec"]))
+        return value["run"]
 
-    def load_losses(self, record: CellRecord) -> tuple[np.ndarray, np.ndarray]:
+    def load_losses(self, cell: Cell, config_hash: str) -> tuple[np.ndarray, np.ndarray]:
         """The cell's losses in nats and the positions of their tokens."""
-        return self._read_losses(self.path(record.cell, record.config_hash))
-
-    @staticmethod
-    def _read_losses(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+        with np.load(self.path(cell, config_hash).with_suffix(".npz"), allow_pickle=False) as arrays:
             return arrays["nll"], arrays["position"]
 
     def set_aside(self, cell: Cell, config_hash: str) -> Path:
         """Move a broken record out of the way; returns where it is now."""
         return set_aside(self.path(cell, config_hash), "unreadable")
 
-    def earlier_times(self) -> dict[tuple[str, str, str], list[float]]:
+    def earlier_times(self) -> dict[tuple[str, ...], list[float]]:
         """Seconds per token of all finished cells, whatever their configuration, by kind: for estimates only."""
-        times: dict[tuple[str, str, str], list[float]] = {}
-        for path in sorted(self.folder.glob("*.json")) if self.folder.is_dir() else ():
+        times: dict[tuple[str, ...], list[float]] = {}
+        for path in sorted(self.folder.glob("*.json")) if self.folder is not None and self.folder.is_dir() else ():
             try:
                 value = read_json(path)
                 cell = Cell(**value["cell"])

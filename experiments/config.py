@@ -1,4 +1,4 @@
-"""What to run: the settings of an evaluation, validated, with defaults that suit the model.
+"""What to run: the settings of an evaluation, described once for the dataclass, its checks and the command lines.
 
 `ExperimentConfig` holds what a person asked for (a field left at None means "what suits the model");
 `settings_for` turns it into the numbers that are used for one model.
@@ -6,15 +6,38 @@
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 
 EXPERIMENTS = ("main", "ablation_window_size", "ablation_n_sink")
-SCORINGS = ("decode", "parallel")
-DECODE_ENGINES = ("eager", "graph", "fused", "auto")
+ENGINES = ("auto", "eager", "graph", "graph+compile", "fused", "fused-triton")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DEFAULT_ABLATION_N_SINKS = (0, 1, 2, 4, 8, 16)
 DEMO_MODEL = "demo"
+_MODEL_HELP = """demo (bundled; the default), a hub name such as EleutherAI/pythia-2.8b, a local folder, a .gguf
+file, or random:<size> such as random:pythia-2.8b (random weights: speed only)"""
+_DATASETS_HELP = """demo_encyclopaedia, demo_narrative (bundled), wikitext (WikiText-103 test), pg19 (PG19 test), a
+file (.txt, .json, .jsonl, .csv, .parquet, ..., also compressed), a folder of them, or a data set of the hub
+(owner/name[:config][@split]); default: the bundled texts, random_tokens for random weights"""
+_BOS_HELP = """auto, always, never: a beginning-of-sequence token in front of a text; auto (default): what the model
+was trained on, as its tokenizer and configuration tell"""
+_METHODS_HELP = """baseline, streaming, kvpress, window, dense; default: baseline streaming kvpress, the last skipped
+where it is not installed"""
+_WINDOW_HELP = """recent tokens kept, sinks excluded; default: 252 for the demo model, else what fills the model's
+context with the sinks, up to 2048 together"""
+_BACKENDS_HELP = """math, flash, cudnn (CUDA only), or auto (flash where it runs, else math); default: what FLASH_SDPA
+says (1 flash, 0 math), else math"""
+_ENGINE_HELP = f"""how a decode step runs, with every method that can: {", ".join(ENGINES)}; auto (default): the
+fastest that runs here; the re-computation is measured with every engine that a method uses"""
+_DTYPE_HELP = f"{', '.join(DTYPES)}; default: bfloat16 on a GPU that has it, float32 on a CPU"
+_SPREAD_HELP = """auto: spread a model that is too large for one GPU over all; default: all of it on --device"""
+_SCORING_HELP = """decode (default): perplexity from the token loop; parallel: block-parallel over the whole text, with
+the speed from a decode sample; ablations always use parallel"""
+_PRESS_HELP = """the press of kvpress: streaming_llm (default), knorm, keydiff, random, lagkv, cur; tova,
+expected_attention, cap on Llama-like models"""
+_OUTPUT_HELP = "default: results; a model other than the demo has a folder of its own in it"
+_LAUNCHER_HELP = "local (default): in this process; ray: side by side, on all GPUs of this machine or of a cluster"
+_ADDRESS_HELP = "of a Ray cluster (auto: the one of this machine); default: Ray starts on this machine"
 
 
 class SetupError(ValueError):
@@ -37,6 +60,32 @@ def at_least(what: str, value: int | None, low: int) -> None:
         raise SetupError(f"{what} must be a whole number of at least {low}, got {value!r}")
 
 
+def _methods() -> Iterable[str]:
+    from experiments.methods import METHODS  # here: it imports torch and the library
+
+    return METHODS
+
+
+def _presses() -> Iterable[str]:
+    from experiments.kvpress_support import PRESSES
+
+    return PRESSES
+
+
+def _option(default, help: str, **details):
+    """A field with what a command line says about it.
+
+    `many`: it holds a tuple, of which one value may be given alone. `low`: the least value of a whole number.
+    `known`: the names that there are, or a function that gives them. `flags`: other than the field's name.
+    `metavar`: stands for the value in `--help`.
+    """
+    return field(default=default, metadata={"help": help, **details})
+
+
+def _number(default: int | None, low: int, metavar: str, help: str, **details):
+    return _option(default, help, low=low, metavar=metavar, **details)
+
+
 @dataclass(frozen=True)
 class ExperimentConfig:
     """One evaluation: models x data sets x backends x methods x repeats, and the ablations.
@@ -49,77 +98,88 @@ class ExperimentConfig:
     Raises SetupError (a ValueError) naming the field, the value and what is allowed.
     """
 
-    model: tuple[str, ...] = (DEMO_MODEL,)
-    datasets: tuple[str, ...] | None = None
-    methods: tuple[str, ...] | None = None
-    attn_backend_list: tuple[str, ...] | None = None  # None: FLASH_SDPA, then math
-    dtype: str | None = None  # None: what `select_dtype` picks for the device
-    device: str | None = None  # None: CUDA where there is one, else the CPU
-    n_sink: int | None = None
-    window_size: int | None = None
-    max_eval_tokens: int | None = None
-    repeats: int = 1
-    only: tuple[str, ...] = EXPERIMENTS
-    scoring: str = "decode"
-    decode_sample: int = 128  # decode steps that are timed under scoring "parallel"
-    decode_engine: str = "eager"
-    kvpress_press: str = "streaming_llm"
-    ablation_window_sizes: tuple[int, ...] | None = None
-    ablation_n_sinks: tuple[int, ...] | None = None
-    ablation_tokens: int | None = None
-    output_dir: Path = Path("results")
-    save_token_nll: bool = False
-    force: bool = False
-    dry_run: bool = False
-    seed: int = 0
-    warmup_steps: int = 4
-    progress: bool = True
+    model: tuple[str, ...] = _option((DEMO_MODEL,), _MODEL_HELP, many=True)
+    datasets: tuple[str, ...] | None = _option(None, _DATASETS_HELP, many=True)
+    text_key: str = _option("text", "key or column of a record that holds its text; default: text", metavar="KEY")
+    bos: str = _option("auto", _BOS_HELP, known=("auto", "always", "never"), metavar="WHEN")
+    methods: tuple[str, ...] | None = _option(None, _METHODS_HELP, many=True, known=_methods)
+
+    n_sink: int | None = _number(None, 0, "S", "sinks kept; default: 4")
+    window_size: int | None = _number(None, 1, "W", _WINDOW_HELP)
+    max_eval_tokens: int | None = _number(
+        None, 2, "N", "tokens of each text; default: 768 for the demo model, else 4096"
+    )
+
+    attn_backend_list: tuple[str, ...] | None = _option(None, _BACKENDS_HELP, many=True)
+    engine: str = _option("auto", _ENGINE_HELP, known=ENGINES, flags=("--engine", "--decode-engine"))
+    dtype: str | None = _option(None, _DTYPE_HELP, known=DTYPES)
+    device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    device_map: str | None = _option(None, _SPREAD_HELP, known=("auto",))
+    seed: int = _number(0, 0, "N", "for random weights and tokens; default: 0")
+
+    only: tuple[str, ...] = _option(
+        EXPERIMENTS, f"{', '.join(EXPERIMENTS)}; default: all", many=True, known=EXPERIMENTS
+    )
+    repeats: int = _number(1, 1, "N", "runs of each cell, interleaved; figures are medians; default: 1")
+    scoring: str = _option("decode", _SCORING_HELP, known=("decode", "parallel"))
+    decode_sample: int = _number(128, 0, "N", "decode steps timed under parallel scoring; 0: none; default: 128")
+    kvpress_press: str = _option("streaming_llm", _PRESS_HELP, known=_presses)
+    ablation_window_sizes: tuple[int, ...] | None = _number(
+        None, 1, "W", "default: the five largest powers of two up to the model's context", many=True
+    )
+    ablation_n_sinks: tuple[int, ...] | None = _number(
+        None, 0, "S", "default: 0 1 2 4 8 16; the cache size stays the same", many=True
+    )
+    ablation_tokens: int | None = _number(
+        None, 2, "N", "tokens of the text (the first data set) that ablations score; default: 4096 or more"
+    )
+
+    output_dir: Path | None = _option("results", _OUTPUT_HELP, metavar="DIR")
+    save_token_nll: bool = _option(False, "keep each token's loss: <stem>.<method>.nll.npz beside the main files")
+    force: bool = _option(False, "run cells again that are finished already")
+    dry_run: bool = _option(
+        False, "print the plan, what is there already and an estimate of the time; compute nothing"
+    )
+    progress: bool = _option(True, "no progress bars")
+
+    launcher: str = _option("local", _LAUNCHER_HELP, known=("local", "ray"))
+    ray_address: str | None = _option(None, _ADDRESS_HELP, metavar="HOST:PORT")
+    gpus_per_cell: float | None = _option(
+        None, "GPUs of a cell under Ray; a fraction only where nothing is timed; default: 1", metavar="N"
+    )
+    cpus_per_cell: int = _number(1, 1, "N", "CPU cores of a cell under Ray; default: 1")
+    gpu_type: str | None = _option(None, "the kind of GPU, by Ray's name (H100, ...), where a cluster has several")
+    retries: int = _number(2, 0, "N", "how often a cell is tried again whose worker died, under Ray; default: 2")
+
+    warmup_steps: int = field(default=4, metadata={"low": 0})
     command: str = ""  # the command line, for the record
 
     def __post_init__(self):
-        for name in ("model", "datasets", "methods", "attn_backend_list", "only"):
-            self._set(name, _names(name, getattr(self, name)))
-        for name in ("ablation_window_sizes", "ablation_n_sinks"):
-            value = getattr(self, name)
-            self._set(name, None if value is None else tuple(value))
-        self._set("output_dir", Path(self.output_dir))
-        self._check_names()
-        self._check_numbers()
+        for item in fields(self):
+            if item.metadata.get("many"):
+                object.__setattr__(self, item.name, _many(item, getattr(self, item.name)))
+            self._check(item)
+        if self.output_dir is not None:
+            object.__setattr__(self, "output_dir", Path(self.output_dir))
 
-    def _set(self, name, value):
-        object.__setattr__(self, name, value)  # the dataclass is frozen; this normalises what it was given
-
-    def _check_names(self):
-        from experiments.kvpress_support import PRESSES
-        from experiments.methods import METHODS  # here: it imports torch and the library
-
-        tables = [("only", self.only, EXPERIMENTS), ("methods", self.methods or (), METHODS)]
-        tables += [("scoring", (self.scoring,), SCORINGS), ("decode_engine", (self.decode_engine,), DECODE_ENGINES)]
-        tables.append(("kvpress_press", (self.kvpress_press,), PRESSES))
-        if self.dtype is not None:
-            tables.append(("dtype", (self.dtype,), DTYPES))
-        for what, values, known in tables:
-            for value in values:
-                if value not in known:
-                    raise unknown_name(what, value, known)
-
-    def _check_numbers(self):
-        lows = {"n_sink": 0, "window_size": 1, "max_eval_tokens": 2, "repeats": 1, "decode_sample": 1}
-        lows |= {"ablation_tokens": 2, "seed": 0, "warmup_steps": 0}
-        for name, low in lows.items():
-            at_least(name, getattr(self, name), low)
-        for name, low in (("ablation_window_sizes", 1), ("ablation_n_sinks", 0)):
-            for value in getattr(self, name) or ():
-                at_least(name, value, low)
+    def _check(self, item: Field) -> None:
+        value, details = getattr(self, item.name), item.metadata
+        known = details.get("known")
+        for one in () if value is None else value if details.get("many") else (value,):
+            if "low" in details:
+                at_least(item.name, one, details["low"])
+            if known is not None and one not in (names := known() if callable(known) else known):
+                raise unknown_name(item.name, one, names)
 
 
-def _names(field: str, value) -> tuple[str, ...] | None:
-    """A string or a sequence of strings as a tuple without repetitions, in order; None stays None."""
-    if value is None:
+def _many(item: Field, value) -> tuple | None:
+    """One value or a sequence of them as a tuple without repetitions, in order; None stays None where it may."""
+    if value is None and item.default is None:
         return None
-    values = (value,) if isinstance(value, str) else tuple(value)
-    if not values or not all(isinstance(item, str) and item for item in values):
-        raise SetupError(f"{field} must be one name or several, got {value!r}")
+    is_text = "low" not in item.metadata
+    values = (value,) if isinstance(value, str | int) else tuple(value or ())
+    if not values or (is_text and not all(isinstance(one, str) and one for one in values)):
+        raise SetupError(f"{item.name} must be one {'name' if is_text else 'number'} or several, got {value!r}")
     return tuple(dict.fromkeys(values))
 
 
@@ -135,23 +195,41 @@ class ModelSettings:
     ablation_tokens: int
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Sinks and window."""
+        return self.n_sink, self.window_size
+
+    @property
     def cache_size(self) -> int:
-        return self.n_sink + self.window_size
+        return sum(self.sizes)
 
 
-def settings_for(config: ExperimentConfig, context_length: int, is_demo: bool) -> ModelSettings:
+def settings_for(
+    config: ExperimentConfig, context_length: int, is_demo: bool, largest_window: int | None = None
+) -> ModelSettings:
     """The numbers for a model with a context of `context_length` tokens.
 
     The demo model: 4 sinks + 252, 768 tokens (a run on two CPU cores takes minutes). Any other model: 4 sinks and
     the window that fills its context, up to 2,048 together; 4,096 tokens. Ablations score 4,096 tokens or more:
-    they are about perplexity, and block-parallel scoring is cheap.
+    they are about perplexity, and block-parallel scoring is cheap. `largest_window` is what a sliding window of the
+    model's own allows (None: any); a larger one that was asked for is a SetupError.
     """
     n_sink = 4 if config.n_sink is None else config.n_sink
-    cache_size = 256 if is_demo else min(context_length, 2048)
+    longest = min(context_length, largest_window or context_length)
+    cache_size = 256 if is_demo else min(longest, 2048)
     window_size = max(1, cache_size - n_sink) if config.window_size is None else config.window_size
+    for option, sizes in {
+        "--window-size": [window_size],
+        "--ablation-window-sizes": config.ablation_window_sizes or (),
+    }.items():
+        if largest_window is not None and max(sizes, default=0) > largest_window:
+            raise SetupError(
+                f"a window of {max(sizes)} tokens is larger than the model's own sliding window: "
+                f"{option} at most {largest_window}"
+            )
     tokens = config.max_eval_tokens or (768 if is_demo else 4096)
     ablation_tokens = config.ablation_tokens or max(tokens, 4096)
-    windows = config.ablation_window_sizes or window_ladder(min(context_length, ablation_tokens))
+    windows = config.ablation_window_sizes or window_ladder(min(longest, ablation_tokens))
     cache_size = n_sink + window_size
     sinks = config.ablation_n_sinks or tuple(s for s in DEFAULT_ABLATION_N_SINKS if s < cache_size)
     too_many = [s for s in sinks if s >= cache_size]

@@ -1,18 +1,23 @@
-"""How a decode step runs: as the plain model call, or replayed from a CUDA graph.
+"""How the re-computation baseline and block-parallel scoring run the engines of the library.
 
-`StreamingDecoder` has its engines built in; here is what the re-computation baseline needs to run the same ones, so
-that a speedup is never a comparison of two engines. The pieces that need CUDA are imported where they are used.
+A speedup is then never a comparison of two engines. The pieces that need CUDA are imported where they are used.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-import streaming_llm
+from streaming_llm import score_stream
 
 Forward = Callable[[Tensor], Tensor]
 """Token ids [batch, length] -> logits of the last token [batch, vocab]."""
+
+
+def recomputing_engine(engine: str) -> str:
+    """The engine that re-computes a window, where methods run `engine`: it has no ring of kept keys to attend to."""
+    return "fused" if engine == "fused-triton" else engine
 
 
 def plain_forward(model) -> Forward:
@@ -20,7 +25,20 @@ def plain_forward(model) -> Forward:
     return lambda ids: model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
 
 
-def _fused_forward(model) -> Forward:
+def forward_of(model, engine: str) -> Forward:
+    """The forward over all tokens that the engine runs, not captured yet.
+
+    Raises ValueError where the engine does not exist or cannot run on the model's device.
+    """
+    if engine == "eager":
+        return plain_forward(model)
+    if engine not in ("graph", "graph+compile", "fused"):
+        raise ValueError(f"no engine {engine!r} re-computes a window: choose eager, graph, graph+compile or fused")
+    device = model.get_input_embeddings().weight.device
+    if device.type != "cuda":
+        raise ValueError(f"engine {engine!r} needs a CUDA device, and the model is on {device}: choose eager")
+    if engine != "fused":
+        return plain_forward(model)
     from streaming_llm.fused import fused_forward, why_not_fused
 
     reason = why_not_fused(model)
@@ -29,37 +47,46 @@ def _fused_forward(model) -> Forward:
     return fused_forward(model)
 
 
-_FORWARDS: dict[str, Callable[[torch.nn.Module], Forward]] = {
-    "eager": plain_forward,
-    "graph": plain_forward,
-    "graph+compile": plain_forward,
-    "fused": _fused_forward,
-    "fused-triton": _fused_forward,
-}
-
-
-def forward_of(model, engine: str) -> Forward:
-    """The forward that the engine runs, not captured yet.
-
-    Raises ValueError where the engine does not exist or cannot run on the model's device.
-    """
-    if engine not in _FORWARDS:
-        raise ValueError(f"engine must be one of {', '.join(_FORWARDS)}, got {engine!r}")
-    if engine != "eager" and model.device.type != "cuda":
-        raise ValueError(f"engine {engine!r} needs a CUDA device, and the model is on {model.device}: choose eager")
-    return _FORWARDS[engine](model)
-
-
-def capture(forward: Forward, example: Tensor) -> Forward:
+def capture(forward: Forward, example: Tensor, engine: str) -> Forward:
     """`forward` as a CUDA graph for ids of the shape of `example`."""
     from streaming_llm.engines.recorder import GraphedCall
 
-    return GraphedCall(forward, example)
+    return GraphedCall(torch.compile(forward) if engine == "graph+compile" else forward, example)
 
 
-def resolve_engine(model, asked: str, n_sink: int, window_size: int) -> str:
-    """The engine that runs where `asked` is wanted: never "auto", which is what the decoder finds best here.
+def default_block_size(window_size: int, model) -> int:
+    """Tokens to process at a time in blocks: what suits the model's device."""
+    from streaming_llm.engines.blocks import default_block_size
 
-    Raises ValueError where it cannot run.
-    """
-    return streaming_llm.resolve_engine(model, asked)
+    return default_block_size(window_size, model)
+
+
+def block_engine(model, engine: str = "auto") -> str:
+    """What blocks of tokens run by, "fused" or "eager"; raises ValueError where `engine` cannot run them."""
+    from streaming_llm import resolve_block_engine
+
+    return resolve_block_engine(model, engine)
+
+
+@torch.no_grad()
+def _dense(model, forward: Forward, ids: Tensor) -> Tensor:
+    from streaming_llm.attachment import maskless_attention
+    from streaming_llm.losses import token_nll
+
+    with maskless_attention(model):
+        return token_nll(model, forward(ids)[:, :-1], ids[:, 1:])
+
+
+def dense_losses(model, engine: str) -> Forward:
+    """Ids [1, N] -> losses [1, N - 1] of a plain dense forward over them, by the kernels of `block_engine`."""
+    if engine == "fused":
+        from streaming_llm.fused import fused_blocks
+
+        return partial(_dense, model, fused_blocks(model))
+    return partial(_dense, model, lambda ids: model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+
+
+def score(model, ids: Tensor, n_sink: int, window_size: int, engine: str) -> Tensor:
+    """Losses [1, N - 1] in nats of ids [1, N], block-parallel; blocks have no graph, they run fused or eager."""
+    blocks = "fused" if engine.startswith("fused") else "eager"
+    return score_stream(model, ids, n_sink, window_size, engine=blocks)

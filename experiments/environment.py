@@ -66,7 +66,7 @@ def what_matters(device: torch.device) -> dict:
 
 def environment(device: torch.device, command: str, seed: int, kvpress_imported: bool) -> dict:
     """The record of where a result was measured: what is needed to reproduce it."""
-    commit, dirty = _commit()
+    head, dirty = commit()
     return what_matters(device) | {
         "kvpress": kvpress_version(),
         "kvpress_imported": "before the first cell; its attention functions in force in its own cells only"
@@ -74,22 +74,22 @@ def environment(device: torch.device, command: str, seed: int, kvpress_imported:
         else "no",
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "platform": platform.platform(),
-        "commit": commit,
+        "commit": head,
         "dirty": dirty,
         "command": command,
         "seed": seed,
     }
 
 
-def _commit() -> tuple[str | None, bool | None]:
+def commit() -> tuple[str | None, bool | None]:
     """The checkout's commit and whether tracked files differ from it.
 
     Outside a git checkout the commit is what the variable GIT_COMMIT says, and whether files differ is not known.
     """
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    if not commit:
+    head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    if not head:
         return os.environ.get("GIT_COMMIT"), None
-    return commit, bool(_output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"))
+    return head, bool(_output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"))
 
 
 def _output(*command: str) -> str:

@@ -4,11 +4,13 @@ One quick request tells whether the hub answers; where it does not (or HF_HUB_OF
 on this machine is used. Without it, a machine without network waits through many retries.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.config import SetupError
 
 _TIMEOUT_SEC = 10
+_SPLITS = ("test", "validation", "train")  # the first that a data set has is taken
 
 
 @dataclass(frozen=True)
@@ -45,36 +47,29 @@ def ask_hub(repo: str, kind: str) -> HubAnswer:
         return HubAnswer(None, f"{type(error).__name__}: {error}")
 
 
-def hub_dataset_column(repo: str, config: str | None, split: str, column: str) -> list[str]:
-    """One column of a data set's split, from the hub or from this machine's copy of it."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise SetupError(f"data set {repo}: needs the package `datasets`, which cannot be imported: {error}") from None
+def hub_rows(name: str, repo: str, config: str | None, split: str | None) -> tuple[Sequence[dict], str]:
+    """The records of a data set's split, from the hub or from this machine's copy of it, and the split's name.
+
+    `split` None: the first of test, validation and train that there is. `name`: what the errors call it.
+    """
+    import datasets
 
     answer = ask_hub(repo, "dataset")
-    download = datasets.DownloadConfig(local_files_only=answer.commit is None, max_retries=1)
+    offline = answer.commit is None
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = offline or before  # else the library retries for long
     try:
-        with _offline(datasets, answer.commit is None):
-            rows = datasets.load_dataset(repo, config, split=split, download_config=download)
+        download = datasets.DownloadConfig(local_files_only=offline, max_retries=1)
+        found = datasets.load_dataset(repo, config, split=split, download_config=download)
     except Exception as error:  # a missing copy, a broken download: the kinds differ between versions
         reason = answer.reason or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise SetupError(
-            f"data set {repo} ({split}) could not be loaded: the hub was asked and this machine's cache was looked "
-            f"at ({reason}); pass a local file instead: --datasets path/to/text.txt"
+            f"data set {name} could not be loaded: the hub was asked and this machine's cache was looked at "
+            f"({reason}); pass a local file instead: --datasets path/to/text.txt"
         ) from None
-    return list(rows[column])
-
-
-class _offline:  # noqa: N801 - reads as a statement
-    """Tell the `datasets` library, for the time of one call, that there is no hub (it retries for long otherwise)."""
-
-    def __init__(self, datasets, active: bool):
-        self.config, self.active = datasets.config, active
-
-    def __enter__(self):
-        self.before = self.config.HF_HUB_OFFLINE
-        self.config.HF_HUB_OFFLINE = self.active or self.before
-
-    def __exit__(self, *_):
-        self.config.HF_HUB_OFFLINE = self.before
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+    if split is None:
+        split = next((part for part in _SPLITS if part in found), next(iter(found)))
+        found = found[split]
+    return found, split

@@ -1,125 +1,26 @@
-"""The methods that the evaluation compares, one small class each, behind one interface.
+"""The methods that the evaluation compares, one small class each, behind the interface of `method_base`.
 
-A method object is a context manager: entering attaches it to the model, leaving restores the model, also after an
-error. `prefill` starts a stream with its first tokens, `step` feeds one more; both return the logits of the token
-after the last one fed. To add a method: write its class, and add it to `METHODS`.
+To add a method: write its class, and add it to `METHODS`.
 """
 
 import time
-from abc import ABC, abstractmethod
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from experiments.device import synchronise
-from experiments.engines import Forward, capture, forward_of
-from experiments.kvpress_support import (
-    PRESSES,
-    import_adapter,
-    kvpress_attention_functions,
-    kvpress_unavailable,
-)
-from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
+from experiments.engines import Forward, capture, forward_of, plain_forward, recomputing_engine, score
+from experiments.kvpress_support import PRESSES, import_adapter, kvpress_attention_functions, kvpress_unavailable
+from experiments.method_base import Method, MethodSettings
+from experiments.placements import Gapped, Rerotated
+from experiments.timing import synchronise
+from streaming_llm import StreamingDecoder
 from streaming_llm.attachment import maskless_attention
-from streaming_llm.families import text_config
+from streaming_llm.families import decoder_of, transformers_model
+from streaming_llm.losses import cross_entropy, token_nll
 
-
-@dataclass(frozen=True)
-class MethodSettings:
-    """What a method may need to know. Sizes in tokens; `engine`: how a decode step runs where there is a choice.
-
-    It is never "auto": see `experiments.engines.resolve_engine`.
-    """
-
-    n_sink: int
-    window_size: int
-    engine: str = "eager"
-    kvpress_press: str = "streaming_llm"
-    seed: int = 0
-
-    @property
-    def cache_size(self) -> int:
-        return self.n_sink + self.window_size
-
-
-class Method(ABC):
-    """One way of decoding a stream with a model. Batch is 1; token ids are int64 on the model's device."""
-
-    name: str
-    label: str
-    bounded = True  # a token sees at most cache_size tokens before it
-    parallel = False  # `score` gives its losses without the token loop
-    optional = False  # taken by default, it is skipped where it cannot run
-
-    def __init__(self, model, settings: MethodSettings):
-        self.model = model
-        self.settings = settings
-        self._stack = ExitStack()
-
-    @classmethod
-    def unavailable(cls) -> str | None:
-        """Why an optional dependency keeps the method from running here; None if it can run."""
-        return None
-
-    @property
-    def engine(self) -> str:
-        """How a decode step is run: "eager" is the plain model call."""
-        return "eager"
-
-    @property
-    def compile_sec(self) -> float:
-        """Seconds spent on capturing and compiling so far: in the first steps, and never again for the same sizes."""
-        return 0.0
-
-    def __enter__(self):
-        with ExitStack() as stack:  # what was attached before an error is undone
-            self._attach(stack)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exc_info):
-        return self._stack.__exit__(*exc_info)
-
-    def _attach(self, stack: ExitStack) -> None:
-        """Attach to the model; what has to be undone goes on the stack."""
-        stack.enter_context(maskless_attention(self.model))
-
-    @abstractmethod
-    def reset(self) -> None:
-        """Forget the stream."""
-
-    @abstractmethod
-    def prefill(self, ids: Tensor) -> Tensor:
-        """The first tokens of a stream, [1, P] with P <= cache_size -> logits of the last one [1, vocab]."""
-
-    @abstractmethod
-    def step(self, ids: Tensor) -> Tensor:
-        """One more token, [1] -> logits [1, vocab]. Does not wait for the device."""
-
-    @property
-    def kv_cache_nbytes(self) -> int:
-        """Bytes of keys and values held between steps."""
-        return 0
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes by which one more kept token lets the held keys and values grow; known once some are held."""
-        return 0
-
-    @property
-    def details(self) -> dict:
-        """What else the record of a run should say."""
-        return {}
-
-    def score(self, ids: Tensor) -> Tensor:
-        """Losses of all tokens but the first without the token loop: ids [1, N] -> nats [1, N - 1], float32.
-
-        The engine's own kernels compute them where it has some, else the plain model call.
-        """
-        raise NotImplementedError(f"{self.name} has no parallel scoring")
+__all__ = ["DEFAULT_METHODS", "METHODS", "REFERENCE_METHOD", "Method", "MethodSettings"]
 
 
 class Baseline(Method):
@@ -130,6 +31,8 @@ class Baseline(Method):
     """
 
     name, label = "baseline", "Baseline"
+    parallel = True
+    engine_for = staticmethod(recomputing_engine)
 
     def _attach(self, stack: ExitStack) -> None:
         super()._attach(stack)
@@ -161,10 +64,24 @@ class Baseline(Method):
             self._capture()
         return self._captured(self._context)
 
+    def score(self, ids: Tensor) -> Tensor:
+        """See `Method.score`: the windows of many tokens at a time, which tells nothing about speed."""
+        model, size = transformers_model(self.model), self.settings.cache_size
+        with maskless_attention(self.model):
+            first = ids[:, : size + 1]  # those whose window is all that came before
+            hidden = decoder_of(model)(first, use_cache=False).last_hidden_state
+            losses = [token_nll(model, hidden[:, :-1], first[:, 1:])[0].float()]
+            windows = ids[0, 1:].unfold(0, size, 1)[:-1] if ids.shape[1] > size + 1 else ids[:0]
+            at_a_time = max(1, (1 << (18 if ids.device.type == "cuda" else 12)) // size)
+            for number, part in enumerate(windows.split(at_a_time)):
+                targets = ids[0, size + 1 + number * at_a_time :][: len(part)]
+                losses.append(cross_entropy(plain_forward(self.model)(part), targets).float())
+        return torch.cat(losses)[None]
+
     def _capture(self) -> None:
         synchronise(self._context.device)
         start = time.perf_counter()
-        self._captured = capture(self._forward, self._context)
+        self._captured = capture(self._forward, self._context, self.engine)
         synchronise(self._context.device)
         self._compile_sec += time.perf_counter() - start
 
@@ -200,7 +117,7 @@ class Dense(Method):
         return [t for layer in self._cache.layers for t in (layer.keys, layer.values)]
 
     def score(self, ids: Tensor) -> Tensor:
-        return score_stream(self.model, ids, n_sink=0, window_size=ids.shape[1], engine="eager")
+        return score(self.model, ids, 0, ids.shape[1], "eager")
 
 
 class KVPress(Dense):
@@ -220,7 +137,7 @@ class KVPress(Dense):
         stack.enter_context(kvpress_attention_functions())
         stack.enter_context(maskless_attention(self.model))
         stack.enter_context(adapter.attach(self._press, self.model, press_name))
-        device = self.model.device
+        device = self.model.get_input_embeddings().weight.device
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
 
     def reset(self) -> None:
@@ -233,8 +150,7 @@ class KVPress(Dense):
         entry = PRESSES[self.settings.kvpress_press]
         return {"kvpress_press": self.settings.kvpress_press, "press_class": entry.class_name, "key_rerotation": True}
 
-    def score(self, ids: Tensor) -> Tensor:
-        raise NotImplementedError("kvpress has no parallel scoring")
+    score = Method.score
 
 
 class Streaming(Method):
@@ -243,20 +159,17 @@ class Streaming(Method):
     name, label = "streaming", "StreamingLLM"
     parallel = True
 
-    def __init__(self, model, settings: MethodSettings):
-        super().__init__(model, settings)
-        self.stream = self._stream_config(settings)
-
     @staticmethod
-    def _stream_config(settings: MethodSettings) -> StreamingConfig:
-        return StreamingConfig(settings.n_sink, settings.window_size)
+    def engine_for(engine: str) -> str:
+        return engine
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Sinks and window of the stream."""
+        return self.settings.n_sink, self.settings.window_size
 
     def _attach(self, stack: ExitStack) -> None:
-        self._decoder = stack.enter_context(StreamingDecoder(self.model, **self._decoder_options()))
-
-    def _decoder_options(self) -> dict:
-        sizes = {"n_sink": self.stream.n_sink, "window_size": self.stream.window_size}
-        return {**sizes, "engine": self.settings.engine}
+        self._decoder = stack.enter_context(StreamingDecoder(self.model, *self.sizes, self.settings.engine))
 
     @property
     def engine(self) -> str:
@@ -285,9 +198,7 @@ class Streaming(Method):
         return held.nbytes // max(1, held.layers[0].n_stored)
 
     def score(self, ids: Tensor) -> Tensor:
-        blocks = "fused" if self.settings.engine == "fused" else "eager"  # blocks have no graph
-        sizes = {"n_sink": self.stream.n_sink, "window_size": self.stream.window_size}
-        return score_stream(self.model, ids, **sizes, engine=blocks)
+        return score(self.model, ids, *self.sizes, self.settings.engine)
 
 
 class Window(Streaming):
@@ -295,17 +206,13 @@ class Window(Streaming):
 
     name, label = "window", "Window"
 
-    @staticmethod
-    def _stream_config(settings: MethodSettings) -> StreamingConfig:
-        return StreamingConfig(0, settings.cache_size)
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return 0, self.settings.cache_size
 
 
-def head_dim(config) -> int:
-    """Size of an attention head, which not every configuration states."""
-    config = text_config(config)
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Baseline, Streaming, KVPress, Window, Dense)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (Baseline, Streaming, KVPress, Window, Dense, Gapped, Rerotated)
+}
 DEFAULT_METHODS = ("baseline", "streaming", "kvpress")
 REFERENCE_METHOD = Baseline.name  # what speedups and perplexity increases are relative to

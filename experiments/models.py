@@ -1,80 +1,179 @@
 """The models that are evaluated: the bundled demo, a hub name, a local folder, random weights of a known size."""
 
+import functools
 import hashlib
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from experiments.config import DEMO_MODEL, SetupError, unknown_name
+from experiments.gguf_files import gguf_file, gguf_fingerprint, read_gguf
 from experiments.hub import ask_hub
-from streaming_llm.families import family_of, text_config
+from experiments.random_models import RANDOM_SIZES, random_config, random_model
+from experiments.tokens import NO_TOKENIZER, Beginning, beginning_of
+from streaming_llm import StreamingConfig
+from streaming_llm.families import family_of, layer_layouts, layer_windows, text_config
 
 DEMO_FOLDER = Path(__file__).resolve().parent / "assets" / "demo_model"
 RANDOM_PREFIX = "random:"
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.json")
+_FILES = "files:"  # how the fingerprint of a folder begins
 
 
 @dataclass(frozen=True)
-class PythiaSize:
-    """The sizes in which the Pythia models differ (Biderman et al., 2023)."""
+class ModelInfo:
+    """What is known of a model without its weights: its configuration and tokenizer (None for random weights).
 
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    vocab_size: int
+    `add_bos_token` is what tokenizer_config.json says, None where it does not.
+    """
+
+    config: object
+    tokenizer: object | None
+    add_bos_token: bool | None
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of context that the model was made for; 2,048 where its configuration does not say."""
+        return getattr(text_config(self.config), "max_position_embeddings", None) or 2048
+
+    @property
+    def vocab_size(self) -> int:
+        return text_config(self.config).vocab_size
+
+    @property
+    def head_dim(self) -> int:
+        """Size of an attention head, which not every configuration states."""
+        config = text_config(self.config)
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    @property
+    def largest_window(self) -> int | None:
+        """The largest `window_size` that a sliding window of the model's own allows; None for any."""
+        windows = [window for window in layer_windows(self.config) if window]
+        try:
+            layer_layouts(self.config, StreamingConfig(0, max(windows, default=0) + 1))
+        except ValueError:
+            return min(windows)
+        return None
+
+    def beginning(self, option: str) -> Beginning:
+        """What a stream of this model begins with; `option`: "auto", "always" or "never" a BOS token."""
+        if self.tokenizer is None:
+            return NO_TOKENIZER
+        model_bos_id = getattr(text_config(self.config), "bos_token_id", None)
+        return beginning_of(self.tokenizer, option, model_bos_id, self.add_bos_token)
 
 
-RANDOM_SIZES = {
-    "pythia-70m": PythiaSize(512, 6, 8, 2048, 50304),
-    "pythia-160m": PythiaSize(768, 12, 12, 3072, 50304),
-    "pythia-410m": PythiaSize(1024, 24, 16, 4096, 50304),
-    "pythia-1b": PythiaSize(2048, 16, 8, 8192, 50304),
-    "pythia-1.4b": PythiaSize(2048, 24, 16, 8192, 50304),
-    "pythia-2.8b": PythiaSize(2560, 32, 32, 10240, 50304),
-    "pythia-6.9b": PythiaSize(4096, 32, 32, 16384, 50432),
-    "pythia-12b": PythiaSize(5120, 36, 40, 20480, 50688),
-}
+@dataclass(frozen=True)
+class LoadedModel(ModelInfo):
+    """A model in evaluation mode on its device."""
+
+    model: torch.nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def weights_mb(self) -> dict[str, float]:
+        """Megabytes of weights by device."""
+        held: dict[str, float] = {}
+        for parameter in self.model.parameters():
+            place = str(parameter.device)
+            held[place] = held.get(place, 0.0) + parameter.numel() * parameter.element_size() / 1e6
+        return held
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from, before it is loaded.
+    """Where a model comes from. It is data, and loads the same model on whichever machine it is sent to.
 
     `slug` names its results folder ("" for the demo, which writes at the root); `fingerprint` identifies its
-    weights: a hash of files, a hub commit, or size and seed.
+    weights: a hash of files, a hub commit, or size and seed. `where`: a folder, a hub name, or a random size;
+    `options`: of Transformers' `from_pretrained`.
     """
 
     name: str
     slug: str
     weights: str  # "trained" | "random"
     fingerprint: str
-    load: Callable[[torch.dtype, torch.device], "LoadedModel"]
+    where: str
+    options: dict = field(default_factory=dict)
+    seed: int = 0
 
     @property
     def is_demo(self) -> bool:
         return self.name == DEMO_MODEL
 
+    def info(self) -> ModelInfo:
+        """The model without its weights; raises SetupError where it cannot be read, or cannot stream."""
+        from transformers import AutoConfig, AutoTokenizer
+        from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in evaluation mode on its device, and its tokenizer (None for random weights)."""
+        if self.weights == "random":
+            return ModelInfo(random_config(RANDOM_SIZES[self.where]), None, None)
+        where, options = self._place(), self.options
+        with self._readable():
+            if "gguf_file" in options:
+                config, tokenizer = read_gguf(where, options["gguf_file"], self.fingerprint)
+                return ModelInfo(config, tokenizer, None)
+            config = AutoConfig.from_pretrained(where, **options)
+            family_of(config)  # refuses a model that cannot stream, before its weights are read
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            # A tokenizer drops this setting where its tokenizer.json has rules of its own.
+            add_bos_token = get_tokenizer_config(where, **options).get("add_bos_token")
+        return ModelInfo(config, tokenizer, add_bos_token)
 
-    model: torch.nn.Module
-    tokenizer: object | None
+    def load(self, dtype: torch.dtype, device: torch.device, device_map: str | None = None) -> LoadedModel:
+        """The model on a device, or spread over all of them; raises SetupError where it cannot be loaded."""
+        from transformers import AutoModelForCausalLM
 
-    @property
-    def context_length(self) -> int:
-        """Tokens of context that the model was made for; 2,048 where its configuration does not say."""
-        return getattr(text_config(self.model.config), "max_position_embeddings", None) or 2048
+        info, where = self.info(), self._place()
+        if self.weights == "random":
+            model = random_model(RANDOM_SIZES[self.where], self.seed, dtype, device, device_map)
+            return LoadedModel(**vars(info), model=model)
+        with self._readable(), _no_loading_bar():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                where,
+                dtype=dtype,
+                device_map=device_map,
+                attn_implementation=_attention(info.config),
+                output_loading_info=True,
+                **self.options,
+            )
+        if report["missing_keys"]:  # Transformers fills them with random numbers
+            missing = ", ".join(sorted(report["missing_keys"])[:3])
+            raise SetupError(f"model {self.name!r} could not be loaded: weights are missing ({missing}, ...)")
+        model = model if device_map else model.to(device)
+        return LoadedModel(**vars(info), model=model.eval().requires_grad_(False))
 
-    @property
-    def vocab_size(self) -> int:
-        return text_config(self.model.config).vocab_size
+    def _place(self) -> str:
+        """The folder or hub name; raises SetupError where this machine has no such folder, or another."""
+        if self.is_demo:
+            return str(DEMO_FOLDER)
+        gguf = self.options.get("gguf_file")
+        if gguf or self.fingerprint.startswith(_FILES):
+            here = f"{self.where} on {socket.gethostname()}"
+            if not Path(self.where, gguf or "").exists():
+                what = f"file {gguf} in" if gguf else "folder"
+                raise SetupError(f"model {self.name!r}: there is no {what} {here}; copy it there, or name a hub model")
+            found = gguf_fingerprint(Path(self.where, gguf)) if gguf else _files_fingerprint(Path(self.where))
+            if found != self.fingerprint:
+                raise SetupError(f"model {self.name!r}: the files in {here} are not those of the model")
+        return self.where
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a file is missing, or is not what it should be: each reader has its own errors
+            raise SetupError(f"model {self.name!r} could not be loaded: {_first_line(error)}") from None
 
 
 def find_model(name: str, seed: int = 0) -> ModelSource:
@@ -83,10 +182,15 @@ def find_model(name: str, seed: int = 0) -> ModelSource:
         return _folder(name, DEMO_FOLDER, slug="")
     if name.startswith(RANDOM_PREFIX):
         return _random(name, seed)
+    if (file := gguf_file(Path(name))) is not None:
+        options = {"local_files_only": True, "gguf_file": file.name}
+        return ModelSource(name, _slug(file.stem), "trained", gguf_fingerprint(file), str(file.parent), options)
     if Path(name).is_dir():
         return _folder(name, Path(name), slug=_slug(Path(name).resolve().name))
     if Path(name).exists():
-        raise SetupError(f"model {name!r} is a file: pass the folder that holds config.json and the weights")
+        raise SetupError(
+            f"model {name!r} is a file: pass a .gguf file, or the folder that holds config.json and the weights"
+        )
     if name.startswith(("/", ".", "~")):
         raise SetupError(f"model {name!r}: there is no such folder")
     return _hub(name)
@@ -102,17 +206,24 @@ def _folder(name: str, folder: Path, slug: str) -> ModelSource:
     if not (folder / "config.json").is_file():
         where = "experiments/assets/demo_model" if name == DEMO_MODEL else name
         raise SetupError(f"model {name!r}: there is no config.json in the folder {where}")
-    digest = hashlib.sha256()
+    folder = folder.resolve()
+    return ModelSource(name, slug, "trained", _files_fingerprint(folder), str(folder), {"local_files_only": True})
+
+
+def _files_fingerprint(folder: Path) -> str:
+    """A hash of the files that a model is loaded from."""
     files = sorted({path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)})
-    for path in files:
+    return _hash_of_files(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@functools.lru_cache(maxsize=16)
+def _hash_of_files(files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for path, _, _ in files:
         digest.update(path.name.encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-
-    def load(dtype: torch.dtype, device: torch.device) -> LoadedModel:
-        return _from_pretrained(name, str(folder), dtype, device, local_files_only=True)
-
-    return ModelSource(name, slug, "trained", f"files:{digest.hexdigest()}", load)
+    return f"{_FILES}{digest.hexdigest()}"
 
 
 def _hub(name: str) -> ModelSource:
@@ -124,12 +235,8 @@ def _hub(name: str) -> ModelSource:
             f"not in this machine's hub cache, and the hub gave no answer ({answer.reason}); "
             "pass the path of a local folder instead: --model path/to/folder"
         )
-
-    def load(dtype: torch.dtype, device: torch.device) -> LoadedModel:
-        offline = answer.commit is None
-        return _from_pretrained(name, name, dtype, device, local_files_only=offline, revision=commit)
-
-    return ModelSource(name, _slug(name.replace("/", "--")), "trained", f"hub:{name}@{commit}", load)
+    options = {"local_files_only": answer.commit is None, "revision": commit}
+    return ModelSource(name, _slug(name.replace("/", "--")), "trained", f"hub:{name}@{commit}", name, options)
 
 
 def _cached_commit(name: str) -> str | None:
@@ -138,29 +245,6 @@ def _cached_commit(name: str) -> str | None:
 
     path = try_to_load_from_cache(name, "config.json")
     return Path(path).parent.name if isinstance(path, str) else None  # .../snapshots/<commit>/config.json
-
-
-def _from_pretrained(name, where, dtype, device, **options) -> LoadedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model_config = AutoConfig.from_pretrained(where, **options)
-        family_of(model_config)  # refuses a model that cannot stream, before its weights are read
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        with _no_loading_bar():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                where,
-                dtype=dtype,
-                attn_implementation=_attention(model_config),
-                output_loading_info=True,
-                **options,
-            )
-    except Exception as error:  # a file is missing, or is not what it should be: each reader has its own errors
-        raise SetupError(f"model {name!r} could not be loaded: {_first_line(error)}") from None
-    if report["missing_keys"]:  # Transformers fills them with random numbers
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise SetupError(f"model {name!r} could not be loaded: weights are missing ({missing}, ...)")
-    return LoadedModel(model.to(device).eval().requires_grad_(False), tokenizer)
 
 
 def _attention(model_config) -> str:
@@ -197,26 +281,5 @@ def _random(name: str, seed: int) -> ModelSource:
     size = name.removeprefix(RANDOM_PREFIX)
     if size not in RANDOM_SIZES:
         raise unknown_name(f"size in {RANDOM_PREFIX}<size>:", size, RANDOM_SIZES)
-
-    def load(dtype: torch.dtype, device: torch.device) -> LoadedModel:
-        return LoadedModel(random_model(RANDOM_SIZES[size], seed, dtype, device), None)
-
-    return ModelSource(name, _slug(name.replace(":", "-")), "random", f"random:{size}:seed={seed}", load)
-
-
-def random_model(size: PythiaSize, seed: int, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    """A GPT-NeoX of the given sizes with seeded random weights, made in place on the device, in the dtype."""
-    from transformers import AutoModelForCausalLM, GPTNeoXConfig
-
-    config = GPTNeoXConfig(
-        **asdict(size),
-        max_position_embeddings=2048,
-        rotary_pct=0.25,
-        use_parallel_residual=True,
-        tie_word_embeddings=False,
-        hidden_act="gelu",
-    )
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.eval().requires_grad_(False)
+    slug = _slug(name.replace(":", "-"))
+    return ModelSource(name, slug, "random", f"random:{size}:seed={seed}", size, seed=seed)

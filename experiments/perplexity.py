@@ -18,17 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.device import synchronise
-from experiments.memory import MemoryFigure, PeakMemory
 from experiments.methods import Method
 from experiments.progress import LossDisplay
+from experiments.timing import measured, seconds, synchronise
 from streaming_llm.attachment import maskless_attention
 from streaming_llm.families import text_config
 
 _LOGITS_NBYTES = 512 * 2**20  # float32 logits of the prompt that are held at a time
 _CAPTURING_STEPS = 4  # within which an engine that captures or compiles has done so
-_ATTEMPTS = 3
 NO_DECODE = "the text is not longer than the prompt: there is no decode step"
+NOT_TIMED = "with a decode sample of 0 nothing is timed"
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,11 @@ class PerplexityResult:
     """
 
     perplexity: float | None
-    runtime_sec: float
-    prefill_sec: float
+    runtime_sec: float | None
+    prefill_sec: float | None
     first_token_latency_sec: float | None
     ttft_sec: float | None
-    decode_sec: float
+    decode_sec: float | None
     decode_tokens: int
     decode_toks_per_sec: float | None
     tpot_ms: float | None
@@ -78,9 +77,10 @@ def compute_perplexity(
 
     `scoring` "decode": the losses come from the measured loop over the whole text. "parallel": they come from
     `method.score` over the whole text, and the loop, for the speed, stops after `decode_sample` steps; the
-    perplexity of a method without parallel scoring is then None. `warmup_steps` steps and their prefill run before
-    the clock starts (as many as capturing needs, where the engine captures: `compile_sec` in the details says how
-    long that took). The model is as it was afterwards.
+    perplexity of a method without parallel scoring is then None. A sample of 0 steps: nothing is timed, and others
+    may use the device meanwhile. `warmup_steps` steps and their prefill run before the clock starts (as many as
+    capturing needs, where the engine captures: `compile_sec` in the details says how long that took). The model is
+    as it was afterwards.
 
     Raises ValueError for a stream of fewer than two tokens, RuntimeError for losses that are not finite and for an
     engine that does not stop capturing.
@@ -89,19 +89,20 @@ def compute_perplexity(
         raise ValueError(f"input_ids must be [1, N] with N >= 2, got {list(input_ids.shape)}")
     if scoring not in ("decode", "parallel"):
         raise ValueError(f"scoring must be 'decode' or 'parallel', got {scoring!r}")
-    ids = input_ids.to(model.device)
+    ids = input_ids.to(model.get_input_embeddings().weight.device)
     n_tokens = ids.shape[1]
     prompt = min(method.settings.cache_size, n_tokens)
     steps = decode_steps(n_tokens, prompt, scoring, decode_sample)
-    progress = progress or LossDisplay.silent()
+    progress = progress or LossDisplay()
 
     prompt_nll = prompt_losses(model, ids[:, :prompt]) if scoring == "decode" else None
     scored, scoring_sec = _score_parallel(method, ids) if scoring == "parallel" and method.parallel else (None, None)
     with method:
         if method.engine != "eager":
             warmup_steps = max(warmup_steps, _CAPTURING_STEPS)
-        _decode(method, ids[:, : min(n_tokens, prompt + warmup_steps + 1)], prompt, LossDisplay.silent())
-        timing, nll, peak = _measure(method, ids[:, : prompt + steps + 1], prompt, progress)
+        _decode(method, ids[:, : min(n_tokens, prompt + warmup_steps + 1)], prompt, LossDisplay())
+        stream = ids[:, : prompt + steps + 1]
+        (timing, nll), peak = measured(method, lambda: _decode(method, stream, prompt, progress), devices_of(model))
         held = {
             "kv_cache_mb": method.kv_cache_nbytes / 1e6,
             "kv_bytes_per_token": method.kv_bytes_per_token,
@@ -111,7 +112,12 @@ def compute_perplexity(
     if scoring == "decode":
         nll[: prompt - 1] = prompt_nll
         scored = nll
-    reasons = dict(timing.reasons)
+    figures, reasons = timing.figures(), dict(timing.reasons)
+    if scoring == "parallel" and decode_sample == 0:
+        timed = [name for name in (*figures, "scoring_sec") if name != "decode_tokens"]
+        figures |= dict.fromkeys(timed[:-1])
+        reasons |= dict.fromkeys(timed, NOT_TIMED)
+        scoring_sec = None
     if scored is None:
         reasons["perplexity"] = f"{method.name} has no parallel scoring: use scoring 'decode'"
     if peak.peak_mb is None:
@@ -119,7 +125,7 @@ def compute_perplexity(
     losses = np.zeros(0, np.float32) if scored is None else scored.cpu().numpy()
     return PerplexityResult(
         perplexity=None if scored is None else _perplexity(losses),
-        **timing.figures(),
+        **figures,
         peak_memory_mb=peak.peak_mb,
         peak_memory_kind=peak.kind,
         prompt_tokens=prompt,
@@ -133,19 +139,10 @@ def compute_perplexity(
     )
 
 
-def _measure(
-    method: Method, ids: Tensor, prompt: int, progress: LossDisplay
-) -> tuple["_Timing", Tensor, MemoryFigure]:
-    """The measured run: times, losses, peak memory. A run in which something was captured does not count."""
-    for _ in range(_ATTEMPTS):
-        compiled = method.compile_sec
-        memory = PeakMemory(ids.device)
-        memory.start()
-        timing, nll = _decode(method, ids, prompt, progress)
-        peak = memory.stop()
-        if method.compile_sec == compiled:
-            return timing, nll, peak
-    raise RuntimeError(f"engine {method.engine!r} of {method.name} captures or compiles anew in every run")
+def devices_of(model) -> list[torch.device]:
+    """Where its weights are; the device of its inputs first."""
+    places = (model.get_input_embeddings().weight.device, *(parameter.device for parameter in model.parameters()))
+    return list(dict.fromkeys(places))
 
 
 def decode_steps(num_tokens: int, prompt: int, scoring: str, decode_sample: int | None) -> int:
@@ -208,10 +205,10 @@ def _decode(method: Method, ids: Tensor, prompt: int, progress: LossDisplay) -> 
     prefill = time.perf_counter() - start
     first = None
     if prompt < n_tokens:
-        nll[prompt - 1] = F.cross_entropy(logits[0].to(dtype), targets[prompt])
+        nll[prompt - 1] = F.cross_entropy(logits[0].to(nll), targets[prompt])
     for t in range(prompt, n_tokens - 1):
         logits = method.step(ids[:, t])
-        nll[t] = F.cross_entropy(logits[0].to(dtype), targets[t + 1])
+        nll[t] = F.cross_entropy(logits[0].to(nll), targets[t + 1])
         if first is None:
             synchronise(ids.device)
             first = time.perf_counter() - start
@@ -223,11 +220,9 @@ def _decode(method: Method, ids: Tensor, prompt: int, progress: LossDisplay) -> 
 
 
 def _score_parallel(method: Method, ids: Tensor) -> tuple[Tensor, float]:
-    synchronise(ids.device)
-    start = time.perf_counter()
-    nll = method.score(ids)[0]
-    synchronise(ids.device)
-    return nll, time.perf_counter() - start
+    found: list[Tensor] = []
+    took = seconds(lambda: found.append(method.score(ids)[0]), ids.device)
+    return found[0], took
 
 
 def prompt_losses(model, ids: Tensor) -> Tensor:
@@ -243,5 +238,5 @@ def prompt_losses(model, ids: Tensor) -> Tensor:
     with maskless_attention(model):
         for positions in torch.arange(n_losses, device=ids.device).split(part):
             logits = model(ids, use_cache=False, logits_to_keep=positions).logits[0]
-            losses[positions] = F.cross_entropy(logits.to(dtype), ids[0, positions + 1], reduction="none")
+            losses[positions] = F.cross_entropy(logits.to(losses), ids[0, positions + 1], reduction="none")
     return losses

@@ -1,12 +1,17 @@
-"""The running perplexity beside the measured loop, shown without waiting for the device."""
+"""What a person sees while cells run: a bar with the running perplexity, and how long the rest will take."""
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 _EVERY_STEPS = 32
+Kind = tuple[str, ...]
+"""Cells of one kind take about equally long for each token: see `plan.Cell.kind`."""
 
 
 class LossDisplay:
@@ -14,20 +19,15 @@ class LossDisplay:
 
     `show(steps, perplexity)` is called every 32 steps with the number of steps done since the last call and the
     running perplexity (None until there is one). On CUDA the mean loss is copied to pinned memory behind the work
-    in flight, and read when an event says that it has arrived; nothing waits for it.
+    in flight, and read when an event says that it has arrived; nothing waits for it. Without `show` it does nothing.
     """
 
-    def __init__(self, show: Callable[[int, float | None], None] | None):
+    def __init__(self, show: Callable[[int, float | None], None] | None = None):
         self._show = show
         self._steps = 0
         self._pinned: Tensor | None = None
-        self._arrived = None
+        self._arrived: torch.cuda.Event | None = None
         self._perplexity: float | None = None
-
-    @classmethod
-    def silent(cls) -> "LossDisplay":
-        """A display that shows nothing."""
-        return cls(None)
 
     def step(self, nll: Tensor) -> None:
         """Count one step; `nll` is a view of the losses so far [n], on the device."""
@@ -49,10 +49,61 @@ class LossDisplay:
             self._perplexity = _exp(self._pinned.item())
         if self._pinned is None:
             self._pinned = torch.empty((), dtype=nll.dtype, pin_memory=True)
-            self._arrived = torch.cuda.Event()
         self._pinned.copy_(nll.mean(), non_blocking=True)
-        self._arrived.record()
+        self._arrived = torch.cuda.current_stream(nll.device).record_event()
 
 
 def _exp(mean: float) -> float:
     return math.exp(min(mean, 700.0))
+
+
+@contextmanager
+def cell_bar(title: str, steps: int, wanted: bool, show_perplexity: bool) -> Iterator[LossDisplay]:
+    """A bar on standard error for one cell; the display that it gives shows nothing where nobody watches."""
+    visible = wanted and sys.stderr.isatty()
+    with tqdm(desc=title, total=steps, unit=" tokens", leave=False, disable=not visible) as bar:
+
+        def show(done: int, perplexity: float | None) -> None:
+            if show_perplexity and perplexity is not None:
+                bar.set_postfix_str(f"perplexity {perplexity:.2f}", refresh=False)
+            bar.update(done)
+
+        yield LossDisplay(show if visible else None)
+
+
+class TimeEstimator:
+    """How long cells take, from those that have run: the mean of their kind for each token."""
+
+    def __init__(self, earlier: Mapping[Kind, list[float]]):
+        self._earlier = dict(earlier)
+        self._now: dict[Kind, list[float]] = {}
+
+    def add(self, cell, wall_sec: float) -> None:
+        """Count a cell that ran; what is known from this run goes before what earlier runs took."""
+        self._now.setdefault(cell.kind, []).append(wall_sec / cell.tokens)
+
+    def knows(self, cell) -> bool:
+        return cell.kind in self._now or cell.kind in self._earlier
+
+    def text(self, cells: Iterable) -> str:
+        """The estimate in words: "about 3 min 20 s", "at least 15 s", "unknown", "none" for no cells."""
+        cells, total, complete = list(cells), 0.0, True
+        for cell in cells:
+            times = self._now.get(cell.kind) or self._earlier.get(cell.kind)
+            complete = complete and times is not None
+            total += cell.tokens * sum(times) / len(times) if times else 0.0
+        if not cells:
+            return "none"
+        if not complete and not total:
+            return "unknown"
+        return f"{'about' if complete else 'at least'} {duration(total)}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "15 s", "3 min 20 s", "2 h 5 min"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

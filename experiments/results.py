@@ -3,16 +3,17 @@
 A figure that could not be measured is None, with the reason beside it under `<figure>_reason`.
 """
 
-import datetime
-import hashlib
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.engines import recomputing_engine
 from experiments.methods import METHODS, REFERENCE_METHOD
-from experiments.storage import read_json, set_aside, write_json
+from experiments.plan import Group
+from experiments.storage import now, read_json, set_aside, write_json
 
 SCHEMA_VERSION = 1
 FIGURES = (
@@ -35,50 +36,14 @@ _ABOUT_THE_RUN = ("timestamp", "environment")  # differ between two writings of 
 _RANDOM_WEIGHTS = "the weights are random"
 
 
-def hash_of(value: dict) -> str:
-    """SHA-256 of a JSON object, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def now() -> str:
-    """The time, in UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
 @dataclass(frozen=True)
-class Header:
-    """What every result file says about the conditions of its figures. `weights`: "trained" or "random"."""
+class Runs:
+    """The finished runs of a group, or why there are none: `status` is "ok", "skipped" or "failed"."""
 
-    experiment: str
-    model: str
-    dataset: str
-    dataset_key: str
-    backend: str
-    dtype: str
-    device: str
-    num_tokens: int
-    max_eval_tokens: int
-    tokens: str
-    scoring: str
-    weights: str
-    data_sha256: str
-    config_hash: str
-
-
-@dataclass(frozen=True)
-class MethodRuns:
-    """The finished runs of a method, or why there are none: `status` is "ok", "skipped" or "failed"."""
-
-    method: str
-    n_sink: int
-    window_size: int
-    runs: tuple[dict, ...]  # figures and facts of each run, as `run_record` makes them
+    group: Group
+    runs: Sequence[dict]  # figures and facts of each run, as `run_record` makes them
     status: str = "ok"
     reason: str = ""
-
-    @property
-    def cache_size(self) -> int:
-        return self.n_sink + self.window_size
 
 
 def run_record(result, attn_backend: str) -> dict:
@@ -96,15 +61,15 @@ def run_record(result, attn_backend: str) -> dict:
     return record | {name: getattr(result, name) for name in _PARALLEL_FIGURES if getattr(result, name) is not None}
 
 
-def method_block(runs: MethodRuns, header: Header, reference: MethodRuns | None) -> dict:
+def method_block(runs: Runs, header: dict, reference: Runs | None) -> dict:
     """A method's block: medians over its runs, its comparison with the reference method, the raw runs."""
-    block: dict = {"status": runs.status, "label": METHODS[runs.method].label}
+    block: dict = {"status": runs.status, "label": METHODS[runs.group.method].label}
     if runs.reason:
         block["reason"] = runs.reason
     if runs.status != "ok":
         block |= dict.fromkeys((*FIGURES, *COMPARISONS))
         return block | {"runs": list(runs.runs)}
-    records = [_without_perplexity(run) if header.weights == "random" else run for run in runs.runs]
+    records = [_without_perplexity(run) if header["weights"] == "random" else run for run in runs.runs]
     names = FIGURES + tuple(name for name in _PARALLEL_FIGURES if name in records[0])
     block |= {name: median([record[name] for record in records]) for name in names}
     facts = {key: value for key, value in records[0].items() if key not in names}
@@ -137,73 +102,86 @@ def evicts(num_tokens: int, cache_size: int, method: str = "streaming") -> bool:
     return METHODS[method].bounded and num_tokens - 2 > cache_size
 
 
-def _comparisons(runs: MethodRuns, block: dict, header: Header, reference: MethodRuns | None) -> dict:
-    evicted = evicts(header.num_tokens, runs.cache_size, runs.method)
+def _comparisons(runs: Runs, block: dict, header: dict, reference: Runs | None) -> dict:
+    num_tokens, cache_size = header["num_tokens"], sum(runs.group.sizes)
+    evicted = evicts(num_tokens, cache_size, runs.group.method)
     compared = {
         "speedup": None,
-        "compression_ratio": 1 - runs.cache_size / header.num_tokens if evicted else 0.0,
+        "compression_ratio": 1 - cache_size / num_tokens if evicted else 0.0,
         "ppl_increase_percent": None,
     }
     if reference is None or reference.status != "ok":
         why = f"there is no {REFERENCE_METHOD} to compare with"
         return compared | {"speedup_reason": why, "ppl_increase_percent_reason": why}
-    reference_runtime = median([run["runtime_sec"] for run in reference.runs])
-    if reference.runs[0]["engine"] == block["engine"]:
-        compared["speedup"] = reference_runtime / block["runtime_sec"]
-    else:
-        engines = block["engine"], reference.runs[0]["engine"]
+    theirs = {name: median([run[name] for run in reference.runs]) for name in ("runtime_sec", "perplexity")}
+    engines = block["engine"], reference.runs[0]["engine"]
+    if recomputing_engine(engines[0]) != engines[1]:
         compared["speedup_reason"] = f"engine {engines[0]!r}, the {REFERENCE_METHOD} {engines[1]!r}"
-    reference_perplexity = median([run["perplexity"] for run in reference.runs])
-    if block["perplexity"] is None or reference_perplexity is None:
+    elif theirs["runtime_sec"] is None or block["runtime_sec"] is None:
+        compared["speedup_reason"] = block.get("runtime_sec_reason") or "the times are not known"
+    else:
+        compared["speedup"] = theirs["runtime_sec"] / block["runtime_sec"]
+    if block["perplexity"] is None or theirs["perplexity"] is None:
         own, other = block.get("perplexity_reason"), reference.runs[0].get("perplexity_reason")
         why = own or f"the {REFERENCE_METHOD} has no perplexity ({other})"
         compared["ppl_increase_percent_reason"] = why
     else:
-        compared["ppl_increase_percent"] = 100 * (block["perplexity"] / reference_perplexity - 1)
+        compared["ppl_increase_percent"] = 100 * (block["perplexity"] / theirs["perplexity"] - 1)
     return compared
 
 
-def main_result(header: Header, methods: Sequence[MethodRuns], sizes: tuple[int, int], environment: dict) -> dict:
-    """The contents of `<dataset>_main_backend-<backend>.json`; `sizes`: (n_sink, window_size)."""
-    reference = next((m for m in methods if m.method == REFERENCE_METHOD), None)
-    blocks = {runs.method: method_block(runs, header, reference) for runs in methods}
-    failed = {name: block["reason"] for name, block in blocks.items() if block["status"] == "failed"}
+def main_result(header: dict, methods: Sequence[Runs], sizes: tuple[int, int], environment: dict) -> dict:
+    """The contents of `<dataset>_main_backend-<backend>.json`; `sizes`: (n_sink, window_size).
+
+    A method is compared with the reference method by the same engine. `methods` may hold the latter several times:
+    the first is the file's `baseline`, and all of them stand by engine under `baselines`.
+    """
+    references = {runs.group.engine: runs for runs in methods if runs.group.method == REFERENCE_METHOD}
+    blocks: dict[str, dict] = {}
+    baselines: dict[str, dict] = {}
+    failed: dict[str, str] = {}
+    for runs in methods:
+        method, engine = runs.group.method, runs.group.engine
+        block = method_block(runs, header, references.get(recomputing_engine(engine)))
+        if method == REFERENCE_METHOD:
+            baselines[engine] = block
+        if block["status"] == "failed":
+            failed[f"{method} ({engine})" if method in blocks else method] = block["reason"]
+        blocks.setdefault(method, block)
     streaming = blocks.get("streaming", {})
-    value = {"schema_version": SCHEMA_VERSION, **asdict(header)}
-    value["streaming_llm"] = {"n_sink": sizes[0], "window_size": sizes[1], "max_cache_size": sum(sizes)}
-    value |= blocks
+    value = {"schema_version": SCHEMA_VERSION, **header, "streaming_llm": _sizes(sizes), **blocks}
+    if len(baselines) > 1:
+        value["baselines"] = baselines
     value["metrics"] = {name: streaming.get(name) for name in COMPARISONS}
     value["methods"] = list(blocks)
     return value | _ending(failed, environment)
 
 
+def _sizes(sizes: tuple[int, int]) -> dict:
+    return {"n_sink": sizes[0], "window_size": sizes[1], "max_cache_size": sum(sizes)}
+
+
 def fixed_eval_result(main: dict, method: str) -> dict:
     """The contents of `<dataset>_<method>_backend-<backend>.json`, from the main file's contents."""
-    block = main[method]
-    shared = [*Header.__dataclass_fields__, "streaming_llm"]
-    value = {"schema_version": SCHEMA_VERSION, "method": method} | {name: main[name] for name in shared}
-    value["total_time"] = block["runtime_sec"]
-    value["prefill_time"] = block["prefill_sec"]
+    block, shared = main[method], itertools.takewhile(lambda item: item[0] not in main["methods"], main.items())
+    value = {"schema_version": SCHEMA_VERSION, "method": method} | dict(shared)
+    value |= {"total_time": block["runtime_sec"], "prefill_time": block["prefill_sec"]}
     return value | block | {"environment": main["environment"], "timestamp": main["timestamp"]}
 
 
-def ablation_result(
-    header: Header, kind: str, cells: Sequence[MethodRuns], held_constant: str, environment: dict
-) -> dict:
+def ablation_result(header: dict, kind: str, cells: Sequence[Runs], held_constant: str, environment: dict) -> dict:
     """The contents of `ablation_<kind>_backend-<backend>.json`: one entry for each pair of sizes."""
     entries, failed = [], {}
+    no_baseline = {f"{name}{reason}" for name in ("speedup", "ppl_increase_percent") for reason in ("", "_reason")}
     for runs in cells:
         block = method_block(runs, header, None)
-        for name in ("speedup", "ppl_increase_percent"):  # an ablation has no baseline
-            block.pop(name, None)
-            block.pop(f"{name}_reason", None)
-        sizes = {"n_sink": runs.n_sink, "window_size": runs.window_size, "max_cache_size": runs.cache_size}
-        entries.append(sizes | {"evicts": evicts(header.num_tokens, runs.cache_size)} | block)
+        sizes = _sizes(runs.group.sizes)
+        entry = sizes | {"evicts": evicts(header["num_tokens"], sizes["max_cache_size"])}
+        entries.append(entry | {name: figure for name, figure in block.items() if name not in no_baseline})
         if runs.status == "failed":
-            failed[f"n_sink {runs.n_sink}, window_size {runs.window_size}"] = runs.reason
+            failed[f"n_sink {sizes['n_sink']}, window_size {sizes['window_size']}"] = runs.reason
     value = {"schema_version": SCHEMA_VERSION, "ablation_type": kind, "held_constant": held_constant}
-    value |= asdict(header) | {"method": "streaming", "results": entries}
-    return value | _ending(failed, environment)
+    return value | header | {"method": "streaming", "results": entries} | _ending(failed, environment)
 
 
 def _ending(failed: dict[str, str], environment: dict) -> dict:

@@ -3,20 +3,14 @@
 python experiments/run_final_experiments.py --attn-backend-list math flash
 """
 
-import argparse
 import functools
 import sys
+from pathlib import Path
 
-from experiments.cli import (
-    OneLineParser,
-    add_evaluation_options,
-    add_kernel_options,
-    add_output_options,
-    add_size_options,
-    add_subject_options,
-    config_from,
-    guarded,
-)
+if __name__ == "__main__":  # perhaps in a checkout that is not installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from experiments.cli import MODEL, STREAM, TEXTS, OneLineParser, add_options, config_from, guarded
 from experiments.config import ExperimentConfig
 from experiments.runner import ExperimentRunner, RunSummary
 
@@ -33,25 +27,26 @@ _EXAMPLES = """examples:
         --methods baseline streaming kvpress window dense --only main --save-token-nll
   speed alone, with random weights of a known size:
     python experiments/run_final_experiments.py --model random:pythia-2.8b --attn-backend-list math flash --only main
+  on all GPUs of this machine, or of a Ray cluster (pip install 'streaming-llm[cluster]'):
+    python experiments/run_final_experiments.py --launcher ray --model random:pythia-2.8b --repeats 3
 
 exit codes: 0 all is well; 1 a cell failed (its reason is in the result file); 2 something is wrong that was found
 before computing; 130 interrupted. Interrupted or killed, the same command goes on where it stopped."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     """The command line of the full evaluation."""
-    parser = OneLineParser(
-        prog="run_final_experiments.py",
-        description=__doc__.splitlines()[0],
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_subject_options(parser, several=True)
-    add_size_options(parser)
-    add_kernel_options(parser, several=True)
-    add_evaluation_options(parser)
-    add_output_options(parser)
+    parser = OneLineParser("run_final_experiments.py", __doc__.splitlines()[0], _EXAMPLES)
+    add_options(parser, "what is measured", ("model", *TEXTS, "methods"))
+    add_options(parser, "sizes, in tokens", (*STREAM, "max_eval_tokens"))
+    how = ("attn_backend_list", "engine", *MODEL[1:], "device_map")
+    add_options(parser, "how it is computed", how)
+    ablations = ("ablation_window_sizes", "ablation_n_sinks", "ablation_tokens")
+    which = ("only", "repeats", "scoring", "decode_sample", "kvpress_press", *ablations)
+    add_options(parser, "which experiments", which)
+    add_options(parser, "output", ("output_dir", "save_token_nll", "force", "dry_run", "progress"))
+    ray = ("launcher", "ray_address", "gpus_per_cell", "cpus_per_cell", "gpu_type", "retries")
+    add_options(parser, "where cells run", ray)
     return parser
 
 

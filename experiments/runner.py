@@ -1,32 +1,32 @@
-"""ExperimentRunner: from a configuration to result files, with everything checked first and nothing lost."""
+"""ExperimentRunner: from a configuration to result files, with everything checked first and nothing lost.
 
-import gc
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+It plans, hands the cells that are missing to an executor, keeps each as it comes back, and writes each file when its
+cells are there. It alone writes.
+"""
 
-import torch
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 
-from experiments.cells import CellStore
 from experiments.config import ExperimentConfig, SetupError
-from experiments.estimates import probe_seconds
-from experiments.model_run import ModelOutcome, ModelRun
+from experiments.executors import Executor, InProcess
+from experiments.model_results import CELLS, ModelResults
 from experiments.models import ModelSource, find_model
-from experiments.results import read_result
-from experiments.session import Machine, ModelSession, check_methods_installed, resolve_machine
-from experiments.storage import check_writable, folder_lock, remove_leftovers
-from experiments.summary import ablation_table, main_table
-from experiments.texts import Text, default_datasets, load_texts
+from experiments.plan import Cell, ModelPlan, Task
+from experiments.progress import TimeEstimator
+from experiments.storage import check_writable, folder_lock
+from experiments.summary import ablation_table, cell_line, main_table
+from experiments.texts import default_datasets, load_texts
 
-_CELLS = ".cells"
 _NBYTES_NEEDED = 2**20  # what a run writes at least: records, losses and result files
+_PROBE_STEPS = 4
 
 
 @dataclass
 class RunSummary:
-    """What a run did. `exit_code`: 0 all is well, 1 a cell failed."""
+    """What a run did, by model. `exit_code`: 0 all is well, 1 a cell failed."""
 
-    outcomes: dict[str, ModelOutcome] = field(default_factory=dict)
+    outcomes: dict[str, ModelResults] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -35,7 +35,7 @@ class RunSummary:
 
 
 class ExperimentRunner:
-    """Runs an `ExperimentConfig` and writes its result files.
+    """Runs an `ExperimentConfig` and writes its result files; with `output_dir` None it keeps and writes none.
 
     `say` gets what a person should read, a line or a table at a time. `run` raises SetupError for what is wrong
     before computing, SaveError where a result cannot be saved, and KeyboardInterrupt after having said what is done
@@ -45,134 +45,213 @@ class ExperimentRunner:
     def __init__(self, config: ExperimentConfig, say: Callable[[str], None] = print):
         self.config = config
         self.say = say
+        self.summary = RunSummary()
 
     def run(self) -> RunSummary:
         """Check everything, then run every cell that is not finished yet."""
-        config = self.config
-        machine = resolve_machine(config)
-        kvpress_imported = check_methods_installed(config)
-        sources = _find_models(config)
-        texts = {source.name: _load_texts(config, source) for source in sources}
-        self._say_machine(machine)
-        if config.dry_run:
-            for source in sources:
-                self._dry_run(ModelSession(config, source, texts[source.name], machine), kvpress_imported)
-            return RunSummary()
-        with folder_lock(config.output_dir / _CELLS / "lock"):
-            check_writable(config.output_dir / _CELLS, _NBYTES_NEEDED)
-            return self._run_models(sources, texts, machine, kvpress_imported)
-
-    def _run_models(self, sources, texts, machine: Machine, kvpress_imported: bool) -> RunSummary:
-        summary = RunSummary()
-        for number, source in enumerate(sources):
-            try:
-                session = ModelSession(self.config, source, texts[source.name], machine)
-            except SetupError as error:
-                if number == 0:  # nothing has been computed yet
-                    raise
-                summary.failures.append(str(error))
-                self.say(f"FAILED: {error}")
-                continue
-            root = self._prepare_root(source)
-            run = ModelRun(session, root, self._store(source), kvpress_imported, self.say)
-            self._say_plan(session, run)
-            try:
-                outcome = run.run()
-            except KeyboardInterrupt:
-                self._say_interrupted(run, sources[number + 1 :])
-                raise
-            summary.outcomes[source.name] = outcome
-            summary.failures += [f"{source.name}: {cell}: {reason}" for cell, reason in outcome.failed.items()]
-            self._say_results(source, outcome)
-            del session, run
-            _free_memory()
+        config, summary = self.config, self.summary
+        with ExitStack() as stack:
+            sources = _find_models(config)
+            texts = {source.name: _load_texts(config, source) for source in sources}
+            executor = stack.enter_context(make_executor(config))
+            self.say(executor.description)
+            if config.output_dir is not None and not config.dry_run:
+                stack.enter_context(folder_lock(config.output_dir / CELLS / "lock"))
+                check_writable(config.output_dir / CELLS, _NBYTES_NEEDED)
+            at_once = executor.models_at_once or len(sources)
+            for start in range(0, len(sources), at_once):
+                models = self._plan(executor, sources[start : start + at_once], texts, first=start == 0)
+                if config.dry_run:
+                    self._dry_run(executor, models)
+                else:
+                    self._run(executor, models, later=sources[start + at_once :])
         for failure in summary.failures:
             self.say(f"FAILED: {failure}")
         return summary
 
-    # --- folders ----------------------------------------------------------------------------------------------
+    def _plan(self, executor: Executor, sources: Sequence[ModelSource], texts, first: bool) -> list[ModelResults]:
+        """The models' plans. One that cannot be had is fatal where nothing has been computed yet, else a failure."""
+        models = []
+        for source, facts in zip(sources, executor.open(sources), strict=True):
+            try:
+                if isinstance(facts, SetupError):
+                    raise facts
+                plan = ModelPlan(self.config, source, source.info(), texts[source.name], facts)
+            except SetupError as error:
+                if first:
+                    raise
+                self.summary.failures.append(str(error))
+                continue
+            models.append(ModelResults(plan, self.config.output_dir, self.say))
+            self._say_plan(plan)
+        return models
 
-    def _root(self, source: ModelSource) -> Path:
-        return self.config.output_dir / source.slug if source.slug else self.config.output_dir
-
-    def _store(self, source: ModelSource) -> CellStore:
-        return CellStore(self.config.output_dir / _CELLS / (source.slug or source.name))
-
-    def _prepare_root(self, source: ModelSource) -> Path:
-        """Remove what a killed run left, and name what is in the folders and is no result of this program."""
-        root = self._root(source)
-        remove_leftovers(self._store(source).folder)
-        for folder in (root / "final", root / "fixed_eval"):
-            check_writable(folder, 1)
-            remove_leftovers(folder)
-            for path in sorted(folder.glob("*.json")):
-                try:
-                    read_result(path)
-                except (ValueError, OSError) as error:
-                    self.say(f"not used: {path} is {error}")
-        return root
+    def _run(self, executor: Executor, models: Sequence[ModelResults], later: Sequence[ModelSource]) -> None:
+        """Run what is missing, in order; keep each cell, and write each file as soon as its cells are finished."""
+        by_name = {model.plan.source.name: model for model in models}
+        self.summary.outcomes |= by_name
+        for model in models:
+            model.prepare_folders()
+            model.find_finished(move_broken=True)
+            for cell in model.done if model.root is not None else ():
+                self.say(f"reused: {cell} ({model.store.path(cell, model.hashes[cell])})")
+            model.write_complete()
+        queue = _Cells(models)
+        try:
+            for outcome in executor.measure(queue):
+                cell, model = outcome.cell, by_name[outcome.cell.model]
+                model.keep(outcome)
+                if outcome.run is None:
+                    self.say(f"{queue.where(cell)}: FAILED: {outcome.reason}")
+                else:
+                    queue.estimator.add(cell, outcome.wall_sec)
+                    shown = cell_line(outcome.run, show_perplexity=model.plan.source.weights == "trained")
+                    self.say(f"{queue.where(cell)}: {shown}; left: {queue.time_left()}")
+                model.write_complete()
+        except KeyboardInterrupt:
+            self._say_interrupted(models, later)
+            raise
+        for model in models:
+            model.write_complete()  # those whose last cells failed with an earlier repeat
+            self._say_results(model)
+            name = model.plan.source.name
+            self.summary.failures += [f"{name}: {cell}: {reason}" for cell, reason in model.failed.items()]
 
     # --- what a person reads ----------------------------------------------------------------------------------
 
-    def _say_machine(self, machine: Machine) -> None:
-        backends = ", ".join(machine.backends)
-        self.say(f"device {machine.device}, {machine.dtype_name}, attention backends: {backends}")
-
-    def _say_plan(self, session: ModelSession, run: ModelRun) -> None:
-        settings = session.settings
+    def _say_plan(self, plan: ModelPlan) -> None:
+        settings, facts = plan.settings, plan.facts
         self.say(
-            f"model {session.source.name}: {settings.n_sink} sinks + {settings.window_size} window, "
-            f"{settings.max_eval_tokens} tokens, {len(run.cells)} cells"
+            f"model {plan.source.name}: {settings.n_sink} sinks + {settings.window_size} window, "
+            f"{settings.max_eval_tokens} tokens, {len(plan.cells)} cells"
         )
-        if self.config.decode_engine != "eager":
-            engines = ", ".join(f"{engine} ({backend})" for backend, engine in session.engines.items())
-            self.say(f"decode engine: {engines}; methods that cannot use it run eager and get no speedup")
-        if session.loaded.tokenizer is None:
+        if set(facts.engines.values()) != {"eager"}:
+            engines = ", ".join(f"{engine} ({backend})" for backend, engine in facts.engines.items())
+            self.say(
+                f"engine: {engines}; methods that cannot use it run eager; each is compared with its own baseline"
+            )
+        if plan.info.tokenizer is None:
             self.say(
                 "its weights are random: it is measured for speed, on seeded random tokens; its perplexities mean "
                 "nothing and are left out"
             )
-        for name, reason in session.skipped.items():
+        for warning in filter(None, (plan.beginning.warning, *(text.warning for text in plan.texts))):
+            self.say(f"warning: {warning}")
+        for name, reason in facts.skipped.items():
             self.say(f"skipped: {name}: {reason}")
 
-    def _dry_run(self, session: ModelSession, kvpress_imported: bool) -> None:
-        run = ModelRun(session, self._root(session.source), self._store(session.source), kvpress_imported, self.say)
-        self._say_plan(session, run)
-        run.find_finished(move_broken=False)
-        for number, cell in enumerate(run.cells, start=1):
-            state = "already there" if cell in run.done else "to do"
-            self.say(f"[{number}/{len(run.cells)}] {cell}: {state}")
-        for file in run.files:
-            self.say(f"file: {self._root(session.source) / 'final' / (file.stem + '.json')}")
-        probe_unknown_kinds(run)
-        self.say(f"{len(run.missing)} cells to do; time: {run.estimator.text(run.missing)}")
+    def _dry_run(self, executor: Executor, models: Sequence[ModelResults]) -> None:
+        for model in models:
+            plan, cells = model.plan, model.plan.cells
+            model.find_finished(move_broken=False)
+            for number, cell in enumerate(cells, start=1):
+                self.say(f"[{number}/{len(cells)}] {cell}: {'already there' if cell in model.done else 'to do'}")
+            for file in plan.files:
+                self.say(f"file: {model.root / 'final' / (file.stem + '.json')}")
+            probes = _Probes(model)
+            for outcome in executor.measure(probes):
+                if outcome.run is not None:
+                    probes.add(outcome.run, plan.task(outcome.cell))
+            self.say(f"{len(model.missing)} cells to do; time: {probes.time_left()}")
 
-    def _say_results(self, source: ModelSource, outcome: ModelOutcome) -> None:
-        if outcome.main:
-            self.say(f"\n{source.name}: {outcome.main[0]['device']}, {outcome.main[0]['dtype']}")
-            self.say(main_table(outcome.main))
-        for result in outcome.ablations:
+    def _say_results(self, model: ModelResults) -> None:
+        name = model.plan.source.name
+        if model.main:
+            self.say(f"\n{name}: {model.main[0]['device']}, {model.main[0]['dtype']}")
+            self.say(main_table(model.main))
+        for result in model.ablations:
             kind, backend = result["ablation_type"], result["backend"]
             self.say(
-                f"\n{source.name}: ablation of {kind}, {backend}, {result['dataset_key']}, "
+                f"\n{name}: ablation of {kind}, {backend}, {result['dataset_key']}, "
                 f"{result['num_tokens']} tokens, {result['held_constant']} held constant"
             )
             self.say(ablation_table(result))
 
-    def _say_interrupted(self, run: ModelRun, later: list[ModelSource]) -> None:
-        self.say(f"\ninterrupted: {run.outcome.finished} of {len(run.cells)} cells are finished and kept")
-        for cell in run.missing:
+    def _say_interrupted(self, models: Sequence[ModelResults], later: Sequence[ModelSource]) -> None:
+        done, planned = sum(len(m.done) for m in models), sum(len(m.plan.cells) for m in models)
+        self.say(f"\ninterrupted: {done} of {planned} cells are finished and kept")
+        for cell in (cell for model in models for cell in model.missing):
             self.say(f"left: {cell}")
         for source in later:
             self.say(f"left: everything of model {source.name}")
         self.say("the same command goes on from here")
 
 
-def probe_unknown_kinds(run: ModelRun) -> None:
-    """Run a small piece of each kind of cell of which no time is known, for the estimate of a dry run."""
-    for cell in run.missing:
-        if not run.estimator.knows(cell):
-            run.estimator.add(cell, probe_seconds(run.session, cell))
+class _Cells:
+    """The cells of models that are left, in order: an `executors.Queue`."""
+
+    def __init__(self, models: Sequence[ModelResults]):
+        self.models = {model.plan.source.name: model for model in models}
+        self.planned = [cell for model in models for cell in model.plan.cells]
+        self.waiting = [cell for model in models for cell in model.missing]
+        self.estimator = TimeEstimator(
+            {kind: t for model in models for kind, t in model.store.earlier_times().items()}
+        )
+
+    def __len__(self) -> int:
+        return len(self.waiting)
+
+    def next(self, model: str | None) -> Task | None:
+        while self.waiting:
+            cell = next((cell for cell in self.waiting if cell.model == model), self.waiting[0])
+            self.waiting.remove(cell)
+            results = self.models[cell.model]
+            if not results.fails_again(cell):
+                return results.plan.task(cell)
+        return None
+
+    def title(self, task: Task) -> str:
+        return f"{self.where(task.cell)}, left: {self.time_left()}"
+
+    def progress(self) -> str:
+        done, failed = (sum(len(getattr(m, what)) for m in self.models.values()) for what in ("done", "failed"))
+        return f"{done} done, {failed} failed, left: {self.time_left()}"
+
+    def where(self, cell: Cell) -> str:
+        return f"[{self.planned.index(cell) + 1}/{len(self.planned)}] {cell}"
+
+    def time_left(self) -> str:
+        return self.estimator.text([cell for model in self.models.values() for cell in model.missing])
+
+
+class _Probes(_Cells):
+    """A small piece of each kind of cell of which no time is known, for the estimate of a dry run."""
+
+    def __init__(self, model: ModelResults):
+        super().__init__([model])
+        self.waiting = list({cell.kind: cell for cell in model.missing if not self.estimator.knows(cell)}.values())
+
+    def next(self, model: str | None) -> Task | None:
+        task = super().next(model)
+        if task is None:
+            return None
+        cache_size = task.cell.n_sink + task.cell.window_size
+        length = 4 * cache_size if task.cell.scoring == "parallel" else cache_size + _PROBE_STEPS + 1
+        config = replace(task.config, warmup_steps=1, decode_sample=_PROBE_STEPS)
+        return replace(task, config=config, ids=task.ids[:, :length])
+
+    def add(self, run: dict, task: Task) -> None:
+        """Estimate the whole task from the run of its piece."""
+        steps = task.config.warmup_steps + task.steps
+        seconds = 2 * run["prefill_sec"] + steps * (run["tpot_ms"] or 0.0) / 1e3
+        if "scoring_sec" in run:
+            seconds += run["scoring_sec"] * task.ids.shape[1] / (run["scored_tokens"] + 1)
+        self.estimator.add(task.cell, seconds)
+
+
+def make_executor(config: ExperimentConfig) -> Executor:
+    """The executor that a configuration names; raises SetupError where it cannot be had."""
+    if config.launcher == "local":
+        return InProcess(config)
+    from experiments.ray_executor import RayExecutor
+
+    try:
+        return RayExecutor(config)
+    except ImportError as error:
+        raise SetupError(
+            f"--launcher ray needs the package ray, which cannot be imported ({error}): pip install "
+            "'streaming-llm[cluster]'"
+        ) from None
 
 
 def _find_models(config: ExperimentConfig) -> list[ModelSource]:
@@ -187,11 +266,5 @@ def _find_models(config: ExperimentConfig) -> list[ModelSource]:
     return sources
 
 
-def _load_texts(config: ExperimentConfig, source: ModelSource) -> list[Text]:
-    return load_texts(config.datasets or default_datasets(has_tokenizer=source.weights != "random"))
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _load_texts(config: ExperimentConfig, source: ModelSource) -> list:
+    return load_texts(config.datasets or default_datasets(source.weights != "random"), config.text_key)

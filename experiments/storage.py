@@ -5,7 +5,9 @@ disk, and renamed. A process that is killed leaves at most a temporary file, whi
 """
 
 import contextlib
+import datetime
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -23,6 +25,16 @@ from experiments.config import SetupError
 _NUMBER_LIST = re.compile(r"\[\n[\s\d.,eE+-]+\]")
 TEMPORARY_SUFFIX = ".partial"
 SUPERSEDED = "superseded"
+
+
+def hash_of(value: dict) -> str:
+    """SHA-256 of a JSON object, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 class SaveError(RuntimeError):
@@ -111,31 +123,31 @@ def _holder(path: Path) -> str:
 
 
 @contextmanager
-def folder_lock(path: Path) -> Iterator[None]:
-    """Hold the results folder for this process; raises SetupError where another process holds it.
+def folder_lock(path: Path, name: str = "") -> Iterator[None]:
+    """Hold the results folder for this process; raises SetupError, which calls it `name`, where another holds it.
 
     The system releases the lock when its holder ends, however it ends. Two runs at once would also falsify each
     other's timings.
     """
+    name = name or f"output folder {path.parent.parent}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     except OSError as error:
-        raise SetupError(f"output folder {path.parent.parent}: cannot be written ({error.strerror})") from None
+        raise SetupError(f"{name}: cannot be written ({error.strerror})") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise SetupError(
-                f"output folder {path.parent.parent}: {_holder(path)} is writing its results there; "
-                "wait for it, or choose another --output-dir"
+                f"{name}: {_holder(path)} is writing its results there; wait for it, or choose another"
             ) from None
         try:
             file.truncate(0)
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
             file.flush()
         except OSError as error:
-            raise SetupError(f"output folder {path.parent.parent}: cannot be written ({error.strerror})") from None
+            raise SetupError(f"{name}: cannot be written ({error.strerror})") from None
         yield
 
 

@@ -2,9 +2,6 @@
 
 from collections.abc import Sequence
 
-from experiments.cells import CellRecord
-from experiments.methods import METHODS
-
 _COLUMNS = (  # heading, key, format
     ("perplexity", "perplexity", "{:.3f}"),
     ("+%", "ppl_increase_percent", "{:+.2f}"),
@@ -16,12 +13,13 @@ _COLUMNS = (  # heading, key, format
     ("memory MB", "peak_memory_mb", "{:.0f}"),
 )
 _MISSING = "-"
+_NAMES = ("data set", "method", "sinks", "window", "")  # headings of columns that hold no figures
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows of text in aligned columns: the first ones to the left, numbers (those after the names) to the right."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(headings, *rows, strict=True)]
-    numeric = [heading in {column[0] for column in _COLUMNS} for heading in headings]
+    numeric = [heading not in _NAMES for heading in headings]
 
     def line(cells):
         parts = (
@@ -41,28 +39,34 @@ def main_table(results: Sequence[dict]) -> str:
     """The methods of main result files, one row each; what failed or was skipped says so in the last column."""
     rows = []
     for result in results:
-        for name in result["methods"]:
-            block = result[name]
-            note = _note(block)
-            label = f"{METHODS[name].label} ({result['backend']})"
-            rows.append([result["dataset_key"], label, *_figures(block), note])
-    return table(["data set", "method", *(heading for heading, _, _ in _COLUMNS), ""], rows)
+        others = [block for block in result.get("baselines", {}).values() if block != result["baseline"]]
+        for block in [*(result[name] for name in result["methods"]), *others]:
+            engine = block.get("engine", "eager")
+            how = result["backend"] if engine == "eager" else f"{result['backend']}, {engine}"
+            rows.append([result["dataset_key"], f"{block['label']} ({how})", *_figures(block), _note(block)])
+    return table(["data set", "method", *_headings(results), ""], rows)
+
+
+def _headings(results: Sequence[dict]) -> list[str]:
+    """Of the columns; a runtime that is that of a sample of the steps says so."""
+    headings = [heading for heading, _, _ in _COLUMNS]
+    blocks = [result[name] for result in results if result["scoring"] == "parallel" for name in result["methods"]]
+    if blocks:
+        steps = max((block["decode_tokens"] or 0 for block in blocks), default=0)
+        headings[headings.index("runtime s")] = f"s for prefill + {steps} tokens"
+    return headings
 
 
 def _note(block: dict) -> str:
-    """What the figures of a block do not say: why there are none, or an engine that is not the baseline's."""
-    if block["status"] != "ok":
-        return f"{block['status']}: {_short(block['reason'])}"
-    other_engine = block["speedup"] is None and "engine" in block.get("speedup_reason", "")
-    return block["speedup_reason"] if other_engine else ""
+    """Why a block has no figures."""
+    return "" if block["status"] == "ok" else f"{block['status']}: {_short(block['reason'])}"
 
 
 def ablation_table(result: dict) -> str:
     """The entries of an ablation file."""
     rows = []
     for entry in result["results"]:
-        note = "" if entry["status"] == "ok" else f"{entry['status']}: {_short(entry['reason'])}"
-        note = note or ("" if entry["evicts"] else "evicts nothing")
+        note = _note(entry) or ("" if entry["evicts"] else "evicts nothing")
         figures = _figures(entry)
         rows.append([str(entry["n_sink"]), str(entry["window_size"]), figures[0], figures[4], note])
     return table(["sinks", "window", "perplexity", "ms/token", ""], rows)
@@ -72,13 +76,13 @@ def _short(reason: str, length: int = 80) -> str:
     return reason if len(reason) <= length else reason[: length - 3] + "..."
 
 
-def cell_line(record: CellRecord, show_perplexity: bool = True) -> str:
-    """The outcome of one cell in a few words; the perplexity of random weights is not to be shown."""
-    run = record.run
+def cell_line(run: dict, show_perplexity: bool = True) -> str:
+    """The run of one cell in a few words; the perplexity of random weights is not to be shown."""
     parts = []
     if show_perplexity and run["perplexity"] is not None:
         parts.append(f"perplexity {run['perplexity']:.3f}")
-    parts.append(f"prefill {run['prefill_sec']:.3f} s")
+    if run["prefill_sec"] is not None:
+        parts.append(f"prefill {run['prefill_sec']:.3f} s")
     if run["tpot_ms"] is not None:
         parts.append(f"{run['tpot_ms']:.2f} ms/token")
     return ", ".join(parts)

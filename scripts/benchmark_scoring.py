@@ -5,32 +5,28 @@ Both go over the same tokens with the same model, engine, kernel, block length a
 dense forward sees each chunk by itself, so it is no alternative, but the speed that the model allows.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+if __name__ == "__main__":  # perhaps in a checkout that is not installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
-from model_setup import keep_result, wrap_loaded
 from torch import Tensor
 
-from experiments.cli import OneLineParser, add_dtype_and_device, guarded
-from experiments.config import ExperimentConfig, SetupError, at_least
-from experiments.device import synchronise
+from experiments.cli import MODEL, OneLineParser, add_options, guarded
+from experiments.config import SetupError, at_least
+from experiments.engines import block_engine, dense_losses
 from experiments.environment import device_name
-from experiments.models import find_model
-from experiments.session import resolve_machine
+from experiments.measuring import resolve_machine
+from experiments.model_setup import config_of, keep_result
+from experiments.models import LoadedModel, find_model
 from experiments.storage import check_writable
-from streaming_llm import resolve_block_engine, score_stream
-from streaming_llm.attachment import maskless_attention
-from streaming_llm.engines.blocks import BLOCK_ENGINES
-from streaming_llm.families import text_config
-from streaming_llm.fused import fused_blocks
-from streaming_llm.losses import token_nll
+from experiments.timing import seconds
+from streaming_llm import score_stream
 
 EPILOG = """examples:
   python scripts/benchmark_scoring.py --attn-backend-list math flash --tokens 20000 --block-size 4096
@@ -38,37 +34,16 @@ EPILOG = """examples:
       --output results/scoring.json"""
 
 
-def dense_forward(model, engine: str) -> Callable[[Tensor], Tensor]:
-    """Ids ``[1, length]`` -> final hidden states ``[1, length, hidden]``, as the engine computes them."""
-    if engine == "fused":
-        return fused_blocks(model)
-    return lambda ids: model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-
-
-@torch.no_grad()
-def score_dense_chunks(model, ids: Tensor, block_size: int, engine: str) -> None:
-    """The dense forward over chunks ``[1, block_size]``, with the loss that scoring uses."""
-    forward = dense_forward(model, engine)
-    with maskless_attention(model):
-        for chunk in ids.split(block_size, dim=1):
-            if chunk.shape[1] < 2:  # one token that nothing predicts
-                break
-            block = chunk.to(model.device)
-            hidden = forward(block)
-            token_nll(model, hidden[:, :-1], block[:, 1:])
-
-
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of a call, the device's work included."""
-    synchronise(device)
-    start = time.perf_counter()
-    call()
-    synchronise(device)
-    return time.perf_counter() - start
+def score_dense_chunks(loaded: LoadedModel, ids: Tensor, block_size: int, engine: str) -> None:
+    """The dense forward over chunks [1, block_size], with the loss that scoring uses."""
+    losses = dense_losses(loaded.model, engine)
+    for chunk in ids.split(block_size, dim=1):
+        if chunk.shape[1] > 1:  # nothing predicts one token
+            losses(chunk.to(loaded.device))
 
 
 def peak_memory_mb(call: Callable[[], object], device: torch.device) -> float | None:
-    """What PyTorch had given out at most during a call, weights included; ``None`` off CUDA."""
+    """What PyTorch had given out at most during a call, weights included; None off CUDA."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -76,26 +51,27 @@ def peak_memory_mb(call: Callable[[], object], device: torch.device) -> float | 
     return torch.cuda.max_memory_allocated(device) / 1e6
 
 
-def measure(model, options: argparse.Namespace, engine: str) -> dict:
+def measure(loaded: LoadedModel, options: argparse.Namespace, engine: str) -> dict:
     """Tokens per second of both, medians of interleaved repeats, for one model."""
-    device, vocab = model.device, text_config(model.config).vocab_size
     lengths = {options.tokens, *options.peak_tokens}
-    ids = torch.randint(vocab, (1, max(lengths)), generator=torch.Generator().manual_seed(options.seed))
-    size = options.block_size
+    generator = torch.Generator().manual_seed(options.seed)
+    ids = torch.randint(loaded.vocab_size, (1, max(lengths)), generator=generator)
+    sizes = (options.n_sink, options.window_size, options.block_size)
 
     def streaming(tokens: int = options.tokens) -> None:
-        sizes = (options.n_sink, options.window_size, size)
-        score_stream(model, ids[:, :tokens], *sizes, engine=engine, on_block=lambda *_: None)
+        score_stream(loaded.model, ids[:, :tokens], *sizes, engine=engine, on_block=lambda *_: None)
 
-    timed = ids[:, : options.tokens]
-    calls = {"streaming": streaming, "dense_chunks": lambda: score_dense_chunks(model, timed, size, engine)}
-    peaks = {str(n): peak_memory_mb(lambda n=n: streaming(n), device) for n in sorted(lengths)}
+    def dense() -> None:
+        score_dense_chunks(loaded, ids[:, : options.tokens], options.block_size, engine)
+
+    calls = {"streaming": streaming, "dense_chunks": dense}
+    peaks = {str(n): peak_memory_mb(lambda n=n: streaming(n), loaded.device) for n in sorted(lengths)}
     for call in calls.values():
         call()
     runs: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(options.repeats):
         for name, call in calls.items():
-            runs[name].append(options.tokens / seconds(call, device))
+            runs[name].append(options.tokens / seconds(call, loaded.device))
     medians = {name: statistics.median(values) for name, values in runs.items()}
     return {
         "engine": engine,
@@ -106,62 +82,32 @@ def measure(model, options: argparse.Namespace, engine: str) -> dict:
     }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="benchmark_scoring.py",
-        description=__doc__.split("\n\n")[0],
-        epilog=EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--model", nargs="+", default=["demo"], metavar="NAME", help="demo (the default), a hub name, random:<size>"
-    )
-    parser.add_argument(
-        "--attn-backend-list",
-        nargs="+",
-        default=None,
-        metavar="NAME",
-        help="math, flash, cudnn, auto; default: what FLASH_SDPA says, else math",
-    )
-    parser.add_argument(
-        "--engine", default="auto", choices=("auto", *BLOCK_ENGINES), help="default: auto, fused where it runs"
-    )
-    sizes = parser.add_argument_group("sizes, in tokens")
-    for name, value, meaning in (
-        ("--n-sink", 4, "sinks"),
-        ("--window-size", 2048, "recent tokens"),
-        ("--block-size", 16384, "of a block and of a chunk"),
-        ("--tokens", 131_072, "scored in a run"),
-    ):
-        sizes.add_argument(name, type=int, default=value, metavar="N", help=f"{meaning}; default: {value}")
-    sizes.add_argument(
-        "--peak-tokens", type=int, nargs="+", default=[], metavar="N", help="further lengths to measure the memory at"
-    )
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="interleaved runs; default: 3")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and tokens; default: 0")
-    add_dtype_and_device(parser.add_argument_group("where it is computed"))
-    parser.add_argument("--output", type=Path, default=None, metavar="FILE.json", help="the result, if kept")
+def build_parser() -> OneLineParser:
+    """The command line."""
+    parser = OneLineParser("benchmark_scoring.py", __doc__.split("\n\n")[0], EPILOG)
+    add = add_options(parser, "what is measured", (*MODEL, "attn_backend_list")).add_argument
+    engines = "auto (default), fused, eager: what blocks run by"
+    add("--engine", dest="block_engine", default="auto", choices=("auto", "eager", "fused"), help=engines)
+    defaults = {"n_sink": {"default": 4}, "window_size": {"default": 2048, "help": "recent tokens; default: 2048"}}
+    add = add_options(parser, "sizes, in tokens", ("n_sink", "window_size"), **defaults).add_argument
+    add("--block-size", type=int, default=16384, metavar="N", help="of a block and of a chunk; default: 16384")
+    add("--tokens", type=int, default=131_072, metavar="N", help="scored in a run; default: 131072")
+    peaks = "further lengths to measure the memory at"
+    add("--peak-tokens", type=int, nargs="+", default=[], metavar="N", help=peaks)
+    add("--repeats", type=int, default=3, metavar="N", help="interleaved runs; default: 3")
+    add("--output", type=Path, default=None, metavar="FILE.json", help="the result, if kept")
     return parser
 
 
 def run(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
-    for name, low in (
-        ("n_sink", 0),
-        ("window_size", 1),
-        ("block_size", 2),
-        ("tokens", 2),
-        ("repeats", 1),
-        ("seed", 0),
-    ):
-        at_least(f"--{name.replace('_', '-')}", getattr(options, name), low)
+    for name in ("block_size", "tokens"):
+        at_least(f"--{name.replace('_', '-')}", getattr(options, name), 2)
     for length in options.peak_tokens:
         at_least("--peak-tokens", length, 2)
-    machine = resolve_machine(
-        ExperimentConfig(device=options.device, dtype=options.dtype, attn_backend_list=options.attn_backend_list)
-    )
-    sources = [find_model(name, options.seed) for name in dict.fromkeys(options.model)]
+    config = config_of(options)
+    machine = resolve_machine(config)
+    sources = [find_model(name, config.seed) for name in config.model]
     if options.output is not None:
         check_writable(options.output.parent, 1 << 20)
     models, failed = {}, []
@@ -178,16 +124,16 @@ def run(argv: list[str]) -> int:
         for backend in machine.backends:
             what = f"{source.name} ({source.weights} weights), {backend}"
             try:
-                wrap_loaded(loaded, source, machine, backend)
-                engine = resolve_block_engine(loaded.model, options.engine)
-                backends[backend] = {"status": "ok"} | measure(loaded.model, options, engine)
+                machine.wrap(loaded, source.name, backend)
+                engine = block_engine(loaded.model, options.block_engine)
+                backends[backend] = {"status": "ok"} | measure(loaded, options, engine)
                 print(f"{what}: {line(backends[backend])}", flush=True)
             except (SetupError, ValueError, RuntimeError) as error:  # out of memory among them
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 backends[backend] = {"status": "failed", "reason": reason}
                 failed.append(what)
                 print(f"{what}: failed: {reason}", file=sys.stderr, flush=True)
-            keep_result(options.output, result, machine, "benchmark_scoring.py", argv, options.seed)
+            keep_result(options.output, result, machine, "benchmark_scoring.py", argv, config.seed)
         del loaded
     return 1 if failed else 0
 

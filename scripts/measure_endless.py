@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Endless generation, measured: memory while it runs, and whether the text at the end is as good as at the beginning.
 
 Generates with the model's own probabilities, then scores the text by the same model in block-parallel form: perplexity
@@ -7,28 +8,24 @@ tokens of the demo model by 7%), so several streams say more than one.
     python scripts/measure_endless.py --streams 4 --output results/cpu/endless.json
 """
 
-from __future__ import annotations
-
 import argparse
 import math
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":  # perhaps in a checkout that is not installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
 import torch
-from long_scoring.tokens import put_in_front
-from model_setup import keep_result, load_trained, make_decoder
 from torch import nn
 from tqdm import tqdm
 
-from experiments.cli import OneLineParser, add_cache_sizes, add_dtype_and_device, guarded
+from experiments.cli import MODEL, STREAM, OneLineParser, add_options, guarded
 from experiments.config import SetupError, at_least
-from experiments.environment import device_name
-from experiments.models import LoadedModel
-from experiments.session import Machine
+from experiments.memory import held_bytes, kind_of_held_bytes
+from experiments.model_setup import Subject, config_of, make_decoder, set_up
 from experiments.storage import check_writable
 from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
 
@@ -39,26 +36,11 @@ STREAMS_AT_ONCE = 8
 """Streams that are scored together."""
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM now."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    answer = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True)
-    return int(answer.stdout) * 1024
-
-
-def memory_bytes(device: torch.device) -> int:
-    """What grows if anything does: on CUDA PyTorch's allocations, else the process's resident size."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
-
-
 def generate(decoder: StreamingDecoder, options: argparse.Namespace) -> tuple[torch.Tensor, list[dict]]:
     """Draw tokens for each stream.
 
-    Returns:
-        Their ids ``[streams, tokens]``, int32 on the CPU; and ``tokens``, ``memory_bytes`` and ``sec`` so far, after
-        every thousand.
+    Returns their ids [streams, tokens], int32 on the CPU; and `tokens`, `memory_bytes` and `sec` so far, after every
+    thousand.
     """
     ids = torch.full((options.streams, options.tokens), -1, dtype=torch.int32)  # written, so that it counts already
     samples, begin = [], time.perf_counter()
@@ -67,13 +49,13 @@ def generate(decoder: StreamingDecoder, options: argparse.Namespace) -> tuple[to
             seed = None if start else options.seed
             ids[:, start : start + WARM_UP] = decoder.generate(WARM_UP, temperature=options.temperature, seed=seed)
             bar.update(WARM_UP)
-            sample = {"tokens": start + WARM_UP, "memory_bytes": memory_bytes(decoder.model.device)}
+            sample = {"tokens": start + WARM_UP, "memory_bytes": held_bytes(decoder.model.device)}
             samples.append(sample | {"sec": time.perf_counter() - begin})
     return ids, samples
 
 
 def score(model: nn.Module, ids: torch.Tensor, start: list[int], config: StreamingConfig) -> np.ndarray:
-    """Losses in nats ``[streams, tokens]`` of ids ``[streams, tokens]`` that were drawn after ``start``."""
+    """Losses in nats [streams, tokens] of ids [streams, tokens] that were drawn after `start`."""
     rows = []
     for part in ids.split(STREAMS_AT_ONCE):
         whole = torch.cat((torch.tensor([start]).expand(len(part), -1), part.long()), dim=1)
@@ -82,7 +64,7 @@ def score(model: nn.Module, ids: torch.Tensor, start: list[int], config: Streami
 
 
 def quality(nll: np.ndarray, ids: np.ndarray) -> dict:
-    """Tenths of streams, losses and ids ``[streams, tokens]``: perplexity over all streams, distinct 4-grams of one on
+    """Tenths of streams, losses and ids [streams, tokens]: perplexity over all streams, distinct 4-grams of one on
     average; and of each stream the last tenth's as multiples of the first's."""
     means = np.stack([part.mean(axis=1, dtype=np.float64) for part in np.array_split(nll, 10, axis=1)])
     grams = np.array([[_distinct_4grams(row) for row in part] for part in np.array_split(ids, 10, axis=1)])
@@ -100,33 +82,29 @@ def _distinct_4grams(ids: np.ndarray) -> int:
     return len({tuple(gram) for gram in np.lib.stride_tricks.sliding_window_view(ids, 4).tolist()})
 
 
-def measure(options: argparse.Namespace, machine: Machine, loaded: LoadedModel, config: StreamingConfig) -> dict:
+def measure(options: argparse.Namespace, subject: Subject) -> dict:
     """Generate, score, compare."""
-    model, device = loaded.model, loaded.model.get_input_embeddings().weight.device
-    start = put_in_front(loaded.tokenizer) or [loaded.tokenizer.bos_token_id]
-    if start == [None]:
+    device, start = subject.loaded.device, list(subject.beginning.start)
+    if not start:
         raise SetupError("the tokenizer has no token that a text could begin with")
-    with make_decoder(loaded, config, options.decode_engine) as decoder:
+    with make_decoder(subject.loaded, subject.streaming, options.engine) as decoder:
         decoder.prefill(torch.tensor([start] * options.streams, device=device))
         ids, samples = generate(decoder, options)
         engine, cache_bytes = decoder.engine, decoder.cache_nbytes
     return {
         "experiment": "endless",
-        "model": options.model,
-        "dtype": machine.dtype_name,
-        "device": device_name(device),
-        "backend": machine.backends[0],
+        **subject.facts(),
+        "bos": subject.beginning.record() | {"in_front": True},
         "decode_engine": engine,
-        "streaming_llm": {"n_sink": config.n_sink, "window_size": config.window_size},
         "streams": options.streams,
         "tokens": options.tokens,
         "temperature": options.temperature,
         "seed": options.seed,
         "cache_bytes": cache_bytes,
-        "memory_kind": "CUDA memory allocated" if device.type == "cuda" else "resident size of the process",
+        "memory_kind": kind_of_held_bytes(device),
         "memory_growth": samples[-1]["memory_bytes"] / samples[0]["memory_bytes"] - 1,
         "steps_per_sec": options.tokens / samples[-1]["sec"],
-        **quality(score(model, ids, start, config), ids.numpy()),
+        **quality(score(subject.loaded.model, ids, start, subject.streaming), ids.numpy()),
         "samples": samples,
     }
 
@@ -147,22 +125,15 @@ def summary(value: dict) -> str:
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="measure_endless.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model", default="demo", metavar="NAME", help="demo (the default), a hub name, a folder")
-    parser.add_argument(
-        "--tokens", type=int, default=100_000, metavar="N", help="thousands, at least two; default: 100,000"
-    )
-    parser.add_argument("--streams", type=int, default=1, metavar="B", help="generated side by side; default: 1")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--attn-backend", default=None, metavar="NAME", help="math, flash, auto, ...; default: math")
-    parser.add_argument("--decode-engine", default="eager", metavar="NAME", help="eager (default), graph, auto, ...")
-    add_cache_sizes(parser.add_argument_group("sizes, in tokens"))
-    add_dtype_and_device(parser.add_argument_group("where it is computed"))
-    parser.add_argument(
-        "--output", type=Path, default=None, metavar="FILE.json", help="the result, if it is to be kept"
-    )
+def build_parser() -> OneLineParser:
+    """The command line."""
+    parser = OneLineParser("measure_endless.py", __doc__.splitlines()[0])
+    names, backend = (*MODEL, "bos", *STREAM, "attn_backend_list", "engine"), {"flags": ("--attn-backend",)}
+    add = add_options(parser, "what is measured", names, one=names, attn_backend_list=backend).add_argument
+    add("--tokens", type=int, default=100_000, metavar="N", help="thousands, at least two; default: 100,000")
+    add("--streams", type=int, default=1, metavar="B", help="generated side by side; default: 1")
+    add("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
+    add("--output", type=Path, default=None, metavar="FILE.json", help="the result, if it is to be kept")
     return parser
 
 
@@ -170,17 +141,16 @@ def run(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
     at_least("--tokens", options.tokens, 2 * WARM_UP)
     at_least("--streams", options.streams, 1)
-    at_least("--seed", options.seed, 0)
     if options.tokens % WARM_UP:
         raise SetupError(f"--tokens must be a multiple of {WARM_UP}, got {options.tokens}")
     if not 0 < options.temperature < math.inf:
         raise SetupError(f"--temperature must be above 0, got {options.temperature}")
     if options.output is not None:
         check_writable(options.output.parent, 1 << 20)
-    machine, loaded, config = load_trained(options)
-    value = measure(options, machine, loaded, config)
+    subject = set_up(config_of(options), needs_text=True)
+    value = measure(options, subject)
     print(summary(value))
-    keep_result(options.output, value, machine, "measure_endless.py", argv, options.seed)
+    subject.keep_result(options.output, value, "measure_endless.py", argv, options.seed)
     return 0
 
 

@@ -1,33 +1,35 @@
+#!/usr/bin/env python
 """A long stream decoded token by token on given text: memory and time from beginning to end, and the losses against
 block-parallel scoring of the same tokens.
 
     python scripts/measure_long_decode.py --tokens 1000000 --output results/cpu/long_decode.json
 """
 
-from __future__ import annotations
-
-import argparse
 import math
 import statistics
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":  # perhaps in a checkout that is not installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
-from measure_endless import memory_bytes
-from model_setup import keep_result, load_trained, make_decoder
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.cli import EXIT_FAILED, OneLineParser, add_cache_sizes, add_dtype_and_device, guarded
+from experiments.cli import EXIT_FAILED, MODEL, STREAM, TEXTS, OneLineParser, add_options, guarded
 from experiments.config import SetupError, at_least
-from experiments.environment import device_name
-from experiments.models import LoadedModel
-from experiments.session import Machine
+from experiments.engines import block_engine
+from experiments.memory import held_bytes, kind_of_held_bytes
+from experiments.model_setup import Subject, config_of, make_decoder, set_up
 from experiments.storage import check_writable
-from experiments.texts import default_datasets, load_texts, tokenise
-from streaming_llm import ENGINES, StreamingConfig, StreamingDecoder, resolve_block_engine, score_stream
+from experiments.texts import Text, default_datasets, load_texts
+from experiments.tokens import first_tokens
+from streaming_llm import StreamingDecoder, score_stream
 
 CHUNKS = 1000
 """Parts of the stream whose times are taken: a hundredth is the median of ten."""
@@ -35,27 +37,23 @@ CHUNKS = 1000
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoded stream.
-
-    Attributes:
-        nll: losses in nats ``[tokens]``, float32, on the CPU.
-        chunk_ms: milliseconds per token, of each chunk.
-        chunk_memory: bytes in use after each chunk.
-    """
+    """A decoded stream: losses in nats [tokens], float32, on the CPU; of each chunk the milliseconds per token, and
+    the bytes in use after it."""
 
     nll: Tensor
     chunk_ms: list[float]
     chunk_memory: list[int]
 
 
-def read_tokens(loaded: LoadedModel, names: tuple[str, ...], length: int) -> tuple[Tensor, float]:
-    """Ids ``[1, length]`` of texts one behind the other, over and over; and how often all of them are in it."""
-    once = torch.cat([tokenise(text, loaded.tokenizer, length) for text in load_texts(names)], dim=1)
+def read_tokens(subject: Subject, texts: Sequence[Text], length: int) -> tuple[Tensor, float]:
+    """Ids [1, length] of texts one behind the other, over and over; and how often all of them are in it."""
+    front, tokenizer = subject.beginning.ids, subject.loaded.tokenizer
+    once = torch.cat([first_tokens(text, tokenizer, front, length) for text in texts], dim=1)
     return once.repeat(1, -(-length // once.shape[1]))[:, :length], length / once.shape[1]
 
 
 def decode(decoder: StreamingDecoder, ids: Tensor, prompt: int) -> Decoded:
-    """Feed ``ids`` ``[1, prompt + tokens]`` token by token behind a prompt that fills the cache.
+    """Feed ids [1, prompt + tokens] token by token behind a prompt that fills the cache.
 
     The first chunks are decoded once before: what has to be compiled, recorded or allocated is so then.
     """
@@ -73,7 +71,7 @@ def decode(decoder: StreamingDecoder, ids: Tensor, prompt: int) -> Decoded:
             chunk = steps[:, start : start + size].to(device)
             nll[start : start + size] = decoder.score(chunk)[0].cpu()  # waits for the device
             chunk_ms.append(1e3 * (time.perf_counter() - begin) / size)
-            chunk_memory.append(memory_bytes(device))
+            chunk_memory.append(held_bytes(device))
             bar.update(size)
     return Decoded(nll, chunk_ms, chunk_memory)
 
@@ -98,8 +96,7 @@ def speed_and_memory(decoded: Decoded) -> dict:
 def agreement(nll: Tensor, expected: Tensor) -> dict:
     """Losses in nats of decoding, and of block-parallel scoring.
 
-    Raises:
-        FloatingPointError: one of them is not finite.
+    Raises FloatingPointError where one of them is not finite.
     """
     difference = (nll.double() - expected.double()).abs()
     if not difference.isfinite().all():
@@ -113,32 +110,33 @@ def agreement(nll: Tensor, expected: Tensor) -> dict:
     }
 
 
-def measure(options: argparse.Namespace, machine: Machine, loaded: LoadedModel, config: StreamingConfig) -> dict:
+def measure(options: Namespace, subject: Subject) -> dict:
     """Decode, score, compare."""
-    model, prompt = loaded.model, config.cache_size
-    names = default_datasets(True) if options.text is None else (str(options.text),)
-    ids, times = read_tokens(loaded, names, prompt + options.tokens)
-    with make_decoder(loaded, config, options.decode_engine) as decoder:
+    config, model, device = subject.streaming, subject.loaded.model, subject.machine.device
+    names = options.datasets or default_datasets(has_tokenizer=True)
+    texts, prompt = load_texts(names, options.text_key), config.cache_size
+    ids, times = read_tokens(subject, texts, prompt + options.tokens)
+    with make_decoder(subject.loaded, config, options.engine) as decoder:
         decoded = decode(decoder, ids, prompt)
-        engine, compile_sec, cache_bytes = decoder.engine, decoder.compile_sec, decoder.cache_nbytes
+        engine, compile_sec, cache_bytes = (
+            decoder.engine,
+            decoder.compile_sec,
+            decoder.cache_nbytes,
+        )
     expected = score_stream(model, ids, config.n_sink, config.window_size)[0, prompt - 1 :]
     return {
         "experiment": "long_decode",
-        "model": options.model,
-        "dtype": machine.dtype_name,
-        "device": device_name(machine.device),
-        "backend": machine.backends[0],
+        **subject.facts(),
         "decode_engine": engine,
-        "scoring_engine": resolve_block_engine(model),
-        "streaming_llm": {"n_sink": config.n_sink, "window_size": config.window_size},
-        "texts": [Path(name).name for name in names],
+        "scoring_engine": block_engine(model),
+        "texts": [text.dataset for text in texts],
         "texts_repeated": times,
         "prompt_tokens": prompt,
         "tokens": options.tokens,
         "compile_sec": compile_sec,
         "cache_bytes": cache_bytes,
         **speed_and_memory(decoded),
-        "memory_kind": "CUDA memory allocated" if machine.device.type == "cuda" else "resident size of the process",
+        "memory_kind": kind_of_held_bytes(device),
         **agreement(decoded.nll, expected),
     }
 
@@ -147,8 +145,7 @@ def summary(value: dict) -> str:
     """The result in a few lines."""
     return (
         f"{value['tokens']:,} tokens behind {value['prompt_tokens']:,}, "
-        f"engine {value['decode_engine']}, "
-        f"{value['backend']}, {value['dtype']}, {value['device']}\n"
+        f"engine {value['decode_engine']}, {value['backend']}, {value['dtype']}, {value['device']}\n"
         f"ms/token: {value['ms_per_token']:.4f}; first 1% {value['ms_per_token_first_hundredth']:.4f}, last 1% "
         f"{value['ms_per_token_last_hundredth']:.4f} ({value['last_to_first'] - 1:+.2%})\n"
         f"{value['memory_kind']}: {value['memory_bytes_after_warm_up']:,} bytes after warm-up, "
@@ -159,22 +156,15 @@ def summary(value: dict) -> str:
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="measure_long_decode.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", default="demo", metavar="NAME", help="demo (the default), a hub name, a folder")
-    parser.add_argument(
-        "--text", type=Path, default=None, metavar="FILE", help="repeated to length; default: the bundled texts"
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=1_000_000, metavar="N", help="thousands; default: 1,000,000, behind a prompt"
-    )
-    parser.add_argument("--attn-backend", default=None, metavar="NAME", help="math, flash, auto, ...; default: math")
-    parser.add_argument("--decode-engine", default="auto", metavar="NAME", help=f"auto, {', '.join(ENGINES)}")
-    add_cache_sizes(parser.add_argument_group("sizes, in tokens"))
-    add_dtype_and_device(parser.add_argument_group("where it is computed"))
-    parser.add_argument(
-        "--output", type=Path, default=None, metavar="FILE.json", help="the result, if it is to be kept"
-    )
+def build_parser() -> OneLineParser:
+    """The command line."""
+    parser = OneLineParser("measure_long_decode.py", __doc__.split("\n\n")[0])
+    names = (*MODEL[:3], *TEXTS, *STREAM, "attn_backend_list", "engine")
+    texts = {"flags": ("--datasets", "--text"), "help": "texts, repeated to length; default: the bundled ones"}
+    changes = {"attn_backend_list": {"flags": ("--attn-backend",)}, "datasets": texts}
+    add = add_options(parser, "what is measured", names, ("model", "attn_backend_list"), **changes).add_argument
+    add("--tokens", type=int, default=1_000_000, metavar="N", help="thousands, behind a prompt; default: 1,000,000")
+    add("--output", type=Path, default=None, metavar="FILE.json", help="the result, if it is to be kept")
     return parser
 
 
@@ -185,14 +175,14 @@ def run(argv: list[str]) -> int:
         raise SetupError(f"--tokens must be a multiple of {CHUNKS}, got {options.tokens}")
     if options.output is not None:
         check_writable(options.output.parent, 1 << 20)
-    machine, loaded, config = load_trained(options)
+    subject = set_up(config_of(options), needs_text=True)
     try:
-        value = measure(options, machine, loaded, config)
+        value = measure(options, subject)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     print(summary(value))
-    keep_result(options.output, value, machine, "measure_long_decode.py", argv, 0)
+    subject.keep_result(options.output, value, "measure_long_decode.py", argv, 0)
     return 0
 
 

@@ -1,84 +1,233 @@
+#!/usr/bin/env python
 """Perplexity of a text of any length with streaming attention: exact, block-parallel, resumable.
 
 python scripts/score_long.py --datasets book.txt --output book.json
 """
 
-from __future__ import annotations
-
+import argparse
+import json
+import math
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":  # perhaps in a checkout that is not installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
-from long_scoring.command_line import build_parser
-from long_scoring.figures import stream_figures, tail_figures, tail_length
-from long_scoring.job import Job, prepare
-from long_scoring.resumable import ResumableRun, Show, StoppedError
-from long_scoring.scorer import ScoringError, StreamScorer
-from stop_request import StopRequest
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SETUP
-from experiments.config import SetupError
-from experiments.environment import environment
+from experiments import long_scoring, loss_figures
+from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SETUP, MODEL, STREAM, TEXTS, OneLineParser, add_options
+from experiments.config import SetupError, at_least
+from experiments.engines import default_block_size
+from experiments.environment import environment, what_matters
+from experiments.long_scoring import LongScoring, ScoringError, StoppedError
 from experiments.memory import PeakMemory
-from experiments.results import SCHEMA_VERSION, now, read_result, save_result
-from experiments.storage import SaveError, check_writable, folder_lock, remove_leftovers, set_aside, write_npz
+from experiments.model_setup import Subject, config_of, set_up
+from experiments.models import RANDOM_PREFIX
+from experiments.results import SCHEMA_VERSION, read_result, save_result
+from experiments.stop_request import StopRequest
+from experiments.storage import (
+    SaveError,
+    check_writable,
+    folder_lock,
+    hash_of,
+    now,
+    remove_leftovers,
+    set_aside,
+    write_npz,
+)
+from experiments.texts import DATASETS, RANDOM_TOKENS, Text, load_as_one
+from experiments.tokens import DocumentStream, RandomStream
 from streaming_llm import StreamingLLMWrapper
 
 EXIT_SIGNAL = 128  # plus the signal's number: 130 for Ctrl-C
 _CHECKPOINT_ROOM = 1 << 20
 
+EPILOG = """examples:
+  a book with the bundled demo model:
+    python scripts/score_long.py --datasets book.txt --output book.json
+  a shelf of books on a GPU, with a check that the curve is flat:
+    python scripts/score_long.py --datasets books.txt.xz --max-tokens 4000000 --attn-backend flash \\
+        --fresh-tail 0.1 --output books.json
+  the real thing:
+    python scripts/score_long.py --model EleutherAI/pythia-2.8b --datasets pg19 --output pg19.json
+  speed alone:
+    python scripts/score_long.py --model random:pythia-2.8b --max-tokens 1000000 --output speed.json
+
+Documents (files, the records of a file, what the character U+001C separates in a .txt file) are tokenised one by one
+and joined in order as they come, with nothing in between: one stream. What --bos puts in front of a text stands at
+the very start of the stream only, unless --bos-per-document.
+
+exit codes: 0 all is well; 1 it failed while running; 2 something is wrong that was found before computing; 130
+interrupted. Interrupted or killed, the same command goes on from the last checkpoint (in OUTPUT.resume), and gives
+the same result."""
+
+
+def build_parser() -> OneLineParser:
+    """The command line."""
+    parser = OneLineParser("score_long.py", __doc__.splitlines()[0], EPILOG)
+    texts = {"flags": ("--datasets", "--dataset"), "help": "as of run_final_experiments.py; several make one stream; "
+             "default: demo_encyclopaedia, random_tokens for random weights"}  # fmt: skip
+    add = add_options(parser, "what is scored", ("model", *TEXTS), ("model",), datasets=texts).add_argument
+    add("--max-tokens", type=int, default=None, metavar="N", help="default: the whole text")
+    each = "put the beginning-of-sequence token before each document (default: at the very start alone)"
+    add("--bos-per-document", action="store_true", help=each)
+    fresh = "also score the last FRACTION of the stream as a fresh stream, to tell drift from difficult text"
+    add("--fresh-tail", type=float, default=None, metavar="FRACTION", help=fresh)
+    how, backend = (*STREAM, "attn_backend_list", *MODEL[1:]), {"flags": ("--attn-backend",)}
+    add = add_options(parser, "how it is computed", how, how, attn_backend_list=backend).add_argument
+    add("--block-size", type=int, default=None, metavar="N", help="tokens at a time; default: suits device and window")
+    nll = {"help": "keep each token's loss: <stem>.streaming.nll.npz (nll, position) beside the result"}
+    force = {"help": "start anew, whatever checkpoint or result there is"}
+    names = ("save_token_nll", "force", "progress")
+    add = add_options(parser, "output", names, save_token_nll=nll, force=force).add_argument
+    add("--output", type=Path, required=True, metavar="FILE.json", help="the result")
+    every = "seconds between checkpoints; 0: after each block; default: 120"
+    add("--checkpoint-every", type=float, default=120.0, metavar="SEC", help=every)
+    return parser
+
+
+# A command line, checked
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, and everything that it is done with."""
+
+    options: argparse.Namespace
+    subject: Subject
+    block_size: int
+    text: Text
+    stream: DocumentStream | RandomStream
+
+    @property
+    def work(self) -> Path:
+        """Holds checkpoint and losses until there is a result."""
+        return self.options.output.with_name(f"{self.options.output.name}.resume")
+
+    @property
+    def token_nll_path(self) -> Path:
+        return self.options.output.with_name(f"{self.options.output.stem}.streaming.nll.npz")
+
+    def identity(self) -> dict:
+        """Everything that could change a figure; a checkpoint and a result with another identity are not used."""
+        options, machine, streaming = self.options, self.subject.machine, self.subject.streaming
+        value = {
+            "model": self.subject.source.fingerprint,
+            "data_sha256": self.text.sha256,
+            "documents": self.text.num_documents,
+            "bos": self.subject.beginning.ids,
+            **{name: getattr(options, name) for name in ("max_tokens", "bos_per_document", "fresh_tail", "seed")},
+            "n_sink": streaming.n_sink,
+            "window_size": streaming.window_size,
+            "block_size": self.block_size,
+            "backend": machine.backends[0],
+            "dtype": machine.dtype_name,
+            **what_matters(machine.device),
+            "script": hash_of({"source": Path(__file__).read_text(encoding="utf-8")}),
+        }
+        return json.loads(json.dumps(value))  # plain values: torch's version is a class of its own
+
+    @property
+    def config_hash(self) -> str:
+        return hash_of(self.identity())
+
+
+def prepare(options: argparse.Namespace) -> Job:
+    """Check a command line and load what it names; raises SetupError."""
+    is_random = options.model.startswith(RANDOM_PREFIX)
+    _check(options, is_random)
+    names = options.datasets or ["demo_encyclopaedia"]
+    text = DATASETS[RANDOM_TOKENS]() if is_random else load_as_one(names, options.text_key)
+    subject = set_up(config_of(options))
+    loaded, beginning = subject.loaded, subject.beginning
+    for warning in filter(None, (beginning.warning, text.warning)):
+        print(f"warning: {warning}", file=sys.stderr)
+    if is_random:
+        stream = RandomStream(loaded.vocab_size, options.max_tokens, options.seed)
+    else:
+        each = beginning.start if options.bos_per_document else ()
+        if options.bos_per_document and not each:
+            raise SetupError("--bos-per-document: the tokenizer has no beginning-of-sequence token")
+        stream = DocumentStream(text, loaded.tokenizer, beginning.ids, options.max_tokens, each)
+    block_size = options.block_size or default_block_size(subject.streaming.window_size, loaded.model)
+    return Job(options, subject, block_size, text, stream)
+
+
+def _check(options: argparse.Namespace, is_random: bool) -> None:
+    for name, low in {"max_tokens": 2, "block_size": 1}.items():
+        at_least(f"--{name.replace('_', '-')}", getattr(options, name), low)
+    wrong = ""
+    if options.fresh_tail is not None and not 0 < options.fresh_tail < 1:
+        wrong = f"--fresh-tail must be above 0 and below 1, got {options.fresh_tail}"
+    elif not 0 <= options.checkpoint_every < math.inf:
+        wrong = f"--checkpoint-every must be 0 or more seconds, got {options.checkpoint_every}"
+    elif options.bos_per_document and options.bos == "never":
+        wrong = "--bos-per-document and --bos never exclude each other"
+    elif options.output.suffix != ".json" or options.output.is_dir():
+        wrong = f"--output {options.output}: name a file that ends in .json"
+    elif is_random and options.max_tokens is None:
+        wrong = f"model {options.model!r}: random tokens have no end, give --max-tokens"
+    elif is_random and options.datasets not in (None, [RANDOM_TOKENS]):
+        wrong = f"model {options.model!r} has no tokenizer: only --datasets {RANDOM_TOKENS}"
+    elif is_random and (options.fresh_tail or options.save_token_nll or options.bos_per_document):
+        wrong = "--fresh-tail, --save-token-nll and --bos-per-document say nothing about random weights"
+    if wrong:
+        raise SetupError(wrong)
+
+
+# Scoring
+
 
 def score(job: Job, command: str) -> None:
-    """Score a job's stream, and write the result.
-
-    Raises:
-        SetupError, SaveError, ScoringError, StoppedError: see there.
-    """
-    model = job.loaded.model
-    memory = PeakMemory(job.machine.device)
+    """Score a job's stream, and write the result; raises SetupError, SaveError, ScoringError, StoppedError."""
+    options, streaming, memory = job.options, job.subject.streaming, PeakMemory(job.subject.machine.device)
     memory.start()
-    config = job.streaming
-    with StreamingLLMWrapper(model, config.n_sink, config.window_size) as stream, StopRequest() as stop:
-        run = ResumableRun(
-            job.work,
-            job.identity(),
-            lambda: StreamScorer(model, stream.new_cache()),
-            job.block_size,
-            job.options.checkpoint_every,
-            stop,
-            memory,
-            say,
-        )
+    wrapper = StreamingLLMWrapper(job.subject.loaded.model, streaming.n_sink, streaming.window_size)
+    with wrapper as stream, StopRequest() as stop:
+        every = options.checkpoint_every
+        run = LongScoring(job.work, job.identity(), stream, job.block_size, every, stop, memory, say)
         if run.passes:
             say(f"goes on at token {sum(state.tokens for state in run.passes.values()):,}")
         with display(job, "stream") as show:
             losses = run.run("stream", job.stream.chunks, show)
         tail = None
-        if job.options.fresh_tail is not None:
-            start = len(losses) + 1 - tail_length(len(losses) + 1, job.options.fresh_tail)
+        if options.fresh_tail is not None:
+            start = len(losses) + 1 - loss_figures.tail_length(len(losses) + 1, options.fresh_tail)
             with display(job, "fresh tail") as show:
                 tail = run.run("tail", lambda position: tail_chunks(job, start, position), show)
-        write_result(job, run, losses, tail, command)
+        value = result(job, run, losses, tail, command)
+        if job.token_nll_path.exists():  # of an earlier result, perhaps another one
+            set_aside(job.token_nll_path, "earlier")
+        if options.save_token_nll:
+            write_npz(job.token_nll_path, nll=np.asarray(losses), position=np.arange(1, len(losses) + 1))
+            say(f"wrote: {job.token_nll_path}")
+        say(str(save_result(options.output, value, keep_previous=options.force)))
+        say(summary(value))
     del losses, tail  # mapped from files that are removed
     run.discard()
 
 
 def tail_chunks(job: Job, start: int, position: int) -> Iterator[Tensor]:
-    """The fresh stream that begins with the token of a fresh start and goes on with token `start`, from
-    `position` on."""
-    front = len(job.tail_start[-1:])
-    if position < front:
-        yield torch.tensor([job.tail_start[-1:]], dtype=torch.int64)
-    yield from job.stream.chunks(start + max(0, position - front))
+    """From `position` on, the fresh stream that goes on with token `start`.
+
+    It begins with what a fresh stream begins with, or, where there is no such token, with the one before.
+    """
+    front = job.subject.beginning.start[-1:]
+    if front and position == 0:
+        yield torch.tensor([front], dtype=torch.int64)
+    yield from job.stream.chunks(start + max(0, position - 1) if front else start - 1 + position)
 
 
 @contextmanager
-def display(job: Job, title: str) -> Iterator[Show]:
+def display(job: Job, title: str) -> Iterator[long_scoring.Show]:
     """A bar on standard error, where a person watches."""
     visible = job.options.progress and sys.stderr.isatty()
     with tqdm(desc=title, unit=" tokens", unit_scale=True, leave=False, disable=not visible) as bar:
@@ -93,67 +242,43 @@ def display(job: Job, title: str) -> Iterator[Show]:
         yield show
 
 
-def write_result(job: Job, run: ResumableRun, losses: np.ndarray, tail: np.ndarray | None, command: str) -> None:
-    """Assemble the result and save it; prints what there is to know."""
-    value = result(job, run, losses, tail, command)
-    if job.token_nll_path.exists():  # of an earlier result, perhaps another one
-        set_aside(job.token_nll_path, "earlier")
-    if job.options.save_token_nll:
-        write_npz(job.token_nll_path, nll=np.asarray(losses), position=np.arange(1, len(losses) + 1))
-        say(f"wrote: {job.token_nll_path}")
-    say(str(save_result(job.output, value, keep_previous=job.options.force)))
-    say(summary(value))
-
-
-def result(job: Job, run: ResumableRun, losses: np.ndarray, tail: np.ndarray | None, command: str) -> dict:
-    """The result file's contents."""
-    is_random = job.source.weights == "random"
-    figures = dict.fromkeys(("mean_nll", "perplexity", "tenths", "curve")) | {"scored_tokens": len(losses)}
-    if is_random:
+def result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | None, command: str) -> dict:
+    """The result file's contents. Times are sums over all sessions, without loading and checkpoints."""
+    subject = job.subject
+    if subject.source.weights == "random":
+        figures = dict.fromkeys(("mean_nll", "perplexity", "tenths", "curve")) | {"scored_tokens": len(losses)}
         figures["perplexity_reason"] = "the weights are random"
     else:
-        figures = stream_figures(losses)
-    config = job.streaming
+        figures = loss_figures.stream_figures(losses)
+    config, state, device = subject.streaming, run.passes["stream"], subject.machine.device
+    if tail is not None:
+        tail = loss_figures.tail_figures(losses, tail, job.options.fresh_tail, config.cache_size)
+    facts, at_start = subject.facts(), "at the start of the stream" if subject.beginning.ids else "nowhere"
+    facts["streaming_llm"] |= {"max_cache_size": config.cache_size}
     return {
         "schema_version": SCHEMA_VERSION,
         "experiment": "long_scoring",
         "method": "streaming",
-        "model": job.source.name,
-        "weights": job.source.weights,
-        "dataset": job.dataset,
-        "documents": job.survey.documents,
-        "characters": job.survey.characters,
-        "beginning_of_sequence": "per document" if job.options.bos_per_document else "at the start of the stream",
-        "backend": job.backend,
-        "dtype": job.machine.dtype_name,
-        "device": job.identity()["device"],
-        "num_tokens": run.passes["stream"].tokens,
+        **facts,
+        "weights": subject.source.weights,
+        "dataset": job.text.dataset,
+        "documents": max(1, job.text.num_documents),
+        "characters": job.text.num_characters,
+        "beginning_of_sequence": "per document" if job.options.bos_per_document else at_start,
+        "num_tokens": state.tokens,
         "max_tokens": job.options.max_tokens,
-        "streaming_llm": {
-            "n_sink": config.n_sink,
-            "window_size": config.window_size,
-            "max_cache_size": config.cache_size,
-        },
         "block_size": job.block_size,
         **figures,
-        "fresh_tail": tail if tail is None else tail_figures(losses, tail, job.options.fresh_tail, config.cache_size),
-        **speed(run),
-        "environment": environment(job.machine.device, command, job.options.seed, kvpress_imported=False),
-        "config_hash": job.config_hash,
-        "data_sha256": job.survey.sha256,
-        "status": "ok",
-        "timestamp": now(),
-    }
-
-
-def speed(run: ResumableRun) -> dict:
-    """Times, summed over all sessions: loading, finding the place to go on from and checkpoints are not in them."""
-    state = run.passes["stream"]
-    return {
+        "fresh_tail": tail,
         "scoring_sec": state.scoring_sec,
         "waiting_for_text_sec": state.waiting_for_text_sec,
         "toks_per_sec": state.tokens / state.scoring_sec,
         **run.facts,
+        "environment": environment(device, command, job.options.seed, kvpress_imported=False),
+        "config_hash": job.config_hash,
+        "data_sha256": job.text.sha256,
+        "status": "ok",
+        "timestamp": now(),
     }
 
 
@@ -173,31 +298,16 @@ def summary(value: dict) -> str:
     return "\n".join(lines)
 
 
+# The command
+
+
 def is_finished(job: Job) -> bool:
     """Whether the output holds the result of this very job, with the losses if they are wanted."""
-    if job.options.save_token_nll and not job.token_nll_path.exists():
-        return False
     try:
-        return read_result(job.output)["config_hash"] == job.config_hash
+        finished = read_result(job.options.output)["config_hash"] == job.config_hash
     except (OSError, ValueError):
         return False
-
-
-def in_work_folder(job: Job, command: str) -> None:
-    """Hold the work folder for this process while the job runs."""
-    with ExitStack() as stack:
-        check_writable(job.output.parent, _CHECKPOINT_ROOM)
-        try:
-            stack.enter_context(folder_lock(job.work / "lock"))
-        except SetupError as error:
-            reason = str(error).partition(": ")[2].partition(";")[0]
-            raise SetupError(f"--output {job.output}: {reason}") from None
-        remove_leftovers(job.work)
-        if job.options.force:
-            for path in job.work.iterdir():
-                if path.name != "lock":
-                    path.unlink()
-        score(job, command)
+    return finished and (job.token_nll_path.exists() or not job.options.save_token_nll)
 
 
 def say(line: str) -> None:
@@ -205,35 +315,37 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def complain(line: str) -> None:
-    print(f"error: {line}", file=sys.stderr, flush=True)
-
-
 def run(argv: list[str]) -> int:
-    job = prepare(build_parser(__doc__.splitlines()[0]).parse_args(argv))
-    if not job.options.force and is_finished(job):
-        say(f"there already: {job.output} (--force scores again)")
+    job = prepare(build_parser().parse_args(argv))
+    output, force = job.options.output, job.options.force
+    if not force and is_finished(job):
+        say(f"there already: {output} (--force scores again)")
         return 0
-    in_work_folder(job, shlex.join(["python", "scripts/score_long.py", *argv]))
+    check_writable(output.parent, _CHECKPOINT_ROOM)
+    with folder_lock(job.work / "lock", f"--output {output}"):
+        remove_leftovers(job.work)
+        for path in job.work.iterdir() if force else ():
+            if path.name != "lock":
+                path.unlink()
+        score(job, shlex.join(["python", "scripts/score_long.py", *argv]))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
+    later = "the same command goes on from the last checkpoint, if there is one"
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except SetupError as error:
-        complain(str(error))
-        return EXIT_SETUP
+        code, line = EXIT_SETUP, str(error)
     except (ScoringError, SaveError, torch.OutOfMemoryError) as error:
-        complain(f"{str(error).splitlines()[0]}; the same command goes on from the last checkpoint, if there is one")
-        return EXIT_FAILED
+        code, line = EXIT_FAILED, f"{str(error).splitlines()[0]}; {later}"
     except StoppedError as stopped:
-        complain(f"{stopped}; the same command goes on from there")
-        return EXIT_SIGNAL + stopped.signal_number
+        code, line = EXIT_SIGNAL + stopped.signal_number, f"{stopped}; the same command goes on from there"
     except KeyboardInterrupt:
-        complain("interrupted; the same command goes on from the last checkpoint, if there is one")
-        return EXIT_INTERRUPTED
+        code, line = EXIT_INTERRUPTED, f"interrupted; {later}"
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

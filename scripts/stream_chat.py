@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from long_scoring.tokens import put_in_front
-from model_setup import config_of, load_wrapped, make_decoder, weights_fingerprint
 from streaming_chat.command_line import CHAT, DEFAULT_LIMITS, ENDLESS, build_parser, check_options
 from streaming_chat.status import StatusLine
 from streaming_chat.talk import Talk, check_mode, read_messages
@@ -22,9 +20,12 @@ from streaming_chat.token_stream import Sampler, SamplingError, SamplingSettings
 from streaming_chat.turns import encode, find_turns
 
 from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SETUP
-from experiments.config import SetupError, settings_for
+from experiments.config import SetupError
+from experiments.measuring import Machine, resolve_machine
+from experiments.model_setup import config_of, make_decoder, weights_fingerprint
 from experiments.models import LoadedModel, find_model
-from experiments.session import Machine, resolve_machine
+from experiments.plan import model_settings
+from experiments.tokens import put_in_front
 from streaming_llm import StreamingConfig, StreamingDecoder
 
 
@@ -42,12 +43,12 @@ def prepared(options: argparse.Namespace) -> Iterator[Talk]:
     notes = None if options.resume is None else read_notes(options.resume)
     if notes is not None:
         check_mode(options.resume, notes, mode)
-    loaded = load_wrapped(source, machine)
-    settings = settings_for(config, loaded.context_length, source.is_demo)
+    loaded = machine.load(source)
+    settings = model_settings(config, source, loaded)
     sizes = {"n_sink": settings.n_sink, "window_size": settings.window_size}
     if notes is not None:
         sizes = _sizes_of(options, notes)
-    with make_decoder(loaded, StreamingConfig(**sizes), options.decode_engine) as decoder:
+    with make_decoder(loaded, StreamingConfig(**sizes), options.engine) as decoder:
         talk = _talk(options, loaded, decoder, mode, sizes)
         if notes is not None:
             talk.resume(options.resume, notes)

@@ -19,8 +19,13 @@ def rotated(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) ->
 
 
 @torch.no_grad()
-def reference_logits(model, input_ids: torch.Tensor, n_sink: int, window_size: int) -> torch.Tensor:
-    """Float64 logits ``[batch, length, vocab]`` of a GPT-NeoX fed ``input_ids`` ``[batch, length]`` one by one."""
+def reference_logits(
+    model, input_ids: torch.Tensor, n_sink: int, window_size: int, *, gapped: bool = False
+) -> torch.Tensor:
+    """Float64 logits ``[batch, length, vocab]`` of a GPT-NeoX fed ``input_ids`` ``[batch, length]`` one by one.
+
+    ``gapped``: kept tokens stay at their positions in the stream.
+    """
     config = model.config
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     output_layer = next(name for name in ("embed_out", "lm_head") if f"{name}.weight" in weights)  # older, newer name
@@ -37,7 +42,8 @@ def reference_logits(model, input_ids: torch.Tensor, n_sink: int, window_size: i
         mean, var = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
         return (x - mean) / (var + config.layer_norm_eps).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
-    kept = [[] for _ in range(config.num_hidden_layers)]  # per layer: (un-rotated key, value) of each kept token
+    # Per layer, of each kept token: its un-rotated key, its value, its position in the stream.
+    kept = [[] for _ in range(config.num_hidden_layers)]
     logits = []
     for t in range(length):
         x = weights["gpt_neox.embed_in.weight"][input_ids[:, t]]
@@ -47,10 +53,10 @@ def reference_logits(model, input_ids: torch.Tensor, n_sink: int, window_size: i
             q, k, v = qkv.view(batch, num_heads, 1, 3 * head_dim).chunk(3, dim=-1)
             if len(cache) > n_sink + window_size:
                 del cache[n_sink]
-            cache.append((k, v))
-            keys, values = (torch.cat(x, dim=2) for x in zip(*cache, strict=True))
-            keys = rotated(keys, torch.arange(len(cache)), inv_freq)
-            q = rotated(q, torch.tensor([len(cache) - 1]), inv_freq)
+            cache.append((k, v, t))
+            keys, values = (torch.cat([token[i] for token in cache], dim=2) for i in range(2))
+            positions = torch.tensor([token[2] for token in cache]) if gapped else torch.arange(len(cache))
+            keys, q = rotated(keys, positions, inv_freq), rotated(q, positions[-1:], inv_freq)
             scores = (q @ keys.transpose(2, 3)) / head_dim**0.5
             attended = (scores.softmax(-1) @ values).reshape(batch, -1)
             attended = linear(attended, f"{prefix}.attention.dense")

@@ -15,16 +15,16 @@ from conftest import make_ids, make_neox
 from demo_training_support import ROOT  # puts scripts/ on the module path
 from evaluation_support import make_model_folder, no_collection  # noqa: F401 - a fixture
 
-from experiments.methods import MethodSettings
+from experiments.benchmarks import contenders, decode, overhead, runner
+from experiments.benchmarks.contenders import CONTENDERS, Contender
+from experiments.benchmarks.decode import TOLERANCE, Bench, Cell, ConstantDense, Plan, Timing, in_turns
+from experiments.benchmarks.floor import copy_bytes_per_sec, kv_token_nbytes, step_nbytes, weight_nbytes
+from experiments.methods import METHODS, MethodSettings, Streaming
+from experiments.models import LoadedModel
+from experiments.plotting.decode_benchmark import figures
+from experiments.timing import measured
 
 import benchmark_decode  # isort: skip
-from decode_benchmark import contenders, measuring, overhead, runner  # isort: skip
-from decode_benchmark.command_line import CONTENDER_NAMES  # isort: skip
-from decode_benchmark.contenders import CONTENDERS, ConstantDense, Contender, Decoder  # isort: skip
-from decode_benchmark.figure import figures  # isort: skip
-from decode_benchmark.floor import copy_bytes_per_sec, kv_token_nbytes, step_nbytes, weight_nbytes  # isort: skip
-from decode_benchmark.measuring import Bench, Timing  # isort: skip
-from decode_benchmark.plan import Cell, Plan, in_turns  # isort: skip
 
 pytestmark = pytest.mark.usefixtures("no_collection")
 C = 16
@@ -60,9 +60,13 @@ def place(tmp_path, capsys, monkeypatch) -> Place:
     return Place(tmp_path, capsys)
 
 
-def test_the_command_line_knows_every_contender():
-    assert tuple(CONTENDERS) == CONTENDER_NAMES
+def loaded(model) -> LoadedModel:
+    return LoadedModel(model.config, None, None, model)
+
+
+def test_contenders_are_methods_and_compared_with_their_own_engine():
     for contender in CONTENDERS.values():
+        assert contender.method in ("", contenders.CONSTANT_DENSE, *METHODS)
         assert contender.compared_with in ("", *CONTENDERS)
         assert not contender.compared_with or CONTENDERS[contender.compared_with].engine == contender.engine
 
@@ -74,7 +78,7 @@ def test_all_contenders_run_or_say_why_not(place, tmp_path):
     assert place.run(*options, "--backends", "math", "flash", "--figures", str(figures_folder), contenders=names) == 0
     result = place.result
     assert result["complete"]
-    assert result["check_tolerance"] == measuring.TOLERANCE["float32"]
+    assert result["check_tolerance"] == TOLERANCE["float32"]
     assert {row["status"] for row in result["rows"]} == {"ok", "skipped"}
     for name in ("recompute", "dynamic-cache", "kvpress", "eager"):
         decode = [row for row in place.rows(name) if row["cell"]["kind"] == "decode"]
@@ -139,24 +143,26 @@ def test_floor_counts_what_a_step_reads():
 
 
 def test_copy_speed_counts_reading_and_writing(monkeypatch):
-    from decode_benchmark import floor
+    from experiments import timing
+    from experiments.benchmarks import floor
 
     monkeypatch.setattr(floor, "_CPU_NBYTES", 4096)
     clock = iter(range(100))
-    monkeypatch.setattr(floor, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert copy_bytes_per_sec(torch.device("cpu")) == 2 * 4096 * floor._COPIES
 
 
-class Wrong(Decoder):
+class Wrong(Streaming):
     """A decoder that forgets its sinks."""
 
-    def _decoder_options(self) -> dict:
-        return {**super()._decoder_options(), "n_sink": 0}
+    @property
+    def sizes(self):
+        return 0, self.settings.window_size
 
 
 def test_a_contender_with_other_logits_is_not_timed(place, monkeypatch):
-    monkeypatch.setattr(Contender, "open", lambda self, model, settings: self.method(model, settings, {}))
-    monkeypatch.setitem(CONTENDERS, "graph", Contender("Wrong", "streaming", Wrong, checked=True))
+    monkeypatch.setitem(METHODS, "wrong", Wrong)
+    monkeypatch.setitem(CONTENDERS, "graph", Contender("Wrong", "wrong", group="streaming", checked=True))
     assert place.run(contenders=["graph", "eager"]) == 1
     (wrong,), (right,) = place.rows("graph"), place.rows("eager")
     assert (wrong["status"], wrong["runs"], right["status"]) == ("failed", [], "ok")
@@ -176,8 +182,13 @@ def test_out_of_memory_is_a_reason_and_the_others_go_on(place, monkeypatch):
 
 def test_what_compiles_is_opened_once_and_says_that_it_took_no_turns(place, monkeypatch):
     opened = []
-    own_open = Contender.open
-    monkeypatch.setattr(Contender, "open", lambda self, *args: opened.append(self.label) or own_open(self, *args))
+    own_open = Bench._open
+
+    def open_and_note(self, cell):
+        opened.append(CONTENDERS[cell.contender].label)
+        return own_open(self, cell)
+
+    monkeypatch.setattr(Bench, "_open", open_and_note)
     entry = dataclasses.replace(CONTENDERS["eager"], label="Compiled", at_once=True)
     monkeypatch.setitem(CONTENDERS, "graph+compile", entry)
     assert place.run(contenders=["graph+compile", "dynamic-cache"]) == 0
@@ -191,6 +202,8 @@ def test_what_compiles_is_opened_once_and_says_that_it_took_no_turns(place, monk
 class Stub:
     """A method that captures in its first runs."""
 
+    name, engine = "stub", "graph"
+
     def __init__(self, captures: int):
         self.captures, self.compile_sec, self.steps = captures, 0.0, 0
 
@@ -202,20 +215,23 @@ class Stub:
 
 
 def test_a_run_in_which_something_was_captured_does_not_count():
-    bench = Bench(make_neox(), Timing(steps=5, warmup=4, max_sec=5.0, seed=0), "math")
-    tokens = [torch.zeros(1, dtype=torch.int64)] * 5
-    stub = Stub(captures=2)
-    assert bench._time_steps(stub, tokens)["steps"] == 5
-    assert stub.steps == 2 + 3 * 5
+    cpu, stub = [torch.device("cpu")], Stub(captures=2)
+
+    def run():
+        for _ in range(5):
+            stub.step(None)
+        return stub.steps
+
+    assert measured(stub, run, cpu)[0] == 3 * 5
+    stub = Stub(captures=9)
     with pytest.raises(RuntimeError, match="captures or compiles anew"):
-        bench._time_steps(Stub(captures=9), tokens)
+        measured(stub, run, cpu)
 
 
 def test_slow_contenders_take_fewer_steps(monkeypatch):
-    bench = Bench(make_neox(), Timing(steps=100, warmup=4, max_sec=6.0, seed=0), "math")
-    monkeypatch.setattr(bench, "_seconds", lambda method, tokens: 0.5 * len(tokens))
-    method = SimpleNamespace(compile_sec=0.0)
-    assert bench._time_steps(method, [None] * 100) == {"tpot_ms": 500.0, "steps": 12}
+    bench = Bench(loaded(make_neox()), Timing(steps=100, warmup=4, max_sec=6.0, seed=0), "math")
+    monkeypatch.setattr(decode, "seconds", lambda call, device: 0.5 * len(call()))
+    assert bench._time_steps(Stub(0), [None] * 100) == {"tpot_ms": 500.0, "steps": 12}
 
 
 def test_a_stopped_benchmark_goes_on_and_ends_as_if_it_had_not_been(place):
@@ -283,7 +299,7 @@ def test_the_overhead_is_what_the_decoder_adds_to_the_forward(monkeypatch):
     model = make_neox()
     times = {"decoder": [11e-3, 12e-3, 13e-3], "forward": [10e-3, 10e-3, 12e-3], "dynamic_cache": [9e-3] * 3}
     monkeypatch.setattr(overhead, "_in_turns", lambda steps, tokens, device: times)
-    row = overhead.measure_overhead(model, MethodSettings(2, C - 2), "math", 3)
+    row = overhead.measure_overhead(loaded(model), MethodSettings(2, C - 2), "math", 3)
     assert row["decoder_step_ms"] == pytest.approx(12)
     assert row["overhead_ms"] == pytest.approx(1)
     assert row["overhead_percent"] == pytest.approx(100 / 12)
@@ -307,8 +323,8 @@ def test_the_plain_forward_attends_to_as_many_keys_and_keeps_them():
 
 
 def make_row(model: str, contender: str, backend: str, time: float | None, **changes) -> dict:
-    cell = Cell("decode", model, 2048, 4, 1, 2048, contender, backend)
-    row = {"cell": cell.key, "label": CONTENDERS[contender].label, "group": CONTENDERS[contender].group}
+    entry, cell = CONTENDERS[contender], Cell("decode", model, 2048, 4, 1, 2048, contender, backend)
+    row = {"cell": cell.key, "label": entry.label, "group": entry.group or entry.method}
     if time is None:
         return {**row, "status": "failed", "reason": "out of memory: 80 GB", "tpot_ms": None, "runs": []}
     measured = {"status": "ok", "tpot_ms": time, "spread_ms": [0.9 * time, 1.2 * time], "floor_ms": 0.5}

@@ -1,4 +1,4 @@
-"""Decode engines in the evaluation: which ran is recorded, capturing is not measured, engines are never compared.
+"""Engines in the evaluation: which ran is recorded, capturing is not measured, each has a baseline of its own.
 
 A CPU has the eager engine only. Stand-ins take the place of what captures; what they compute is the eager result.
 """
@@ -11,15 +11,15 @@ import pytest
 from conftest import make_ids, make_neox
 from evaluation_support import World, no_collection  # noqa: F401 - a fixture
 
-from experiments import engines, methods, session
+from experiments import engines, measuring, methods
 from experiments.config import SetupError
 from experiments.methods import METHODS, MethodSettings
 from experiments.perplexity import compute_perplexity
+from experiments.plan import engines_of
 from experiments.plot_comprehensive_results import draw
 from experiments.plotting.captions import caption
 from experiments.plotting.script import draw_styled
-from experiments.plotting.table import read_results, why_missing
-from experiments.summary import main_table
+from experiments.plotting.table import read_results
 from streaming_llm import StreamingDecoder
 
 pytestmark = pytest.mark.usefixtures("no_collection")
@@ -30,9 +30,11 @@ C = S + W
 class StandInDecoder:
     """An eager decoder that passes for a capturing one."""
 
-    def __init__(self, model, n_sink, window_size, engine="eager"):
+    def __init__(self, model, n_sink, window_size, engine, attention="sdpa"):
+        if engine == "fused" and attention == "sdpa":
+            raise ValueError("no kernels for this family")
         self.eager = StreamingDecoder(model, n_sink, window_size)
-        self.engine = {"auto": "graph"}.get(engine, engine)
+        self.engine = engine
         self.compile_sec = 0.0
         self.prefill = self.eager.prefill
 
@@ -64,12 +66,11 @@ def captured(monkeypatch) -> list[tuple[int, ...]]:
     """Puts the stand-ins in place; the shapes that were captured for re-computation."""
     shapes = []
 
-    def capture(forward, example):
+    def capture(forward, example, engine):
         shapes.append(tuple(example.shape))
         return forward
 
-    for module in (methods, engines):
-        monkeypatch.setattr(module, "StreamingDecoder", StandInDecoder)
+    monkeypatch.setattr(engines, "StreamingDecoder", StandInDecoder)
     monkeypatch.setattr(methods, "capture", capture)
     monkeypatch.setattr(methods, "forward_of", lambda model, engine: engines.plain_forward(model))
     return shapes
@@ -79,59 +80,107 @@ def test_on_a_cpu_another_engine_is_refused_before_anything_is_computed(tmp_path
     world = World(tmp_path)
     for names in (["baseline"], ["streaming"]):
         with pytest.raises(SetupError, match="graph"):
-            world.run(decode_engine="graph", methods=names)
+            world.run(engine="graph", methods=names)
     assert not world.root.exists()
     with pytest.raises(ValueError, match="needs a CUDA device, and the model is on cpu: choose eager"):
         engines.forward_of(make_neox(), "fused")
-    with pytest.raises(ValueError, match="engine must be one of eager, graph, fused, got 'warp'"):
+    with pytest.raises(ValueError, match="no engine 'warp' re-computes"):
         engines.forward_of(make_neox(), "warp")
 
 
-def test_each_block_says_which_engine_ran_and_two_engines_are_not_compared(tmp_path, captured):
+def test_every_method_is_compared_with_the_baseline_of_its_own_engine(tmp_path, captured):
     world = World(tmp_path)
     names = ["baseline", "streaming", "window", "dense"]
-    world.run(methods=names, output_dir=tmp_path / "eager")
-    summary = world.run(methods=names, decode_engine="graph")
+    world.run(methods=names, output_dir=tmp_path / "eager", engine="eager")
+    summary = world.run(methods=names, engine="graph", repeats=2)
     assert summary.exit_code == 0
     main = json.loads((world.root / "final" / "one_main_backend-math.json").read_text())
     eager = json.loads((tmp_path / "eager" / "tiny" / "final" / "one_main_backend-math.json").read_text())
     assert {name: main[name]["engine"] for name in names} == {
         "baseline": "graph", "streaming": "graph", "window": "graph", "dense": "eager",
     }  # fmt: skip
+    assert {engine: block["engine"] for engine, block in main["baselines"].items()} == {
+        "graph": "graph", "eager": "eager",
+    }  # fmt: skip
+    assert main["baselines"]["graph"] == main["baseline"]
+    assert "baselines" not in eager
     for name in names:
-        assert main[name]["perplexity"] == pytest.approx(eager[name]["perplexity"], rel=1e-6)
-        assert ("compile_sec" in main[name]) == (name != "dense")
-        assert eager[name]["speedup"] is not None
+        block, own = main[name], main["baselines"][main[name]["engine"]]
+        assert block["perplexity"] == pytest.approx(eager[name]["perplexity"], rel=1e-6)
+        assert ("compile_sec" in block) == (name != "dense")
+        assert block["speedup"] == own["runtime_sec"] / block["runtime_sec"]
+        assert len(block["runs"]) == 2
     assert main["streaming"]["speedup"] == main["metrics"]["speedup"] > 0
-    assert main["dense"]["speedup"] is None
-    assert main["dense"]["speedup_reason"] == "engine 'eager', the baseline 'graph'"
-    assert main["dense"]["ppl_increase_percent"] is not None
-    assert any("decode engine: graph (math)" in line for line in world.said)
-    row = next(line for line in main_table([main]).splitlines() if "Dense" in line)
-    assert "engine 'eager', the baseline 'graph'" in row
+    assert any("engine: graph (math)" in line for line in world.said)
     assert set(captured) == {(1, C)}
+    order = [line.split(" | ", 2)[2].split(" | ")[0] for line in world.lines("[")]
+    cells = ["baseline 2+14 (graph)", "baseline 2+14", "streaming 2+14 (graph)", "window 2+14 (graph)", "dense 2+14"]
+    assert order == 2 * cells
+    world.run(methods=names, engine="graph", repeats=2)
+    assert len(world.lines("reused: ")) == 10
+
+
+def test_the_ring_kernel_is_compared_with_the_fused_recomputation(tmp_path, captured):
+    world = World(tmp_path)
+    assert world.run(engine="fused-triton").exit_code == 0
+    main = json.loads((world.root / "final" / "one_main_backend-math.json").read_text())
+    assert (main["streaming"]["engine"], main["baseline"]["engine"]) == ("fused-triton", "fused")
+    assert main["streaming"]["speedup"] == main["baseline"]["runtime_sec"] / main["streaming"]["runtime_sec"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "methods", "expected"),
+    [
+        ("fused", ["baseline", "streaming", "kvpress"], ("fused", "eager")),
+        ("fused", ["baseline", "dense", "window"], ("fused", "eager")),
+        ("fused-triton", ["baseline", "streaming"], ("fused",)),
+        ("graph+compile", ["baseline", "streaming"], ("graph+compile",)),
+        ("fused", ["baseline", "kvpress"], ("eager",)),
+        ("graph", ["baseline"], ("graph",)),
+        ("eager", ["baseline", "streaming", "kvpress"], ("eager",)),
+    ],
+)
+def test_the_baseline_runs_with_each_engine_that_a_method_uses(engine, methods, expected):
+    assert engines_of("baseline", engine, methods) == expected
+
+
+def test_a_baseline_that_fails_takes_away_the_speedups_of_its_engine_only(tmp_path, captured, monkeypatch):
+    measure = measuring.Bench.measure
+
+    def fail(self, task, display):
+        if (task.cell.method, task.cell.engine) == ("baseline", "eager"):
+            raise MemoryError("no more")
+        return measure(self, task, display)
+
+    monkeypatch.setattr(measuring.Bench, "measure", fail)
+    world = World(tmp_path)
+    assert world.run(methods=["baseline", "streaming", "dense"], engine="graph").exit_code == 1
+    main = json.loads((world.root / "final" / "one_main_backend-math.json").read_text())
+    assert main["status"] == "failed"
+    assert main["reason"].startswith("baseline (eager): out of memory")
+    assert main["streaming"]["speedup"] is not None
+    assert main["dense"]["speedup"] is None
+    assert "no baseline" in main["dense"]["speedup_reason"]
 
 
 def test_figures_cope_with_two_engines_and_name_them(tmp_path, captured):
     world = World(tmp_path)
-    world.run(methods=["baseline", "streaming", "dense"], decode_engine="graph")
+    world.run(methods=["baseline", "streaming", "dense"], engine="graph")
     results = read_results(world.root)
     (dense,) = results.cells[results.cells["method"] == "dense"].itertuples()
-    assert dense.speedup != dense.speedup  # not a number
-    assert "engine" in why_missing(dense, "speedup")
+    assert dense.speedup > 0
     assert "engines: eager (Dense); graph (Baseline, StreamingLLM)" in caption(results.cells).replace("\xa0", " ")
-    drawings = draw_styled(draw, results)
-    assert any("Dense" in line and "engine" in line for drawing in drawings for line in drawing.missing)
+    assert draw_styled(draw, results)
 
 
 def test_auto_is_resolved_before_anything_is_named(tmp_path, captured):
     world = World(tmp_path)
-    world.run(decode_engine="graph")
-    world.run(decode_engine="auto")
+    world.run(engine="graph")
+    world.run(engine="auto")
     assert len(world.lines("reused")) == 2
     main = json.loads((world.root / "final" / "one_main_backend-math.json").read_text())
     assert main["baseline"]["engine"] == main["streaming"]["engine"] == "graph"
-    world.run(decode_engine="eager")
+    world.run(engine="eager")
     assert not world.lines("reused")
 
 
@@ -139,9 +188,9 @@ def test_auto_that_cannot_be_resolved_says_so(tmp_path, monkeypatch):
     def refuse(*args):
         raise ValueError("no engine at all")
 
-    monkeypatch.setattr(session, "resolve_engine", refuse)
-    with pytest.raises(SetupError, match="decode engine 'auto' cannot run: no engine at all"):
-        World(tmp_path).run(decode_engine="auto")
+    monkeypatch.setattr(measuring, "resolve_engine", refuse)
+    with pytest.raises(SetupError, match=r"engine 'auto' cannot run .*: no engine at all"):
+        World(tmp_path).run(engine="auto")
 
 
 @pytest.mark.parametrize("name", ["baseline", "streaming"])
@@ -161,7 +210,7 @@ def test_capturing_is_over_before_the_measurement_also_without_warm_up(captured,
 )  # fmt: skip
 def test_parallel_scoring_runs_the_engine_s_own_blocks(monkeypatch, name, engine, blocks):
     asked = []
-    monkeypatch.setattr(methods, "score_stream", lambda *args, engine, **sizes: asked.append(engine))
+    monkeypatch.setattr(engines, "score_stream", lambda *args, engine: asked.append(engine))
     METHODS[name](make_neox(), MethodSettings(S, W, engine=engine)).score(make_ids(N))
     assert asked == [blocks]
 

@@ -70,7 +70,7 @@ def test_a_failure_while_comparing_is_told_with_exit_code_1(world, capsys, monke
     def fail(*_):
         raise MemoryError("no more")
 
-    monkeypatch.setattr("experiments.comparison._measure", fail)
+    monkeypatch.setattr("experiments.measuring.Bench.measure", fail)
     assert eval_streaming_llm.main(subject(world)) == 1
     assert "out of memory: no more" in capsys.readouterr().out
 
@@ -175,7 +175,7 @@ def test_an_interruption_ends_with_130(world, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.session.ModelSession.measure", interrupt)
+    monkeypatch.setattr("experiments.measuring.Bench.measure", interrupt)
     assert final(world) == 130
     assert "0 of 2 cells are finished" in capsys.readouterr().out
 
@@ -187,10 +187,29 @@ def test_the_scripts_start_from_a_checkout(script):
     assert "--n-sink" in done.stdout
 
 
+@pytest.mark.parametrize("script", ["experiments/run_final_experiments.py", "eval_streaming_llm.py"])
+def test_the_scripts_need_no_installed_project(script):
+    path = ROOT / script
+    code = f"""import runpy, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+sys.path = [{str(path.parent)!r}, *(p for p in sys.path[1:] if p != {str(ROOT)!r})]
+sys.argv = [{str(path)!r}, "--help"]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True)
+    assert "examples:" in done.stdout, done.stderr
+
+
 def test_the_runner_is_importable_from_its_script():
     assert run_final_experiments.ExperimentRunner.__name__ == "ExperimentRunner"
     config = run_final_experiments.ExperimentConfig(attn_backend_list=["math", "flash"])
     assert config.attn_backend_list == ("math", "flash")
+
+
+def test_ray_that_is_not_installed_is_bad_input(world, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert final(world, "--launcher", "ray") == 2
+    assert_one_line(capsys, "pip install 'streaming-llm[cluster]'")
 
 
 def test_help_lists_every_option_of_the_configuration(capsys):

@@ -125,13 +125,12 @@ def test_ctrl_c_ends_cleanly_and_says_what_is_left(world):
 def test_an_error_from_inside_a_layer_fails_that_cell_only(world, monkeypatch):
     import torch
 
-    from experiments.session import ModelSession
+    from experiments.measuring import Bench
 
-    original = ModelSession.method
+    original = Bench.measure
 
-    def method(self, cell):
-        built = original(self, cell)
-        layer = self.model.gpt_neox.layers[1]
+    def measure(self, task, display):
+        cell, layer = task.cell, self._loaded.model.gpt_neox.layers[1]
         layer.__dict__.pop("forward", None)
         if cell.method == "streaming" and cell.backend == "flash":
             calls = []
@@ -143,9 +142,9 @@ def test_an_error_from_inside_a_layer_fails_that_cell_only(world, monkeypatch):
                 return type(layer).forward(layer, *args, **kwargs)
 
             layer.forward = forward
-        return built
+        return original(self, task, display)
 
-    monkeypatch.setattr(ModelSession, "method", method)
+    monkeypatch.setattr(Bench, "measure", measure)
     backends = ["math", "flash"]
     assert world.run(attn_backend_list=backends).exit_code == 1
     states = {}
@@ -196,12 +195,12 @@ def test_a_disk_that_fills_up_while_running_is_fatal_and_leaves_whole_files(worl
         original = CellStore.save
         saved = []
 
-        def save(self, record, *rest):
+        def save(self, outcome, config):
             if saved:  # before the second cell is kept, the disk is full
                 with contextlib.suppress(OSError):
                     (disk / "filler").write_bytes(bytes(4_000_000))
-            original(self, record, *rest)
-            saved.append(record)
+            original(self, outcome, config)
+            saved.append(outcome)
 
         monkeypatch.setattr(CellStore, "save", save)
         with pytest.raises(SaveError, match="No space"):

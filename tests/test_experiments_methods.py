@@ -41,6 +41,8 @@ REFERENCES: dict[str, Callable] = {
     "kvpress": lambda model, ids: reference_logits(model, ids, S, W)[0],
     "window": lambda model, ids: reference_logits(model, ids, 0, C)[0],
     "dense": lambda model, ids: reference_logits(model, ids, 0, ids.shape[1])[0],
+    "gapped": lambda model, ids: reference_logits(model, ids, S, W, gapped=True)[0],
+    "rerotated": lambda model, ids: reference_logits(model, ids, S, W)[0],  # what rounding does to it: test_placements
 }
 
 

@@ -12,14 +12,15 @@ from evaluation_support import (  # noqa: F401 - no_collection is a fixture
     World,
     make_model_folder,
     make_text,
+    make_tokenizer,
     no_collection,
 )
 
 from experiments.config import SetupError
+from experiments.measuring import Bench
 from experiments.methods import METHODS
-from experiments.plan import duration
+from experiments.progress import duration
 from experiments.results import FIGURES
-from experiments.session import ModelSession
 from experiments.storage import SaveError, folder_lock
 
 ALL = [name for name, cls in METHODS.items() if cls.unavailable() is None]
@@ -139,12 +140,42 @@ def test_parallel_scoring_keeps_the_perplexity_and_samples_the_speed(world):
     assert value["baseline"]["perplexity"] is None
     assert "parallel" in value["baseline"]["perplexity_reason"]
     assert "parallel" in value["streaming"]["ppl_increase_percent_reason"]
+    (table,) = [line for line in world.said if "perplexity  " in line]
+    assert "s for prefill + 4 tokens" in table
+    assert "runtime s" not in table
+
+
+def test_what_stands_in_front_of_a_text_is_warned_of_and_recorded(world):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None  # has a token for the beginning, and does not use it
+    tokenizer.save_pretrained(world.model)
+    values = {}
+    for option in ("auto", "always", "never"):
+        world.run(bos=option)
+        values[option] = load(world, "final/one_main_backend-math.json")
+        assert bool(world.lines("warning: ")) == (option == "auto")
+        bos = load(world, "fixed_eval/one_streaming_backend-math.json")["bos"]
+        assert bos == values[option]["bos"]
+        assert (bos["option"], bos["in_front"]) == (option, option == "always")
+    assert values["auto"]["streaming"]["perplexity"] == values["never"]["streaming"]["perplexity"]
+    assert values["always"]["streaming"]["perplexity"] != values["never"]["streaming"]["perplexity"]
+
+
+def test_what_a_folder_of_texts_leaves_out_is_named(world):
+    folder = world.base / "shelf"
+    (folder / "deep").mkdir(parents=True)
+    make_text(folder / "deep" / "a.txt")
+    make_text(folder / "notes.pdf")
+    world.run(datasets=[str(folder)])
+    assert world.files("final/*.json") == ["final/shelf_main_backend-math.json"]
+    assert any("notes.pdf" in line for line in world.lines("warning: "))
 
 
 def test_random_weights_are_measured_for_speed_only(world, monkeypatch):
-    from experiments import models
+    from experiments import random_models
 
-    monkeypatch.setitem(models.RANDOM_SIZES, "pythia-70m", models.PythiaSize(32, 2, 2, 64, 128))
+    size = random_models.PythiaSize(32, 2, 2, 64, 128)
+    monkeypatch.setitem(random_models.RANDOM_SIZES, "pythia-70m", size)
     summary = world.run(model="random:pythia-70m", datasets=None, save_token_nll=True)
     assert summary.exit_code == 0
     folder = world.output / "random-pythia-70m" / "final"
@@ -162,6 +193,31 @@ def test_random_weights_are_measured_for_speed_only(world, monkeypatch):
 def test_random_tokens_are_not_for_trained_weights(world):
     with pytest.raises(SetupError, match="random weights"):
         world.run(datasets=["random_tokens"])
+
+
+def test_how_a_model_is_spread_is_recorded(world):
+    pytest.importorskip("accelerate")
+    world.run()
+    whole = load(world, "final/one_main_backend-math.json")
+    world.run(device_map="auto")
+    value = load(world, "final/one_main_backend-math.json")
+    spread = value["environment"]["device_map"]
+    assert (spread["asked"], list(spread["weights_mb"])) == ("auto", ["cpu"])
+    assert "device_map" not in whole["environment"]
+    assert value["streaming"]["perplexity"] == whole["streaming"]["perplexity"]
+    assert value["config_hash"] != whole["config_hash"]
+
+
+def test_a_sample_of_no_steps_times_nothing(world):
+    assert world.run(scoring="parallel", decode_sample=0, methods=["baseline", "streaming", "window"]).exit_code == 0
+    value = load(world, "final/one_main_backend-math.json")
+    streaming = value["streaming"]
+    assert streaming["perplexity"] > 1
+    for name in ("runtime_sec", "prefill_sec", "tpot_ms", "decode_toks_per_sec", "speedup"):
+        assert streaming[name] is None
+        assert "nothing is timed" in streaming[f"{name}_reason"]
+    assert streaming["decode_tokens"] == 0
+    assert "scoring_sec" not in streaming
 
 
 def test_several_models_have_folders_of_their_own(world, tmp_path):
@@ -263,14 +319,14 @@ def test_a_dry_run_says_what_there_is_and_touches_nothing(world):
 
 
 def break_measure(monkeypatch, breaks, error):
-    original = ModelSession.measure
+    original = Bench.measure
 
-    def measure(self, cell, display):
-        if breaks(cell):
+    def measure(self, task, display):
+        if breaks(task.cell):
             raise error
-        return original(self, cell, display)
+        return original(self, task, display)
 
-    monkeypatch.setattr(ModelSession, "measure", measure)
+    monkeypatch.setattr(Bench, "measure", measure)
 
 
 def test_a_failing_cell_is_named_and_the_others_go_on(world, monkeypatch):

@@ -1,25 +1,21 @@
-"""Configurations, models and texts: what is accepted, what is refused, and with which words."""
+"""Configurations and models: what is accepted, what is refused, and with which words."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 
 import pytest
 import torch
-from evaluation_support import END, TEXT, make_model_folder, make_text, make_tokenizer
+from evaluation_support import make_model_folder
 from family_models import POSITIONS, VOCAB, make_family, takes_sdpa
 
 from experiments.config import ExperimentConfig, SetupError, settings_for, window_ladder
-from experiments.models import RANDOM_SIZES, find_model, random_model
-from experiments.texts import Text, load_texts, random_tokens, tokenise
+from experiments.models import find_model
+from experiments.random_models import RANDOM_SIZES, random_model
+from experiments.texts import load_texts
 from personal_adapters.neox_flash import wrap_attention
 
 CPU = torch.device("cpu")
-
-
-def text_of(content: str) -> Text:
-    return Text("key", "Key", "key", content, hashlib.sha256(content.encode()).hexdigest())
 
 
 # --- configuration ---------------------------------------------------------------------------------------------
@@ -37,7 +33,7 @@ def text_of(content: str) -> Text:
         ({"only": "ablations"}, ["ablations", "ablation_n_sink"]),
         ({"dtype": "int8"}, ["int8", "bfloat16"]),
         ({"scoring": "fast"}, ["fast", "parallel"]),
-        ({"decode_engine": "warp"}, ["warp", "eager"]),
+        ({"engine": "warp"}, ["warp", "eager"]),
         ({"kvpress_press": "norm"}, ["norm", "knorm"]),
         ({"model": []}, ["model"]),
         ({"ablation_n_sinks": [0, -2]}, ["ablation_n_sinks", "-2"]),
@@ -67,6 +63,17 @@ def test_default_sizes_suit_the_model():
     large = settings_for(ExperimentConfig(n_sink=8), 131072, is_demo=False)
     assert (large.cache_size, large.window_size) == (2048, 2040)
     assert window_ladder(3, steps=5) == (1, 2)
+
+
+def test_default_sizes_fit_a_sliding_window_of_the_model_and_others_are_refused_by_option():
+    small = settings_for(ExperimentConfig(), 4096, is_demo=False, largest_window=16)
+    assert (small.n_sink, small.window_size, small.cache_size) == (4, 12, 16)
+    assert small.ablation_window_sizes == (1, 2, 4, 8, 16)
+    assert settings_for(ExperimentConfig(window_size=16), 4096, False, 16).window_size == 16
+    with pytest.raises(SetupError, match=r"--window-size at most 16"):
+        settings_for(ExperimentConfig(window_size=17), 4096, False, 16)
+    with pytest.raises(SetupError, match=r"--ablation-window-sizes at most 16"):
+        settings_for(ExperimentConfig(ablation_window_sizes=[8, 32]), 4096, False, 16)
 
 
 def test_an_ablation_leaves_room_for_a_window():
@@ -157,6 +164,14 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path):
         find_model(str(folder)).load(torch.float32, CPU)
 
 
+def test_a_window_of_the_models_own_is_known(tmp_path):
+    folder = make_model_folder(tmp_path / "mistral")  # for its tokenizer
+    make_family("mistral").save_pretrained(folder)
+    loaded = find_model(str(folder)).load(torch.float32, CPU)
+    assert loaded.largest_window == loaded.model.config.sliding_window
+    assert find_model("demo").load(torch.float32, CPU).largest_window is None
+
+
 def test_a_model_with_weights_missing_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -166,95 +181,3 @@ def test_a_model_with_weights_missing_is_refused(tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(SetupError, match=r"weights are missing \((embed_out|lm_head)\.weight"):
         find_model(str(folder)).load(torch.float32, CPU)
-
-
-# --- texts -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("empty.txt", b"", "empty"),
-        ("blank.txt", b" \n \n", "empty"),
-        ("binary.txt", bytes(range(256)), "not UTF-8"),
-        ("nul.txt", b"a\x00b", "NUL"),
-        ("book.pdf", b"%PDF", "not one of"),
-        ("broken.json", b'{"text": "a', "not valid JSON"),
-        ("keyless.json", b'{"body": "a"}', "'text'"),
-        ("number.jsonl", b'{"text": "a"}\n3\n', "'text'"),
-        ("broken.jsonl", b'{"text": "a"}\n{\n', "line 2"),
-        ("nothing.json", b"[]", "empty"),
-        ("surrogate.json", b'{"text": "\\ud800"}', "surrogates"),
-    ],
-)
-def test_a_file_that_is_no_text_is_refused(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(SetupError, match=words):
-        load_texts([str(tmp_path / name)])
-
-
-def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path):
-    with pytest.raises(SetupError, match="No such file"):
-        load_texts([str(tmp_path / "missing.txt")])
-    with pytest.raises(SetupError, match="did you mean 'wikitext'"):
-        load_texts(["wikitxt"])
-
-
-def test_json_and_jsonl_hold_texts_under_their_key(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}]))
-    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
-    (tmp_path / "c.json").write_text(json.dumps({"text": "one", "split": "test"}))
-    assert [t.text for t in load_texts([str(tmp_path / n) for n in ("a.json", "b.jsonl", "c.json")])] == [
-        "one\n\ntwo", "one\n\ntwo", "one",
-    ]  # fmt: skip
-
-
-def test_keys_say_where_a_text_came_from(tmp_path):
-    (tmp_path / "x").mkdir()
-    names = [make_text(tmp_path / "book.txt", "a b"), make_text(tmp_path / "x" / "book.txt", "c d")]
-    names += [make_text(tmp_path / "wikitext.txt", "e f"), make_text(tmp_path / "alone.txt", "g h")]
-    texts = load_texts([str(name) for name in names])
-    hashes = [hashlib.sha256(text.text.encode()).hexdigest()[:8] for text in texts]
-    expected = [f"book-{hashes[0]}", f"book-{hashes[1]}", f"wikitext-{hashes[2]}", "alone"]
-    assert [text.key for text in texts] == expected
-
-
-def test_the_bundled_texts_are_there():
-    texts = load_texts(["demo_encyclopaedia", "demo_narrative"])
-    assert [text.key for text in texts] == ["demo_encyclopaedia", "demo_narrative"]
-    assert all(len(text.text) > 20_000 for text in texts)
-
-
-def test_tokens_are_the_tokenizers_own_and_come_with_its_first_token():
-    ids = tokenise(text_of("abc"), make_tokenizer(), 10)
-    assert ids.shape == (1, 4)
-    assert ids.dtype == torch.int64
-    assert ids[0, 0] == 0
-    assert tokenise(text_of("abc"), make_tokenizer(), 2).shape == (1, 2)
-
-
-def test_a_text_of_fewer_than_two_tokens_is_refused_special_ones_not_counted():
-    with pytest.raises(SetupError, match="fewer than two tokens"):
-        tokenise(text_of("a"), make_tokenizer(), 10)
-    with pytest.raises(SetupError, match="fewer than two tokens"):
-        tokenise(text_of(END), make_tokenizer(), 10)
-    assert tokenise(text_of(" " * 2000), make_tokenizer(), 10).shape == (1, 10)
-
-
-def test_the_first_tokens_of_a_long_text_are_those_of_the_whole(monkeypatch):
-    tokenizer = make_tokenizer()
-    whole = tokenizer(TEXT).input_ids
-    monkeypatch.setattr("experiments.texts._WHOLE_TEXT_CHARS", 100)
-    monkeypatch.setattr("experiments.texts._CHARS_PER_TOKEN", 0)
-    for limit in (2, 50, 101, 1000, len(whole), len(whole) + 5):
-        assert tokenise(text_of(TEXT), tokenizer, limit)[0].tolist() == whole[:limit]
-
-
-def test_random_tokens_are_a_function_of_seed_and_text():
-    a, b = text_of("a"), text_of("b")
-    first = random_tokens(a, 50, 100, seed=0)
-    assert first.shape == (1, 100)
-    assert int(first.max()) < 50
-    assert torch.equal(first, random_tokens(a, 50, 100, seed=0))
-    assert not torch.equal(first, random_tokens(a, 50, 100, seed=1))
-    assert not torch.equal(first, random_tokens(b, 50, 100, seed=0))

@@ -10,13 +10,16 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.cells import Cell, CellRecord, CellStore
+from experiments.cells import CellStore
 from experiments.config import SetupError
+from experiments.measuring import Outcome
+from experiments.plan import Cell
 from experiments.results import save_result
 from experiments.storage import (
     SaveError,
     check_writable,
     folder_lock,
+    hash_of,
     read_json,
     remove_leftovers,
     set_aside,
@@ -24,14 +27,14 @@ from experiments.storage import (
     write_json,
 )
 
-CELL = Cell("text", "math", "streaming", 2, 14, "decode", 40, 0)
-HASH = "ab" * 32
+CELL = Cell("model", "text", "math", "streaming", "eager", 2, 14, "decode", 40, 0)
+CONFIG = {"why": "not"}
+HASH = hash_of(CONFIG)
+RUN = {"perplexity": 1 / 3}
 
 
-def save(store, cell=CELL, config_hash=HASH):
-    record = CellRecord(cell, config_hash, {"perplexity": 1 / 3}, 2.5)
-    store.save(record, np.ones(3, np.float32), np.arange(3), {"why": "not"})
-    return record
+def save(store):
+    store.save(Outcome(CELL, RUN, 2.5, {}, "", np.ones(3, np.float32), np.arange(3)), CONFIG)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
@@ -114,9 +117,9 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 
 def test_a_cell_comes_back_exactly(tmp_path):
     store = CellStore(tmp_path)
-    record = save(store)
-    assert store.load(CELL, HASH) == record
-    nll, position = store.load_losses(record)
+    save(store)
+    assert store.load(CELL, HASH) == RUN
+    nll, position = store.load_losses(CELL, HASH)
     assert (nll.tolist(), position.tolist()) == ([1, 1, 1], [0, 1, 2])
     assert store.earlier_times() == {CELL.kind: [2.5 / 40]}
 

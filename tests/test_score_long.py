@@ -20,19 +20,22 @@ import pytest
 import torch
 from conftest import make_ids, make_neox
 from demo_training_support import ROOT  # puts scripts/ on the module path
-from evaluation_support import END, TEXT, make_model_folder, make_text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from evaluation_support import END, TEXT, make_model_folder, make_text, make_tokenizer
+from family_models import SLIDING, make_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, PreTrainedTokenizerFast
 
-from experiments import models
+from experiments import random_models
 from experiments.config import SetupError
+from experiments.long_scoring import CHECKPOINT, LongScoring, StoppedError, read_ahead
+from experiments.loss_figures import equal_edges, log_edges, tail_length
+from experiments.memory import PeakMemory
+from experiments.texts import Text, load_as_one
+from experiments.token_windows import token_ids
+from experiments.tokens import DocumentStream
 from personal_adapters.neox_flash import wrap_attention
 from streaming_llm import StreamingLLMWrapper, blockwise, score_stream
 
 import score_long  # isort: skip
-from long_scoring.documents import Corpus, Piece, Survey, open_corpus  # isort: skip
-from long_scoring.figures import equal_edges, log_edges, tail_length  # isort: skip
-from long_scoring.scorer import StreamScorer  # isort: skip
-from long_scoring.tokens import DocumentTokenizer, TokenStream, read_ahead  # isort: skip
 
 SIZES = ["--n-sink", "2", "--window-size", "14", "--block-size", "64", "--device", "cpu", "--no-progress"]
 BOOK = (ROOT / "experiments" / "assets" / "texts" / "demo_narrative.txt").read_text(encoding="utf-8")
@@ -82,7 +85,7 @@ def test_ids_in_parts_are_those_of_the_whole_document(kind, text, demo_tokenizer
     generator = random.Random(0)
     cuts = [0, *sorted(generator.sample(range(1, len(text)), min(5, len(text) - 1))), len(text)]
     pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
-    parts = list(DocumentTokenizer(tokenizer, window_characters=700, overlap_characters=250).ids(pieces))
+    parts = list(token_ids(tokenizer, pieces, window=700, overlap=250))
     whole = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     assert [token for ids, _ in parts for token in ids] == whole
     assert parts[-1][1] == len(text)
@@ -90,41 +93,34 @@ def test_ids_in_parts_are_those_of_the_whole_document(kind, text, demo_tokenizer
         assert len(parts) > 10  # it was really done in parts
 
 
-def corpus_of(*documents: str) -> Corpus:
-    def pieces():
-        for text in documents:
-            yield Piece(text[:100], False)
-            yield Piece(text[100:], True)
-
-    return Corpus("texts", pieces, Survey("", sum(map(len, documents)), len(documents)))
+def text_of(*documents: str) -> Text:
+    return Text("texts", "Texts", "texts", lambda: iter(documents), num_characters=sum(map(len, documents)))
 
 
 def test_documents_are_joined_as_they_come(demo_tokenizer):
     first, second = BOOK[:500], BOOK[500:900]
-    tokenizer = DocumentTokenizer(demo_tokenizer)
     ids = [demo_tokenizer(text, add_special_tokens=False).input_ids for text in (first, second)]
 
-    def stream(start: int = 0, limit: int | None = None, **options) -> list[int]:
-        chunks = TokenStream(corpus_of(first, "", second), tokenizer, limit, **options).chunks(start)
+    def stream(start: int = 0, limit: int | None = None, between: tuple[int, ...] = ()) -> list[int]:
+        chunks = DocumentStream(text_of(first, "", second), demo_tokenizer, [0], limit, between).chunks(start)
         return [token for chunk in chunks for token in chunk[0].tolist()]
 
     assert stream() == [0, *ids[0], *ids[1]]
-    assert stream(bos_per_document=True) == [0, *ids[0], 0, *ids[1]]
+    assert stream(between=(0,)) == [0, *ids[0], 0, *ids[1]]
     assert stream(start=len(ids[0]) + 3, limit=len(ids[0]) + 9) == ids[1][2:8]
 
 
 def test_an_endless_text_is_read_as_far_as_needed(demo_tokenizer):
-    def pieces():
-        while True:
-            yield Piece(BOOK[:5000], False)
-
-    stream = TokenStream(Corpus("endless", pieces, Survey("", 10**9, 1)), DocumentTokenizer(demo_tokenizer), 60_000)
+    endless = Text("endless", "", "endless", lambda: itertools.repeat(BOOK[:5000]), num_characters=10**9)
+    stream = DocumentStream(endless, demo_tokenizer, [0], 60_000)
     assert sum(chunk.shape[1] for chunk in stream.chunks()) == 60_000
     assert stream.expected_tokens() == 60_000
+    parts = token_ids(demo_tokenizer, itertools.repeat(BOOK[:5000]))  # one document without end
+    assert sum(len(ids) for ids, _ in itertools.islice(parts, 40)) > 10_000
 
 
 def test_expected_length(demo_tokenizer):
-    stream = TokenStream(corpus_of(BOOK, BOOK), DocumentTokenizer(demo_tokenizer, 2000, 500), None)
+    stream = DocumentStream(text_of(*([BOOK] * 9)), demo_tokenizer, [0], None)
     length = sum(chunk.shape[1] for chunk in stream.chunks())
     chunks = stream.chunks()
     next(chunks)
@@ -163,35 +159,57 @@ def test_texts_of_every_kind_hold_the_same(tmp_path):
     for number, text in enumerate(texts):
         (tmp_path / "folder" / f"{number}.txt").write_bytes(text.encode())
     names = ["book.txt", "book.txt.xz", "book.jsonl", "book.json", "folder"]
-    surveys = {open_corpus([str(tmp_path / name)]).survey for name in names}
-    assert surveys == {open_corpus([str(tmp_path / "folder" / f"{n}.txt") for n in range(3)]).survey}
-    [survey] = surveys
-    assert (survey.documents, survey.characters) == (3, sum(map(len, texts)))
+    found = [load_as_one([str(tmp_path / name)]) for name in names]
+    found.append(load_as_one([str(tmp_path / "folder" / f"{n}.txt") for n in range(3)]))
+    assert {(text.sha256, text.num_documents, text.num_characters) for text in found} == {
+        (found[0].sha256, 3, sum(map(len, texts)))
+    }
+    assert all(list(text.documents()) == texts for text in found)
 
 
 # ---------------------------------------------------------------------------------------------------- exact state
 
 
+class StopsAfterEachBlock:
+    """A request to stop that is there whenever a block has been scored."""
+
+    def __init__(self, active: bool):
+        self.asked, self.active = 0, active
+
+    @property
+    def signal_number(self) -> int | None:
+        self.asked += 1
+        return signal.SIGINT if self.active and self.asked > 1 else None
+
+
+def score_in_sessions(stream, work: Path, ids: torch.Tensor, block_size: int, stops: bool) -> tuple[np.ndarray, int]:
+    """The losses of a stream, and the number of sessions that it took."""
+    work.mkdir()
+    sessions = 0
+    while True:
+        sessions += 1
+        memory = PeakMemory(torch.device("cpu"))
+        memory.start()
+        run = LongScoring(work, {}, stream, block_size, 1e9, StopsAfterEachBlock(stops), memory, print)
+        try:
+            losses = run.run("stream", lambda start: iter([ids[:, start:]]), lambda *_: None)
+            return np.array(losses), sessions
+        except StoppedError:
+            continue
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n_sink", "window_size"), [(4, 20), (0, 16), (2, 1)])
-@pytest.mark.parametrize("sizes", [[10] * 12, [1] * 40, [7, 1, 60, 1, 1, 30], [100, 1, 1, 50]])
-def test_a_restored_scorer_goes_on_to_the_bit(dtype, n_sink, window_size, sizes, tmp_path):
-    model = make_neox(dtype)
-    blocks = make_ids(sum(sizes)).split(sizes, dim=1)
+@pytest.mark.parametrize(("length", "block_size"), [(120, 10), (30, 1), (133, 33), (152, 100)])
+def test_a_stream_goes_on_to_the_bit_from_any_checkpoint(dtype, n_sink, window_size, length, block_size, tmp_path):
+    model, ids = make_neox(dtype), make_ids(length)
     with StreamingLLMWrapper(model, n_sink, window_size) as stream:
-        one = StreamScorer(model, stream.new_cache())
-        expected = [one.score(block) for block in blocks]
-        other, found = StreamScorer(model, stream.new_cache()), []
-        for block in blocks:
-            torch.save(other.state(), tmp_path / "state")
-            other = StreamScorer(model, stream.new_cache())
-            other.load(torch.load(tmp_path / "state", weights_only=True))
-            found.append(other.score(block))
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-    whole = score_stream(model.double(), make_ids(sum(sizes)), n_sink, window_size)
-    torch.testing.assert_close(
-        torch.cat(found).double(), whole[0].double(), rtol=0, atol=1e-4 if dtype == torch.float32 else 0.3
-    )
+        expected, _ = score_in_sessions(stream, tmp_path / "whole", ids, block_size, stops=False)
+        found, sessions = score_in_sessions(stream, tmp_path / "stopped", ids, block_size, stops=True)
+    assert sessions == -(-length // block_size)
+    assert np.array_equal(found, expected)
+    whole = score_stream(model.double(), ids, n_sink, window_size)[0].numpy()
+    np.testing.assert_allclose(found, whole, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.3)
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -232,6 +250,33 @@ def test_sizes_that_are_not_given_suit_the_model(world):
     assert score_long.main([str(item) for item in (*subject, *options)]) == 0
     value = json.loads((world / "out.json").read_text())
     assert value["block_size"] % value["streaming_llm"]["window_size"] == 0
+
+
+def test_the_default_window_fits_a_sliding_window_of_the_model(world, capsys):
+    MistralForCausalLM(make_config("mistral", vocab_size=300)).save_pretrained(world / "tiny")
+    subject = ["--model", world / "tiny", "--datasets", world / "text.txt", "--output", world / "out.json"]
+    command = [str(item) for item in (*subject, "--max-tokens", "100", "--device", "cpu", "--no-progress")]
+    assert score_long.main(command) == 0
+    assert json.loads((world / "out.json").read_text())["streaming_llm"]["max_cache_size"] == SLIDING
+    capsys.readouterr()
+    assert f"--window-size at most {SLIDING}" in refused([*command, "--window-size", "900", "--force"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("option", "where", "ids"),
+    [("auto", "nowhere", []), ("never", "nowhere", []), ("always", "at the start of the stream", [0])],
+)
+def test_what_the_stream_begins_with_is_told_truly(world, option, where, ids, capsys):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None  # has a token for the beginning, and does not use it
+    tokenizer.save_pretrained(world / "tiny")
+    assert score_long.main(arguments(world, "out.json", "--save-token-nll", "--bos", option)) == 0
+    value = json.loads((world / "out.json").read_text())
+    assert value["beginning_of_sequence"] == where
+    assert (value["bos"]["token"], value["bos"]["in_front"], value["bos"]["option"]) == (END, bool(ids), option)
+    assert ("--bos always" in capsys.readouterr().err) == (option == "auto")
+    expected = scored_in_one_go(world, torch.tensor([ids + stream_ids(world)[0, 1:].tolist()]))
+    np.testing.assert_allclose(losses(world / "out.streaming.nll.npz"), expected, atol=1e-6)
 
 
 def test_the_result_is_that_of_score_stream_in_one_go(world, capsys):
@@ -286,7 +331,7 @@ def test_killed_again_and_again_it_gives_the_same(world):
     given = ["--save-token-nll", "--fresh-tail", "0.3", "--checkpoint-every", "0", "--max-tokens", "8000"]
     command = [sys.executable, str(ROOT / "scripts" / "score_long.py"), *arguments(world, "out.json", *given)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    checkpoint, seen, generator = world / "out.json.resume" / "checkpoint.pt", [], random.Random(1)
+    checkpoint, seen, generator = world / "out.json.resume" / CHECKPOINT, [], random.Random(1)
     for _ in range(2):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
@@ -296,7 +341,7 @@ def test_killed_again_and_again_it_gives_the_same(world):
         process.kill()
         process.wait()
         assert not (world / "out.json").exists(), "it was too fast to be killed"
-        passes = torch.load(checkpoint, weights_only=True)["passes"]
+        passes = json.loads(checkpoint.read_text())["passes"]
         seen.append(sum(state["tokens"] for state in passes.values()))
     assert seen == sorted(set(seen)), "each session went on where the one before had come"
     assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode == 0
@@ -308,14 +353,15 @@ def test_killed_again_and_again_it_gives_the_same(world):
 
 
 def interrupt_at(monkeypatch, token: int, act) -> None:
-    real = StreamScorer.score
+    real, fed = blockwise.BlockScorer.score, [0]
 
     def score(self, block):
-        if self.n_seen >= token:
+        if fed[0] >= token:
             act()
+        fed[0] += block.shape[1]
         return real(self, block)
 
-    monkeypatch.setattr(StreamScorer, "score", score)
+    monkeypatch.setattr(blockwise.BlockScorer, "score", score)
 
 
 def test_ctrl_c_leaves_a_checkpoint(world, monkeypatch, capsys):
@@ -383,10 +429,15 @@ def test_a_broken_checkpoint_is_named(interrupted, capsys):
     (work / "stream.f32").write_bytes(whole[:100])
     assert "stream.f32" in refused(arguments(interrupted, "out.json"), capsys)
     (work / "stream.f32").write_bytes(whole + b"written after the checkpoint")
-    (work / "checkpoint.pt").write_bytes((work / "checkpoint.pt").read_bytes()[:500])
-    assert "checkpoint.pt: not a readable checkpoint" in refused(arguments(interrupted, "out.json"), capsys)
-    torch.save({"format": 1, "passes": {}}, work / "checkpoint.pt")
+    checkpoint = (work / CHECKPOINT).read_text()
+    (work / CHECKPOINT).write_text(checkpoint[:500])
+    assert "checkpoint.json: not a readable checkpoint" in refused(arguments(interrupted, "out.json"), capsys)
+    (work / CHECKPOINT).write_text('{"format": 1, "passes": {}}')
     assert "of another version; --force starts anew" in refused(arguments(interrupted, "out.json"), capsys)
+    (work / CHECKPOINT).write_text(checkpoint)
+    (cache,) = work.glob("cache-*.safetensors")
+    cache.write_bytes(cache.read_bytes()[:300])
+    assert "--force starts anew" in refused(arguments(interrupted, "out.json"), capsys)
 
 
 def test_two_runs_of_one_output(interrupted, capsys):
@@ -429,7 +480,8 @@ def test_an_earlier_result_is_set_aside(world):
 
 
 def test_random_weights_have_a_speed_and_no_perplexity(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(models.RANDOM_SIZES, "pythia-70m", models.PythiaSize(32, 2, 2, 64, 300))
+    size = random_models.PythiaSize(32, 2, 2, 64, 300)
+    monkeypatch.setitem(random_models.RANDOM_SIZES, "pythia-70m", size)
     given = ["--model", "random:pythia-70m", "--output", str(tmp_path / "out.json"), *SIZES]
     assert score_long.main([*given, "--max-tokens", "500"]) == 0
     value = json.loads((tmp_path / "out.json").read_text())
@@ -457,17 +509,18 @@ def test_random_weights_have_a_speed_and_no_perplexity(tmp_path, monkeypatch, ca
         (["--datasets", "demo_narative"], "did you mean 'demo_narrative'"),
         (["--datasets", "missing.txt"], "missing.txt: no such file"),
         (["--datasets", "random_tokens"], "random weights"),
+        (["--bos-per-document", "--bos", "never"], "--bos never"),
         (["--datasets", "{}/empty.txt"], "empty"),
         (["--datasets", "{}/blank.txt"], "empty"),
         (["--datasets", "{}/one.txt"], "fewer than two tokens"),
         (["--datasets", "{}/latin.txt"], "not UTF-8 text (byte 1048579)"),
         (["--datasets", "{}/nul.txt"], "NUL"),
-        (["--datasets", "{}/cut.txt.xz"], "not a whole .xz file"),
+        (["--datasets", "{}/cut.txt.xz"], "cut.txt.xz: cannot be read: Compressed file ended"),
         (["--datasets", "{}/bad.jsonl"], "line 2 is not valid JSON"),
         (["--datasets", "{}/other.json"], "'text'"),
-        (["--datasets", "{}/surrogate.json"], "surrogates"),
+        (["--datasets", "{}/surrogate.json"], "surrogate"),
         (["--datasets", "{}/book.pdf"], "book.pdf: not one of"),
-        (["--datasets", "{}/nothing"], "holds no .txt"),
+        (["--datasets", "{}/nothing"], "holds no text"),
         (["--output", "result.txt"], ".json"),
         (["--output", "/dev/null/result.json"], "cannot be written"),
     ],
@@ -500,6 +553,12 @@ def test_edges():
     assert (tail_length(2, 0.01), tail_length(2, 0.99), tail_length(1000, 0.1)) == (1, 1, 100)
 
 
-def test_a_tokenizer_without_offsets_is_refused():
-    with pytest.raises(SetupError, match="tokenizer"):
-        DocumentTokenizer(object())
+def test_a_tokenizer_without_offsets_is_given_the_text_whole(demo_tokenizer):
+    class Slow:
+        is_fast = False
+
+        def __call__(self, text, **options):
+            return demo_tokenizer(text, **options)
+
+    parts = list(token_ids(Slow(), [BOOK[:300], BOOK[300:9000]], window=700))
+    assert parts == [(demo_tokenizer(BOOK[:9000], add_special_tokens=False).input_ids, 9000)]

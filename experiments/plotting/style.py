@@ -41,6 +41,8 @@ METHODS = {
     "kvpress": MethodStyle("KVPress", "#e69f00", "^"),
     "window": MethodStyle("Window", "#cc79a7", "D"),
     "dense": MethodStyle("Dense", "#d55e00", "X"),
+    "gapped": MethodStyle("Gapped", "#009e73", "P"),
+    "rerotated": MethodStyle("Re-rotated", "#a6761d", "h"),
 }
 
 BACKENDS = {

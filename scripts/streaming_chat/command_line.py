@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from experiments.cli import OneLineParser, add_cache_sizes, add_dtype_and_device
+from experiments.cli import MODEL, STREAM, OneLineParser, add_options
 from experiments.config import SetupError, at_least
 from experiments.models import RANDOM_PREFIX
 from experiments.storage import check_writable
@@ -30,13 +30,7 @@ found before; 130 interrupted (the stream is saved where --save was given)."""
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="stream_chat.py",
-        description=description,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OneLineParser("stream_chat.py", description, EPILOG)
     _add_subject(parser)
     _add_sampling(parser)
     _add_computation(parser)
@@ -77,22 +71,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_computation(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how it is computed")
-    add_cache_sizes(group)
-    group.add_argument(
-        "--attn-backend",
-        default=None,
-        metavar="NAME",
-        help="math, flash, auto (flash where it runs, else math), ...; default: what FLASH_SDPA says (1 flash, "
-        "0 math), else math",
-    )
-    group.add_argument(
-        "--decode-engine",
-        default="eager",
-        metavar="NAME",
-        help="eager (the plain model call; default), graph (one CUDA graph), auto (the best that runs here), ...",
-    )
-    add_dtype_and_device(group)
+    names, backend = ("attn_backend_list", "engine", *MODEL[1:3]), {"flags": ("--attn-backend",)}
+    add_options(parser, "how it is computed", (*STREAM, *names), one=names, attn_backend_list=backend)
 
 
 def check_options(options: argparse.Namespace) -> None:

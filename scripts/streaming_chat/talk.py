@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from stop_request import StopRequest
-
 from experiments.config import SetupError
+from experiments.stop_request import StopRequest
 
 from .command_line import CHAT, ENDLESS
 from .status import Speed, StatusLine

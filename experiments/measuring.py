@@ -1,0 +1,226 @@
+"""Measuring one cell on one device: a function of the two. What is loaded there stays loaded between cells."""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from experiments.config import DTYPES, ExperimentConfig, SetupError
+from experiments.environment import environment, what_matters
+from experiments.kvpress_support import PRESSES, import_adapter
+from experiments.methods import DEFAULT_METHODS, METHODS, MethodSettings
+from experiments.models import LoadedModel, ModelSource
+from experiments.perplexity import compute_perplexity
+from experiments.plan import Cell, Facts, Task, model_settings
+from experiments.progress import LossDisplay
+from experiments.results import run_record
+from personal_adapters.neox_flash import wrap_attention
+from personal_adapters.sdpa import check_backend_available, resolve_attn_backend, select_dtype
+from streaming_llm import resolve_engine
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and in what everything runs: device, dtype, and the attention backends (never "auto")."""
+
+    device: torch.device
+    dtype: torch.dtype
+    backends: tuple[str, ...]
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def load(self, source: ModelSource, device_map: str | None = None, backend: str | None = None) -> LoadedModel:
+        """A model with its attention wrapped for a backend, the first if none is named; raises SetupError."""
+        loaded = source.load(self.dtype, self.device, device_map)
+        self.wrap(loaded, source.name, backend or self.backends[0])
+        return loaded
+
+    def wrap(self, loaded: LoadedModel, name: str, backend: str) -> None:
+        """Let a backend compute the model's attention; raises SetupError where it cannot."""
+        available = check_backend_available(backend, self.dtype, self.device, loaded.head_dim)
+        if not available:
+            raise SetupError(f"attention backend {backend!r} cannot run {name!r}: {available.reason}")
+        try:
+            wrap_attention(loaded.model, backend)
+        except ValueError as error:
+            raise SetupError(f"model {name!r} cannot be measured: {error}") from None
+
+
+def resolve_machine(config: ExperimentConfig) -> Machine:
+    """Device, dtype and backends of a configuration; raises SetupError for what does not exist or run here."""
+    try:
+        device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise SetupError(f"unknown device {config.device!r}: choose cpu or cuda, cuda:0, ...") from None
+    if device.type not in ("cpu", "cuda"):
+        raise SetupError(f"device {config.device!r} is not supported: choose cpu or cuda, cuda:0, ...")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise SetupError(f"device {config.device!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)  # for what takes the current device: it is this one from here on
+    try:
+        dtype = getattr(torch, config.dtype) if config.dtype in DTYPES else select_dtype(device)
+        asked = config.attn_backend_list or (None,)
+        backends = [resolve_attn_backend(name, device=device, dtype=dtype) for name in asked]
+    except ValueError as error:
+        raise SetupError(str(error)) from None
+    return Machine(device, dtype, tuple(dict.fromkeys(backends)))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: its `run` as `results.run_record` makes it, or the reason why there is none.
+
+    `nll`, `position`: losses in nats and the positions of their tokens. `matters`: what could change a figure, as
+    it was found where the cell ran.
+    """
+
+    cell: Cell
+    run: dict | None
+    wall_sec: float
+    matters: dict
+    reason: str = ""
+    nll: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32), repr=False)
+    position: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
+
+
+class Bench:
+    """A device with the model that was loaded last. Raises SetupError where what is configured cannot run here."""
+
+    def __init__(self, config: ExperimentConfig):
+        self.config = config
+        self.machine = resolve_machine(config)
+        self._kvpress_imported = import_methods(config)
+        self._source: ModelSource | None = None
+        self._loaded: LoadedModel | None = None
+
+    def open(self, source: ModelSource) -> Facts:
+        """Load a model and find out what of the configuration runs with it; raises SetupError where nothing does."""
+        loaded = self._load(source)
+        settings = model_settings(self.config, source, loaded)
+        sizes = settings.sizes
+        engines = {backend: self._engine(source, backend) for backend in self.machine.backends}
+        self.machine.wrap(loaded, source.name, self.machine.backends[0])
+        methods, skipped = self._methods(source, sizes, engines[self.machine.backends[0]])
+        device = self.machine.device
+        matters = what_matters(device)
+        asked = self.config.device_map
+        spread = None if asked is None else {"asked": asked, "weights_mb": loaded.weights_mb}
+        where = environment(device, self.config.command, self.config.seed, self._kvpress_imported)
+        return Facts(
+            device=matters["device"],
+            dtype=self.machine.dtype_name,
+            engines=engines,
+            methods=methods,
+            skipped=skipped,
+            matters=matters,
+            environment=where if spread is None else where | {"device_map": spread},
+            device_map=spread,
+        )
+
+    def measure(self, task: Task, display: LossDisplay | None = None) -> Outcome:
+        """Run a cell. Raises whatever goes wrong; see `outcome_of`."""
+        start, cell, config = time.perf_counter(), task.cell, task.config
+        loaded = self._load(task.source)
+        self.machine.wrap(loaded, task.source.name, cell.backend)
+        result = compute_perplexity(
+            loaded.model,
+            task.ids,
+            METHODS[cell.method](loaded.model, self._method_settings((cell.n_sink, cell.window_size), cell.engine)),
+            scoring=cell.scoring,
+            decode_sample=config.decode_sample,
+            warmup_steps=config.warmup_steps,
+            progress=display,
+        )
+        run, wall_sec = run_record(result, cell.backend), time.perf_counter() - start
+        return Outcome(cell, run, wall_sec, what_matters(self.machine.device), "", result.nll, result.position)
+
+    def _load(self, source: ModelSource) -> LoadedModel:
+        if self._source != source:
+            self._source = self._loaded = None
+            free_memory()
+            self._loaded = source.load(self.machine.dtype, self.machine.device, self.config.device_map)
+            self._source = source
+        return self._loaded
+
+    def _method_settings(self, sizes: tuple[int, int], engine: str) -> MethodSettings:
+        return MethodSettings(*sizes, engine, self.config.kvpress_press, self.config.seed)
+
+    def _engine(self, source: ModelSource, backend: str) -> str:
+        """The decode engine with a backend: what was asked for, or the fastest that runs."""
+        self.machine.wrap(self._loaded, source.name, backend)
+        try:
+            return resolve_engine(self._loaded.model, self.config.engine)
+        except ValueError as error:
+            raise SetupError(f"engine {self.config.engine!r} cannot run {source.name!r}: {error}") from None
+
+    def _methods(self, source: ModelSource, sizes: tuple[int, int], engine: str) -> tuple[tuple[str, ...], dict]:
+        """The methods that can run, by attaching each to the model, and of the default ones why another cannot."""
+        able, skipped = [], {}
+        for name in self.config.methods or DEFAULT_METHODS:
+            reason = METHODS[name].unavailable()
+            try:
+                if reason is None:
+                    settings = self._method_settings(sizes, METHODS[name].engine_for(engine))
+                    with METHODS[name](self._loaded.model, settings):
+                        able.append(name)
+                        continue
+            except (ValueError, ImportError) as error:
+                reason = str(error)
+            if self.config.methods is not None or not METHODS[name].optional:
+                raise SetupError(f"method {name!r} cannot run with model {source.name!r}: {reason}")
+            skipped[name] = reason
+        return tuple(able), skipped
+
+
+def import_methods(config: ExperimentConfig) -> bool:
+    """Import what optional methods need, before anything is timed; whether kvpress was imported.
+
+    Raises SetupError where a method that was named explicitly cannot run in this environment.
+    """
+    for name in config.methods or ():
+        reason = METHODS[name].unavailable()
+        if reason is not None:
+            raise SetupError(f"method {name!r} cannot run here: {reason}")
+    if PRESSES[config.kvpress_press].cannot:
+        raise SetupError(f"kvpress_press {config.kvpress_press!r} cannot run: {PRESSES[config.kvpress_press].cannot}")
+    if "kvpress" not in (config.methods or DEFAULT_METHODS) or METHODS["kvpress"].unavailable() is not None:
+        return False
+    try:
+        import_adapter()
+    except ImportError as error:
+        if config.methods is not None:
+            raise SetupError(f"method 'kvpress' cannot run here: {error}") from None
+        return False
+    return True
+
+
+def outcome_of(measure: Callable[[], Outcome], cell: Cell) -> Outcome:
+    """A cell's outcome: the boundary at which whatever goes wrong becomes a reason, and the other cells go on."""
+    try:
+        return measure()
+    except Exception as error:  # whatever it is, it concerns this cell
+        reason = describe(error)
+    free_memory()  # what the failed run held must not be missing to the next one
+    return Outcome(cell, None, 0.0, {}, reason)
+
+
+def describe(error: Exception) -> str:
+    """An error as a reason: its kind and first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return f"out of memory: {lines[0] if lines else type(error).__name__}"
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def free_memory() -> None:
+    """Give back what is held for nobody."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

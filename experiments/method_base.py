@@ -1,0 +1,114 @@
+"""What a method of decoding a stream is: one interface for all that the evaluation compares.
+
+A method object is a context manager: entering attaches it to the model, leaving restores the model, also after an
+error. `prefill` starts a stream with its first tokens, `step` feeds one more; both return the logits of the token
+after the last one fed.
+"""
+
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from streaming_llm.attachment import maskless_attention
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """What a method may need to know. Sizes in tokens; `engine`: how a decode step runs where there is a choice.
+
+    It is never "auto": see `streaming_llm.resolve_engine`.
+    """
+
+    n_sink: int
+    window_size: int
+    engine: str = "eager"
+    kvpress_press: str = "streaming_llm"
+    seed: int = 0
+
+    @property
+    def cache_size(self) -> int:
+        return self.n_sink + self.window_size
+
+
+class Method(ABC):
+    """One way of decoding a stream with a model. Batch is 1; token ids are int64 on the model's device."""
+
+    name: str
+    label: str
+    bounded = True  # a token sees at most cache_size tokens before it
+    parallel = False  # `score` gives its losses without the token loop
+    optional = False  # taken by default, it is skipped where it cannot run
+
+    def __init__(self, model, settings: MethodSettings):
+        self.model = model
+        self.settings = settings
+        self._stack = ExitStack()
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why an optional dependency keeps the method from running here; None if it can run."""
+        return None
+
+    @staticmethod
+    def engine_for(engine: str) -> str:
+        """The engine that the method runs where `engine` is chosen; the plain model call if it has no other."""
+        return "eager"
+
+    @property
+    def engine(self) -> str:
+        """How a decode step really runs."""
+        return "eager"
+
+    @property
+    def compile_sec(self) -> float:
+        """Seconds spent on capturing and compiling so far: in the first steps, and never again for the same sizes."""
+        return 0.0
+
+    def __enter__(self):
+        with ExitStack() as stack:  # what was attached before an error is undone
+            self._attach(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info):
+        return self._stack.__exit__(*exc_info)
+
+    def _attach(self, stack: ExitStack) -> None:
+        """Attach to the model; what has to be undone goes on the stack."""
+        stack.enter_context(maskless_attention(self.model))
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget the stream."""
+
+    @abstractmethod
+    def prefill(self, ids: Tensor) -> Tensor:
+        """The first tokens of a stream, [1, P] with P <= cache_size -> logits of the last one [1, vocab]."""
+
+    @abstractmethod
+    def step(self, ids: Tensor) -> Tensor:
+        """One more token, [1] -> logits [1, vocab]. Does not wait for the device."""
+
+    @property
+    def kv_cache_nbytes(self) -> int:
+        """Bytes of keys and values held between steps."""
+        return 0
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes by which one more kept token lets the held keys and values grow; known once some are held."""
+        return 0
+
+    @property
+    def details(self) -> dict:
+        """What else the record of a run should say."""
+        return {}
+
+    def score(self, ids: Tensor) -> Tensor:
+        """Losses of all tokens but the first without the token loop: ids [1, N] -> nats [1, N - 1], float32.
+
+        The engine's own kernels compute them where it has some, else the plain model call.
+        """
+        raise NotImplementedError(f"{self.name} has no parallel scoring")

@@ -1,0 +1,218 @@
+"""Other places for the tokens that StreamingLLM keeps, measured beside it.
+
+StreamingLLM gives kept tokens their positions in the cache, exactly. `gapped` leaves every token at its position in
+the stream, as engines with append-only caches do: the distance to the sinks grows without end. `rerotated` gives
+positions in the cache as a naive implementation does: at every step each kept key is turned back by one position, in
+the model's dtype, and rounded, up to W times in its life.
+"""
+
+import time
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from experiments.engines import capture
+from experiments.method_base import Method, MethodSettings
+from experiments.rerotated_scoring import rerotated_losses, turned_back
+from experiments.timing import synchronise
+from streaming_llm import StreamingConfig, StreamingKVCache
+from streaming_llm.attachment import attached
+from streaming_llm.blockwise import BlockScorer, in_blocks
+from streaming_llm.engines import make_engine
+from streaming_llm.engines.blocks import default_block_size, feed
+from streaming_llm.families import layer_windows, lm_head, rotaries_from_model, transformers_model
+from streaming_llm.families.rotations import UNROTATED
+
+
+def model_call_engine(engine: str) -> str:
+    """The engine of a method that only the model's own call computes, where `engine` is chosen."""
+    return "eager" if engine == "eager" else "graph"
+
+
+class Gapped(Method):
+    """Sinks and window, every token at its position in the stream.
+
+    A streaming cache of a rotation of no dimensions: the model rotates the keys, and the cache turns no sink.
+    """
+
+    name, label = "gapped", "Gapped"
+    parallel = True
+    engine_for = staticmethod(model_call_engine)
+
+    def _attach(self, stack: ExitStack) -> None:
+        stack.enter_context(attached(self.model))
+        self._cache = self._new_cache()
+        self._runner = make_engine(self.model, self._cache, self.settings.engine)
+
+    def _new_cache(self) -> StreamingKVCache:
+        sizes = StreamingConfig(self.settings.n_sink, self.settings.window_size)
+        return StreamingKVCache(transformers_model(self.model).config, config=sizes, rotary=UNROTATED)
+
+    @property
+    def engine(self) -> str:
+        return self._runner.name
+
+    @property
+    def compile_sec(self) -> float:
+        return self._runner.compile_sec
+
+    def reset(self) -> None:
+        self._cache.reset()
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        return lm_head(transformers_model(self.model), feed(self.model, self._cache, ids))[:, -1]
+
+    def step(self, ids: Tensor) -> Tensor:
+        return self._runner.step(ids)
+
+    @property
+    def kv_cache_nbytes(self) -> int:
+        return self._cache.nbytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self._cache.nbytes // max(1, self._cache.layers[0].n_stored)
+
+    def score(self, ids: Tensor) -> Tensor:
+        with attached(self.model):
+            scorer = BlockScorer(self.model, self._new_cache(), engine="eager")
+            size = default_block_size(self.settings.window_size, self.model)
+            return torch.cat([scorer.score(block)[0] for block in in_blocks(ids, size)], dim=1).float()
+
+
+class Rerotated(Method):
+    """Sinks and window at their positions in the cache, every key turned back at every step in the model's dtype."""
+
+    name, label = "rerotated", "Re-rotated"
+    parallel = True
+    engine_for = staticmethod(model_call_engine)
+
+    def __init__(self, model, settings: MethodSettings):
+        super().__init__(model, settings)
+        if any(layer_windows(transformers_model(model).config)):
+            raise ValueError("re-rotation at every step is not defined beside sliding windows of the model's own")
+
+    def _attach(self, stack: ExitStack) -> None:
+        super()._attach(stack)
+        device = self.model.get_input_embeddings().weight.device
+        sizes = (self.settings.n_sink, self.settings.cache_size)
+        rotaries = [rotary.to(device) for rotary in rotaries_from_model(transformers_model(self.model))]
+        self._cache = Cache(layers=[_ShiftedLayer(rotary, *sizes) for rotary in rotaries])
+        self._last_position = torch.full((1, 1), self.settings.cache_size, device=device)
+        self._captured = None
+        self._compile_sec = 0.0
+        stack.callback(setattr, self, "_captured", None)  # with the memory that it holds
+
+    @property
+    def engine(self) -> str:
+        return self.settings.engine
+
+    @property
+    def compile_sec(self) -> float:
+        return self._compile_sec
+
+    def reset(self) -> None:
+        for layer in self._cache.layers:
+            layer.reset()
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        return self._forward(ids, torch.arange(ids.shape[1], device=ids.device)[None])
+
+    def step(self, ids: Tensor) -> Tensor:
+        if self._n_kept <= self.settings.cache_size:
+            return self._forward(ids[:, None], torch.full_like(self._last_position, self._n_kept))
+        if self.engine == "eager":
+            return self._evicting(ids[:, None])
+        if self._captured is None:
+            self._capture(ids[:, None])
+        return self._captured(ids[:, None])
+
+    @property
+    def _n_kept(self) -> int:
+        return self._cache.get_seq_length()
+
+    def _evicting(self, ids: Tensor) -> Tensor:
+        return self._forward(ids, self._last_position)
+
+    def _forward(self, ids: Tensor, position_ids: Tensor) -> Tensor:
+        given = {"past_key_values": self._cache, "use_cache": True, "position_ids": position_ids}
+        return self.model(ids, **given, logits_to_keep=1).logits[:, -1]
+
+    def _capture(self, ids: Tensor) -> None:
+        synchronise(ids.device)
+        start = time.perf_counter()
+        held = [(x, x.clone()) for layer in self._cache.layers for x in (layer.slots_of_keys, layer.slots_of_values)]
+        self._captured = capture(self._evicting, ids, self.engine)
+        for x, before in held:  # trial runs have evicted tokens
+            x.copy_(before)
+        synchronise(ids.device)
+        self._compile_sec += time.perf_counter() - start
+
+    @property
+    def kv_cache_nbytes(self) -> int:
+        return self._n_kept * self.kv_bytes_per_token
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        slots = [x for layer in self._cache.layers for x in (layer.slots_of_keys, layer.slots_of_values)]
+        return sum(x.numel() * x.element_size() // x.shape[2] for x in slots if x is not None)
+
+    def score(self, ids: Tensor) -> Tensor:
+        return rerotated_losses(self.model, ids, self.settings.n_sink, self.settings.window_size)
+
+
+class _ShiftedLayer(CacheLayerMixin):
+    """One layer's keys and values in the order of their positions, `[1, num_kv_heads, S + W + 1, head_dim]`."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, rotary, n_sink: int, cache_size: int):
+        super().__init__()
+        self.is_initialized = False
+        self.rotary, self.n_sink, self.cache_size = rotary, n_sink, cache_size
+        self.n_kept = 0
+        self.slots_of_keys: Tensor | None = None
+        self.slots_of_values: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.slots_of_keys, self.slots_of_values = (
+            x.new_zeros((*x.shape[:2], self.cache_size + 1, x.shape[3])) for x in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store new tokens; a full layer evicts the oldest behind the sinks and turns the others back by one."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self.slots_of_keys, self.slots_of_values
+        if self.n_kept == self.cache_size + 1:
+            older = slice(self.n_sink + 1, None)
+            moved = turned_back(keys[:, :, older], self.rotary), values[:, :, older].clone()
+            for slots, before, new in zip((keys, values), moved, (key_states, value_states), strict=True):
+                slots[:, :, self.n_sink : -1] = before
+                slots[:, :, -1:] = new
+        else:
+            end = self.n_kept + key_states.shape[2]
+            keys[:, :, self.n_kept : end], values[:, :, self.n_kept : end] = key_states, value_states
+            self.n_kept = end
+        return keys[:, :, : self.n_kept], values[:, :, : self.n_kept]
+
+    def reset(self) -> None:
+        self.n_kept = 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.n_kept
+
+    def get_mask_sizes(self, cache_position: Tensor | int) -> tuple[int, int]:
+        """No mask is built."""
+        return self.cache_size + 1, 0
+
+    def get_max_length(self) -> int:
+        """Tokens held at most."""
+        return self.cache_size + 1
+
+    get_max_cache_shape = get_max_length

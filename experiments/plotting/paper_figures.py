@@ -1,0 +1,225 @@
+"""Figures of the paper's experiments, each from the contents of a result file."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from . import style
+from .lines import number_axis
+from .page import new_page
+
+PANEL_IN = 1.75
+MODEL_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+
+def _look(method: str) -> dict:
+    """A method's line; the baseline's is broad and below, since streaming should lie on it."""
+    known, is_below = style.METHODS[method], method == "baseline"
+    return {"color": known.colour, "label": known.label, "linewidth": 2.4 if is_below else 1.1, "zorder": 3 - is_below}
+
+
+def _caption(result: dict, *more: str) -> list[str]:
+    """What was measured, on what."""
+    name = result["model"].rsplit("/", 1)[-1]
+    where = f"{result['device']}, {result['dtype']}, {result['backend']}"
+    return [f"{name}; {result['dataset']}; {where}", *more]
+
+
+def _size(result: dict) -> str:
+    n_sink = result["n_sink"]
+    return f"cache of {n_sink} sinks + {result['cache_size'] - n_sink} tokens (window: {result['cache_size']})"
+
+
+def _page(result: dict, lines: Sequence[dict], columns: int = 1, more: Sequence[str] = (), **options):
+    handles = [Line2D([], [], **line) for line in lines]
+    title = f"{result['title']} ({result['reference']})"
+    figure, axes = new_page(
+        1, columns, PANEL_IN, title=title, handles=handles, caption=_caption(result, *more), **options
+    )
+    return figure, axes[0]
+
+
+def _curves(ax, curves: dict[str, dict], key: str, looks: dict[str, dict]) -> None:
+    for method, one in curves.items():
+        ax.plot(one["token"], one[key], **looks[method])
+    ax.set_xlabel("token")
+
+
+def methods(result: dict) -> Figure:
+    """Perplexity along the text by method."""
+    looks = {method: _look(method) for method in result["curves"]}
+    figure, (ax,) = _page(result, list(looks.values()), more=[_size(result)])
+    _curves(ax, result["curves"], "perplexity", looks)
+    values = np.concatenate([one["perplexity"] for one in result["curves"].values()])
+    number_axis(ax, "y", values, log_ratio=20)
+    ax.set_title("perplexity, of stretches of the text")
+    return figure
+
+
+def long(results: Sequence[dict]) -> Figure:
+    """Perplexity along very long texts, a line for each model."""
+    lines, looks = [], []
+    for i, result in enumerate(results):
+        name = result["model"].rsplit("/", 1)[-1]
+        colour = MODEL_COLOURS[i % len(MODEL_COLOURS)]
+        looks.append({"color": colour, "label": f"{name}, {result['n_sink']} + {result['cache_size'] - 4}"})
+        lines.append(result["curves"]["streaming"])
+    figure, (ax,) = _page(results[0], looks, more=["Books follow each other: perplexity differs between them"])
+    for one, look in zip(lines, looks, strict=True):
+        ax.plot(one["token"], one["perplexity"], linewidth=0.9, **look)
+    number_axis(ax, "x", [token for one in lines for token in one["token"]])
+    number_axis(ax, "y", [value for one in lines for value in one["perplexity"]], log_ratio=20)
+    ax.set_xlabel("token")
+    ax.set_title("perplexity, StreamingLLM")
+    return figure
+
+
+def sizes(result: dict) -> Figure:
+    """Perplexity by number of sinks, or by cache size."""
+    key, label = ("n_sink", "sinks") if result["experiment"] == "sinks" else ("cache_size", "cache size, tokens")
+    look = _look("streaming") | {"marker": "o", "markersize": 3.4}
+    figure, (ax,) = _page(result, [look], more=[f"{result['rows'][0]['tokens']:,} tokens"])
+    x = range(len(result["rows"]))
+    y = [row["perplexity"] for row in result["rows"]]
+    ax.plot(x, y, **look)
+    for place, value in zip(x, y, strict=True):
+        ax.annotate(f"{value:.2f}", (place, value), (0, 4), textcoords="offset points", ha="center",
+                    size=style.SIZE_VALUE)  # fmt: skip
+    ax.set_xticks(x, [f"{row[key]}" for row in result["rows"]])
+    number_axis(ax, "y", y, log_ratio=20, room=0.12)
+    ax.set_xlabel(label)
+    ax.set_title("perplexity")
+    return figure
+
+
+def bars(result: dict) -> Figure:
+    """Perplexity by what is kept as sinks, on a log scale."""
+    rows = result["rows"]
+    look = {"color": style.METHODS["streaming"].colour, "label": "perplexity", "linewidth": 4}
+    figure, (ax,) = _page(result, [look], more=[f"{rows[0]['tokens']:,} tokens"])
+    names = [f"{row['n_sink']} {row['sinks']} + {row['window_size']}" for row in rows]
+    names[0] = f"window of {rows[0]['window_size']}"
+    ax.barh(range(len(rows)), [row["perplexity"] for row in rows], color=look["color"], height=0.6)
+    for place, row in enumerate(rows):
+        ax.annotate(f"{row['perplexity']:.2f}", (row["perplexity"], place), (3, 0), textcoords="offset points",
+                    va="center", size=style.SIZE_VALUE)  # fmt: skip
+    ax.set_yticks(range(len(rows)), names)
+    ax.margins(x=0.15)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set_title("perplexity")
+    return figure
+
+
+def latency(result: dict) -> Figure:
+    """Milliseconds and memory of a token by cache size."""
+    names = list(dict.fromkeys(row["method"] for row in result["rows"]))
+    looks = {name: _look(name) | {"marker": style.METHODS[name].marker, "markersize": 3.4} for name in names}
+    engines = "; ".join(f"{style.METHODS[row['method']].label}: {row['engine']}" for row in result["rows"][:2])
+    figure, axes = _page(result, list(looks.values()), columns=2, more=[f"Engines: {engines}"])
+    for ax, key, title in zip(axes, ("tpot_ms", "peak_memory_mb"), ("ms per token", "peak memory, MB"), strict=True):
+        drawn = []
+        for name in names:
+            rows = [row for row in result["rows"] if row["method"] == name and row[key] is not None]
+            ax.plot([row["cache_size"] for row in rows], [row[key] for row in rows], **looks[name])
+            drawn += [row[key] for row in rows]
+        number_axis(ax, "x", [row["cache_size"] for row in result["rows"]], log_ratio=2)
+        if drawn:
+            number_axis(ax, "y", drawn, log_ratio=8)
+        ax.set_xlabel("cache size, tokens")
+        ax.set_title(title)
+    return figure
+
+
+def asked(result: dict) -> Figure:
+    """Accuracy along a stream by method, and by distance where there are several."""
+    looks = {method: _look(method) | {"marker": style.METHODS[method].marker, "markersize": 3.0}
+             for method in result["curves"]}  # fmt: skip
+    far = [row for row in result["rows"] if row.get("distance_lines", 20) != 20 or row["method"] == "streaming"]
+    has_distances = result["experiment"] == "stream-eval" and len(far) > 1
+    figure, axes = _page(result, list(looks.values()), columns=1 + has_distances, more=[_size(result)], sharey=True)
+    _curves(axes[0], result["curves"], "accuracy", looks)
+    number_axis(axes[0], "x", [token for one in result["curves"].values() for token in one["token"]])
+    axes[0].set_title("accuracy along the stream")
+    axes[0].set_ylim(-0.04, 1.04)
+    for row in result["rows"]:
+        if row["method"] == "one-shot":
+            axes[0].axhline(row["accuracy"], color=style.QUIET, linewidth=0.8, linestyle=":")
+    if has_distances:
+        axes[1].plot([row["distance_tokens"] for row in far], [row["accuracy"] for row in far], **looks["streaming"])
+        axes[1].axvline(result["cache_size"] - result["n_sink"], color=style.QUIET, linewidth=0.8, linestyle="--")
+        axes[1].set_xlabel("tokens back (dashed: the window)")
+        axes[1].set_title("accuracy by distance")
+    return figure
+
+
+def attention(result: dict) -> Figure:
+    """Average maps of some layers above; below, shares by layer, and by layer and head."""
+    names = {"streaming": "on the sinks", "window": "on the oldest of a window without sinks"}
+    looks = {name: _look(name) | {"label": f"{style.METHODS[name].label}: {text}"} for name, text in names.items()}
+    recent = _look("streaming") | {"linestyle": ":", "label": f"StreamingLLM: on the last {result['recent']} tokens"}
+    handles = [Line2D([], [], **look) for look in (*looks.values(), recent)]
+    maps = result["maps"]
+    title = f"{result['title']} ({result['reference']})"
+    note = (
+        "Above: attention of 16 tokens to each other, mean over heads and texts, white 0.001 to black 1 (log scale). "
+    )
+    note += "Below right: share on the sinks by layer and head"
+    figure, axes = new_page(2, max(len(maps), 2), 1.2, title=title, handles=handles, width_in=6.8,
+                            caption=_caption(result, _size(result), note))  # fmt: skip
+    for ax, (layer, values) in zip(axes[0], maps.items(), strict=False):
+        ax.imshow(np.log10(np.maximum(values, 1e-3)), cmap="Greys", vmin=-3, vmax=0)
+        ax.set_title(f"layer {layer}")
+        ax.set_xticks([0, 8, 15])
+        ax.set_yticks([0, 8, 15])
+        ax.grid(visible=False)
+    grid = axes[1, 0].get_gridspec()
+    for ax in axes[1]:
+        ax.remove()
+    middle = len(axes[0]) // 2
+    left, right = figure.add_subplot(grid[1, :middle]), figure.add_subplot(grid[1, middle:])
+    for name, look in looks.items():
+        rows = [row for row in result["rows"] if row["method"] == name]
+        left.plot([row["layer"] for row in rows], [row["to_first"] for row in rows], **look)
+        if name == "streaming":
+            left.plot([row["layer"] for row in rows], [row["to_recent"] for row in rows], **recent)
+    left.set_ylim(0, 1)
+    left.set_xlabel("layer")
+    left.set_title("share of the attention")
+    shown = right.imshow(np.transpose(result["heads"]["streaming"]), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    right.set_xlabel("layer")
+    right.set_ylabel("head")
+    right.grid(visible=False)
+    figure.colorbar(shown, ax=right)
+    return figure
+
+
+def positions(result: dict) -> Figure:
+    """Perplexity along the stream, and drift from the exact losses."""
+    looks = {method: _look(method) for method in result["curves"]}
+    figure, axes = _page(result, list(looks.values()), columns=2, more=[_size(result)])
+    _curves(axes[0], result["curves"], "perplexity", looks)
+    values = [value for one in result["curves"].values() for value in one["perplexity"]]
+    number_axis(axes[0], "y", values, log_ratio=20)
+    axes[0].set_title("perplexity")
+    _curves(axes[1], result["drifts"], "drift", looks)
+    axes[1].set_title("drift of a loss, nats")
+    for ax in axes:
+        number_axis(ax, "x", [token for one in result["curves"].values() for token in one["token"]])
+    return figure
+
+
+DRAW: dict[str, Callable[[dict], Figure]] = {
+    "methods": methods,
+    "line-breaks": bars,
+    "sinks": sizes,
+    "attention": attention,
+    "long": lambda result: long([result]),
+    "cache-sizes": sizes,
+    "latency": latency,
+    "stream-eval": asked,
+    "questions": asked,
+    "positions": positions,
+}

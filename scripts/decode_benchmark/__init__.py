@@ -1,1 +1,0 @@
-"""What `benchmark_decode.py` is made of: the contenders, the plan, the measuring, the result file, the figure."""

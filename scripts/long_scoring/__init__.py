@@ -1,1 +1,0 @@
-"""The parts of `score_long.py`: documents, tokens, the resumable scorer, what is written down."""
