@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +63,10 @@ def set_up(config: ExperimentConfig, needs_text: bool = False) -> Subject:
         raise SetupError(f"--model {source.name}: random weights have no text")
     loaded = machine.load(source)
     settings = model_settings(config, source, loaded)
-    streaming = StreamingConfig(settings.n_sink, settings.window_size)
-    return Subject(machine, source, loaded, streaming, loaded.beginning(config.bos))
+    beginning = loaded.beginning(config.bos)
+    if beginning.warning:
+        print(f"warning: {beginning.warning}", file=sys.stderr)
+    return Subject(machine, source, loaded, StreamingConfig(*settings.sizes), beginning)
 
 
 def keep_result(path: Path | None, value: dict, machine: Machine, script: str, argv: list[str], seed: int) -> None:

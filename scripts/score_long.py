@@ -148,8 +148,8 @@ def prepare(options: argparse.Namespace) -> Job:
     text = DATASETS[RANDOM_TOKENS]() if is_random else load_as_one(names, options.text_key)
     subject = set_up(config_of(options))
     loaded, beginning = subject.loaded, subject.beginning
-    for warning in filter(None, (beginning.warning, text.warning)):
-        print(f"warning: {warning}", file=sys.stderr)
+    if text.warning:
+        print(f"warning: {text.warning}", file=sys.stderr)
     if is_random:
         stream = RandomStream(loaded.vocab_size, options.max_tokens, options.seed)
     else:

@@ -18,9 +18,7 @@ from experiments.config import ExperimentConfig, SetupError
 from experiments.models import find_model
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read when ray is imported: loopback address only
-ray = pytest.importorskip("ray")
-
-from ray.cluster_utils import Cluster  # noqa: E402
+Cluster = pytest.importorskip("ray.cluster_utils").Cluster
 
 from experiments.ray_executor import share_of_a_cell  # noqa: E402
 
