@@ -28,8 +28,8 @@ from experiments.storage import check_writable
 from streaming_llm import resolve_block_engine, score_stream
 from streaming_llm.attachment import maskless_attention
 from streaming_llm.engines.blocks import BLOCK_ENGINES
-from streaming_llm.families import rotary_from_model, text_config
-from streaming_llm.fused import require_fused
+from streaming_llm.families import text_config
+from streaming_llm.fused import fused_blocks
 from streaming_llm.losses import token_nll
 
 EPILOG = """examples:
@@ -41,7 +41,7 @@ EPILOG = """examples:
 def dense_forward(model, engine: str) -> Callable[[Tensor], Tensor]:
     """Ids ``[1, length]`` -> final hidden states ``[1, length, hidden]``, as the engine computes them."""
     if engine == "fused":
-        return require_fused(model).BlockForward(model, rotary_from_model(model))
+        return fused_blocks(model)
     return lambda ids: model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .blockwise import score_stream
 from .config import StreamingConfig
+from .custom_generate import streaming_generate
 from .decoder import StreamingDecoder
 from .engines import ENGINES, resolve_block_engine, resolve_engine
 from .families import supported_families
@@ -26,5 +27,6 @@ __all__ = [
     "resolve_block_engine",
     "resolve_engine",
     "score_stream",
+    "streaming_generate",
     "supported_families",
 ]

@@ -203,10 +203,13 @@ def _switched_attention(model: nn.Module, prefix: str) -> list[Change]:
 
 
 def foreign_hooks(model: nn.Module) -> bool:
-    """Whether hooks of others are registered on the model's modules, or Accelerate's."""
+    """Whether hooks of others are registered on the model's modules, or Accelerate's.
+
+    Transformers' own stay behind where hidden states were asked for once, and do nothing otherwise.
+    """
     for module in model.modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if not getattr(hook, "__module__", "").startswith("streaming_llm."):
+            if not getattr(hook, "__module__", "").startswith(("streaming_llm.", "transformers.")):
                 return True
     return any(hasattr(module, "_hf_hook") for module in model.modules())
 

@@ -139,13 +139,14 @@ class GenerationForwards:
 
     def _run(self, *args, **kwargs):
         """In place of the model's forward."""
-        if kwargs.get("past_key_values") is not self.view:
-            if not self.drafts:
+        cache = kwargs.get("past_key_values")
+        if cache is not self.view:
+            if not self.drafts and not hasattr(cache, "take_plan"):
                 raise RuntimeError(
                     f"{type(self.model).__name__} ran a forward of generate() without the stream's cache: this way of "
                     "decoding cannot stream. Use StreamingDecoder, or another way of decoding"
                 )
-            return self._forward(*args, **kwargs)  # of an assistant that shares the model
+            return self._forward(*args, **kwargs)  # of an engine, or of an assistant that shares the model
         first, self._is_first = self._is_first, False
         if first:
             return self._run_prompt(kwargs)

@@ -337,8 +337,8 @@ class StreamingKVCache(SaveableCache):
 
     @property
     def is_full(self) -> bool:
-        """Whether every row holds as many tokens as the next one attends to."""
-        return min(self.progress.seen) >= self.streaming_config.cache_size
+        """Whether every row holds, in every layer, as many tokens as the next one attends to."""
+        return min(self.progress.seen) >= max(layer.layout.config.cache_size for layer in self.layers)
 
     @property
     def batch_size(self) -> int | None:

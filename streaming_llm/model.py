@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -154,21 +155,45 @@ class StreamingLLMWrapper:
         if prompt is not None:
             kwargs[prompt.name] = prompt.tokens
         kwargs["cache_implementation"] = None  # the one that a model's generation configuration may name
-        expand_size, drafts = expand_size_of(model, kwargs), is_drafting(model, kwargs)
+        expand_size = expand_size_of(model, kwargs)
+        output = self.run_generation(
+            lambda view: self.model.generate(past_key_values=view, **kwargs), cache, prompt, expand_size, kwargs
+        )
+        sequences = getattr(output, "sequences", output)
+        if continues and expand_size > 1:  # the stream goes on with the best beam
+            self._feed_best(prompt, cache, sequences)
+        if continues or expand_size == 1:
+            cache.set_pending(sequences[:, -1].clone())
+        return output
+
+    def run_generation(
+        self,
+        generate: Callable[[StreamingKVCache], Any],
+        cache: StreamingKVCache,
+        prompt: Prompt | None,
+        expand_size: int,
+        kwargs: dict[str, Any],
+    ):
+        """Run ``generate(view)``, whose forwards with the view go to ``cache``.
+
+        Args:
+            expand_size: rows that it makes of each row of the prompt.
+            kwargs: its arguments.
+
+        Returns:
+            What it returns, with the cache in place of the view.
+        """
+        model = transformers_model(self.model)
+        drafts = is_drafting(model, kwargs)
         self.why_eager = self._why_plain_call(model, drafts, kwargs)
         self.engine_of_last_generate = "eager" if self.why_eager else self.engine
         engines = None if self.engine_of_last_generate == "eager" else self._engines
         with GenerationForwards(
             model, cache, prompt, expand_size=expand_size, drafts=drafts, block=self._block, engines=engines
         ) as forwards:
-            output = self.model.generate(past_key_values=forwards.view, **kwargs)
+            output = generate(forwards.view)
         if getattr(output, "past_key_values", None) is forwards.view:
             output.past_key_values = forwards.working
-        sequences = getattr(output, "sequences", output)
-        if continues and expand_size > 1:  # the stream goes on with the best beam
-            self._feed_best(prompt, cache, sequences)
-        if continues or expand_size == 1:
-            cache.set_pending(sequences[:, -1])
         return output
 
     def _why_plain_call(self, model: nn.Module, drafts: bool, kwargs: dict[str, Any]) -> str | None:

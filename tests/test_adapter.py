@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_ids, make_neox
 from reference import reference_logits
+from streams import KERNEL_OPS, kernels_run
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXForCausalLM
 
 from personal_adapters import sdpa
@@ -21,19 +22,6 @@ from personal_adapters.sdpa import (
     select_dtype,
 )
 from streaming_llm import StreamingDecoder
-
-KERNEL_OPS = {
-    "math": "aten::_scaled_dot_product_attention_math",
-    "flash": "aten::_scaled_dot_product_flash_attention_for_cpu",
-}
-
-
-def kernels_run(call) -> set[str]:
-    """Names of the backends whose kernel ran during ``call()``."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        call()
-    names = {event.key for event in profile.key_averages()}
-    return {backend for backend, op in KERNEL_OPS.items() if op in names}
 
 
 @pytest.mark.parametrize("backend", KERNEL_OPS)

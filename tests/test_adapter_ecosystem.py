@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_ids, make_neox
 from reference import reference_logits
-from test_adapter import KERNEL_OPS, kernels_run
+from streams import KERNEL_OPS, kernels_run
 from torch import nn
 from transformers import GPTNeoXForCausalLM
 

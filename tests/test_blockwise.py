@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_ids, make_neox
 from reference import reference_logits
-from test_kv_cache import decode
+from streams import decode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from streaming_llm import StreamingLLMWrapper, losses, score_stream

@@ -37,7 +37,7 @@ def rms(x: torch.Tensor) -> float:
 def stream_logits(model, ids: torch.Tensor, n_sink: int, window_size: int) -> dict[str, torch.Tensor]:
     """Logits token by token, and in one block."""
     ids = ids.cuda()
-    with StreamingDecoder(model, n_sink, window_size) as decoder:
+    with StreamingDecoder(model, n_sink, window_size, "eager") as decoder:
         loop = torch.stack([decoder.step(ids[:, t]) for t in range(ids.shape[1])], dim=1)
     with StreamingLLMWrapper(model, n_sink, window_size) as stream:
         block = model(ids, past_key_values=stream.new_cache(), use_cache=True).logits
@@ -154,4 +154,4 @@ def test_scoring_memory_does_not_grow_with_the_stream():
         torch.cuda.reset_peak_memory_stats()
         score_stream(model, make_ids(length), 4, 1000, block_size=5000)
         peaks.append(torch.cuda.max_memory_allocated())
-    assert peaks[0] == peaks[1]
+    assert abs(peaks[0] - peaks[1]) <= 2048  # of a gigabyte, over 180,000 tokens

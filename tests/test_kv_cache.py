@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_ids, make_neox
 from reference import reference_logits
+from streams import decode
 from transformers import Cache, GPT2Config, OPTConfig
 
 from streaming_llm import StreamingConfig, StreamingKVCache, StreamingLLMWrapper
@@ -18,13 +19,6 @@ from streaming_llm.sinks import MovingSinks, SinkRotation
 from streaming_llm.speculative import OverwrittenSlots
 
 CONFIGS = [(4, 60), (0, 60), (1, 60), (4, 1), (0, 1), (4, 600)]  # the last never fills
-
-
-@torch.no_grad()
-def decode(model, cache, ids: torch.Tensor) -> torch.Tensor:
-    """Logits ``[batch, length, vocab]`` of the ids fed one by one."""
-    steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(ids.shape[1])]
-    return torch.cat(steps, dim=1)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

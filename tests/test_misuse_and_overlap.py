@@ -9,8 +9,7 @@ import pytest
 import torch
 from conftest import make_ids, make_neox
 from reference import reference_logits
-from test_kv_cache import decode
-from test_wrapper import forward_in_blocks, snapshot
+from streams import decode, forward_in_blocks, snapshot
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 

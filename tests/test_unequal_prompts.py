@@ -8,7 +8,8 @@ import pytest
 import torch
 from family_models import VOCAB, available, make_family
 from family_reference import family_reference_logits
-from transformers import StoppingCriteria, StoppingCriteriaList
+from streams import Ends, padded
+from transformers import StoppingCriteriaList
 
 from streaming_llm import StreamingDecoder, StreamingKVCache, StreamingLLMWrapper, score_stream
 
@@ -24,17 +25,6 @@ TOLERANCE = 2e-5
 @functools.cache
 def prompt(row: int) -> torch.Tensor:
     return torch.randint(VOCAB, (1, LENGTHS[row]), generator=torch.Generator().manual_seed(row))
-
-
-def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids ``[batch, longest]`` and their mask; the padding is an ordinary token of the vocabulary."""
-    longest = max(row.shape[-1] for row in rows)
-    ids, mask = torch.full((len(rows), longest), 5), torch.zeros(len(rows), longest, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        n = row.shape[-1]
-        place = slice(longest - n, longest) if side == "left" else slice(0, n)
-        ids[index, place], mask[index, place] = row[0], 1
-    return ids, mask
 
 
 def batch(side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,16 +156,6 @@ def test_beams_of_unequal_prompts():
         for row in range(3):
             single = stream.generate(prompt(row), **asked, **GREEDY)
             assert torch.equal(together[row, ids.shape[1] :], single[0, LENGTHS[row] :])
-
-
-class Ends(StoppingCriteria):
-    """Stops each row behind a number of new tokens."""
-
-    def __init__(self, after: list[int]) -> None:
-        self.after = after
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.tensor([input_ids.shape[1] >= n for n in self.after])
 
 
 @pytest.mark.parametrize("how", ["eos", "criteria", "both"])

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import gc
-import itertools
 
 import pytest
 import torch
 from conftest import make_ids, make_neox
 from reference import reference_logits
-from test_kv_cache import decode
+from streams import CUTS, decode, forward_in_blocks, snapshot
 
 from streaming_llm import StreamingDecoder, StreamingKVCache, StreamingLLMWrapper
 
 CONFIGS = [(4, 60), (0, 60), (1, 60), (4, 1), (0, 1), (4, 600)]
-CUTS = (0, 3, 10, 40, 130, 131, 260, 500)
-
-
-def forward_in_blocks(model, cache, ids, cuts=CUTS) -> torch.Tensor:
-    with torch.no_grad():
-        blocks = itertools.pairwise(cuts)
-        return torch.cat([model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in blocks], dim=1)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -61,14 +53,6 @@ def test_a_position_before_the_kept_tokens_is_refused():
     decode(model, cache, make_ids(50))
     with pytest.raises(ValueError, match="position"):
         cache.move_to(49)
-
-
-def snapshot(model) -> dict:
-    return {
-        "attention": model.config._attn_implementation,
-        "modules": [(name, id(module)) for name, module in model.named_modules()],
-        "state": list(model.state_dict()),
-    }
 
 
 def test_the_model_is_restored_also_after_an_error():

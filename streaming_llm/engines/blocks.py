@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import require_int
-from ..families import decoder_of, rotary_from_model, transformers_model
-from ..fused import require_fused
+from ..families import decoder_of, transformers_model
+from ..fused import fused_blocks
 from ..kv_cache import StreamingKVCache
 from ..placement import input_device
 
@@ -31,7 +31,7 @@ def block_forward(model: nn.Module, engine: str) -> BlockForward:
     """
     model = transformers_model(model)
     if engine == "fused":
-        return require_fused(model).BlockForward(model, rotary_from_model(model))
+        return fused_blocks(model)
 
     decoder = decoder_of(model)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..families import rotary_from_model
-from ..fused import require_fused
+from ..fused import fused_step
 from ..kv_cache import StreamingKVCache
 from .recorded import RecordedStep, StaticTensors
 
@@ -17,9 +16,11 @@ class FusedStep(RecordedStep):
 
     def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None:
         self._static = static
-        self._forward = require_fused(model).StepForward(
-            model, cache, rotary_from_model(model), own_attention=self.own_attention, logits=static.logits
-        )
+        self._forward = fused_step(model, cache, own_attention=self.own_attention, logits=static.logits)
+
+    @property
+    def seen(self) -> Tensor:
+        return self._forward.rings.seen
 
     def load(self) -> None:
         self._forward.load()

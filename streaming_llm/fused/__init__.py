@@ -1,58 +1,70 @@
 """Forward passes of this library's own, made of Triton kernels and PyTorch's matrix products, for CUDA.
 
-They compute what the family's own forward computes, with fewer passes over memory. The model's own call stays the
-reference beside them and is never replaced without being named.
+They compute what the model's own forward computes, with fewer passes over memory: any model whose layers a recipe
+(:mod:`.recipe`) describes, in blocks of tokens (:mod:`.block`) and in single tokens (:mod:`.step`). The model's own
+call stays the reference beside them and is never replaced without being named.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable
-from types import ModuleType
 
 from torch import Tensor, nn
 
-from ..families import rotary_from_model
+from ..families import lm_head
+from ..kv_cache import StreamingKVCache
 from ..placement import why_not_one_cuda_device
-
-FUSED = {"gpt_neox": "neox"}
-"""Transformers' ``model_type`` -> module of this package."""
-
-
-def _module(model: nn.Module) -> ModuleType:
-    return importlib.import_module(f".{FUSED[model.config.model_type]}", __name__)
+from .family_recipes import recipe_of
+from .refusals import why_not
 
 
 def why_not_fused(model: nn.Module) -> str | None:
     """Why ``model`` cannot go through fused forwards here; ``None`` if it can."""
-    if model.config.model_type not in FUSED:
-        return f"there are none for model type {model.config.model_type!r} (only for {', '.join(sorted(FUSED))})"
-    elsewhere = why_not_one_cuda_device(model)
-    if elsewhere:
-        return elsewhere
-    try:
-        module = _module(model)
-    except ImportError:
+    reason = why_not_one_cuda_device(model) or why_not(model)
+    if reason is None and importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    return module.why_not(model, rotary_from_model(model))
+    return reason
 
 
-def require_fused(model: nn.Module) -> ModuleType:
-    """The module with the forwards of ``model``'s family.
+def require_fused(model: nn.Module) -> None:
+    """Make sure that ``model`` can go through fused forwards here.
 
     Raises:
-        ValueError: it cannot go through them; says why.
+        ValueError: it cannot; says why.
     """
     reason = why_not_fused(model)
     if reason:
         raise ValueError(f"fused forwards cannot run: {reason}")
-    return _module(model)
+
+
+def fused_blocks(model: nn.Module) -> Callable[..., Tensor]:
+    """A forward of many tokens, see :class:`.block.BlockForward`.
+
+    Raises:
+        ValueError: it cannot run; says why.
+    """
+    require_fused(model)
+    from .block import BlockForward
+
+    return BlockForward(model)
+
+
+def fused_step(model: nn.Module, cache: StreamingKVCache, *, own_attention: bool, logits: Tensor):
+    """A forward of one token for each row, to be recorded, see :class:`.step.StepForward`.
+
+    Raises:
+        ValueError: it cannot run; says why.
+    """
+    require_fused(model)
+    from .step import StepForward
+
+    return StepForward(recipe_of(model), cache, own_attention=own_attention, logits=logits)
 
 
 def fused_forward(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """A dense causal forward ``[batch, length] -> [batch, vocab]`` (logits of the last token), or ``None``."""
     if why_not_fused(model):
         return None
-    forward = _module(model).BlockForward(model, rotary_from_model(model))
-    head = model.get_output_embeddings()
-    return lambda input_ids: head(forward(input_ids)[:, -1])
+    forward = fused_blocks(model)
+    return lambda input_ids: lm_head(model, forward(input_ids)[:, -1])

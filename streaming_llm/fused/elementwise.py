@@ -2,115 +2,124 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemv import gelu
+from .activations import activate
+from .launch import launch
+from .norms import meta_of, normed, pointers_of
+from .recipe import Norm
 
 
 @triton.jit
-def _layer_norm(x, columns, w_ptr, b_ptr, mean, rstd, inside):
-    y = (x - mean) * rstd * tl.load(w_ptr + columns, inside, 0.0).to(tl.float32)
-    return y + tl.load(b_ptr + columns, inside, 0.0).to(tl.float32)
-
-
-@triton.jit
-def _sum_and_norms(
-    x_ptr, a_ptr, b_ptr, new_x_ptr, w1, b1, y1_ptr, w2, b2, y2_ptr, eps,
-    K: tl.constexpr, ADD: tl.constexpr, TWO: tl.constexpr, BLOCK: tl.constexpr,
+def _add_and_norm(
+    x_ptr, a_ptr, b_ptr, new_x_ptr, out_w, out_b, out_eps, w1, b1, eps1, y1_ptr, w2, b2, eps2, y2_ptr, factor,
+    K: tl.constexpr, ADDS: tl.constexpr, OUTS: tl.constexpr, SCALE: tl.constexpr,
+    PLUS_ONE: tl.constexpr, OUT_NORM: tl.constexpr, OUT_WEIGHT: tl.constexpr, OUT_BIAS: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * K
     columns = tl.arange(0, BLOCK)
     inside = columns < K
     x = tl.load(x_ptr + row + columns, inside, 0.0).to(tl.float32)
-    if ADD:
-        x += tl.load(a_ptr + row + columns, inside, 0.0).to(tl.float32)
-        x += tl.load(b_ptr + row + columns, inside, 0.0).to(tl.float32)
+    if ADDS == 0:
+        if SCALE:
+            x *= factor
+    else:
+        add = tl.load(a_ptr + row + columns, inside, 0.0).to(tl.float32)
+        if ADDS == 2:
+            add += tl.load(b_ptr + row + columns, inside, 0.0).to(tl.float32)
+        add = normed(add, columns, inside, out_w, out_b, out_eps, K, OUT_NORM, OUT_WEIGHT, OUT_BIAS, PLUS_ONE)
+        x += add * factor if SCALE else add
     tl.store(new_x_ptr + row + columns, x, inside)
-    mean = tl.sum(x, 0) / K
-    centred = tl.where(inside, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / K + eps)
-    y = _layer_norm(x, columns, w1, b1, mean, rstd, inside)
+    y = normed(x, columns, inside, w1, b1, eps1, K, NORM, WEIGHT, BIAS, PLUS_ONE)
     tl.store(y1_ptr + row + columns, y.to(y1_ptr.dtype.element_ty), inside)
-    if TWO:
-        y = _layer_norm(x, columns, w2, b2, mean, rstd, inside)
+    if OUTS == 2:
+        y = normed(x, columns, inside, w2, b2, eps2, K, NORM, WEIGHT, BIAS, PLUS_ONE)
         tl.store(y2_ptr + row + columns, y.to(y2_ptr.dtype.element_ty), inside)
 
 
-def sum_and_norms(
-    x: Tensor, add: tuple[Tensor, Tensor] | None, norms: tuple[torch.nn.LayerNorm, ...]
+def add_and_norm(
+    x: Tensor,
+    adds: Sequence[Tensor],
+    norms: Sequence[Norm | None],
+    dtype: torch.dtype,
+    *,
+    out_norm: Norm | None = None,
+    factor: float = 1.0,
+    pdl: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The residual sum of a parallel block and the one or two norms of it that follow, reading everything once.
+    """The residual sum of a layer and the norms of it that follow, reading everything once.
 
     Args:
-        x: residual stream ``[..., hidden]``, contiguous: embeddings in the model's dtype, or what this returned.
-        add: attention's and MLP's output, contiguous, to add to it.
-        norms: one or two ``nn.LayerNorm`` with the same epsilon.
+        x: residual stream ``[..., hidden]``, contiguous: embeddings in the model's dtype, or what this returned, which
+            is written over.
+        adds: nothing, or one or two outputs, contiguous, whose sum is added.
+        norms: one or two of one kind; ``None``: the sum itself.
+        dtype: of what is returned for each of ``norms``.
+        out_norm: of the sum of ``adds``, before it is added.
+        factor: on what is added; where nothing is, on ``x``.
 
     Returns:
-        The new residual stream in float32, and a norm of it for each of ``norms``, in the norm's dtype.
+        The new residual stream in float32, and for each of ``norms`` a tensor.
     """
     hidden = x.shape[-1]
-    rows = x.numel() // hidden
-    new_x = x if x.dtype == torch.float32 and add is not None else torch.empty_like(x, dtype=torch.float32)
-    outs = [torch.empty_like(x, dtype=norm.weight.dtype) for norm in norms]
-    a, b = (x, x) if add is None else add
-    first, last = norms[0], norms[-1]
+    in_place = x.dtype == torch.float32 and bool(adds)
+    new_x = x if in_place else torch.empty_like(x, dtype=torch.float32)
+    outs = [torch.empty_like(x, dtype=dtype) for _ in norms]
+    a, b = (*adds, x, x)[:2]
     block = triton.next_power_of_2(hidden)
-    _sum_and_norms[(rows,)](
-        x, a, b, new_x, first.weight, first.bias, outs[0], last.weight, last.bias, outs[-1], first.eps,
-        K=hidden, ADD=add is not None, TWO=len(norms) == 2, BLOCK=block, num_warps=min(8, max(1, block // 512)),
+    first, last = norms[0], norms[-1]
+    launch(
+        _add_and_norm, (x.numel() // hidden,), x, a, b, new_x, *pointers_of(out_norm, x),
+        *pointers_of(first, x), outs[0], *pointers_of(last, x), outs[-1], factor,
+        K=hidden, ADDS=len(adds), OUTS=len(norms), SCALE=factor != 1.0,
+        PLUS_ONE=any(norm is not None and norm.plus_one for norm in (*norms, out_norm)),
+        **meta_of(out_norm, "OUT_"), **meta_of(first), BLOCK=block, num_warps=min(8, max(1, block // 512)), pdl=pdl,
     )  # fmt: skip
     return new_x, outs
 
 
 @triton.jit
-def _gelu(x_ptr, n, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + at, at < n, 0.0)
-    tl.store(x_ptr + at, gelu(x.to(tl.float32)).to(x_ptr.dtype.element_ty), at < n)
-
-
-def gelu_(x: Tensor) -> Tensor:
-    """Exact GELU of a contiguous tensor, in place, computed in float32."""
-    _gelu[(triton.cdiv(x.numel(), 2048),)](x, x.numel(), BLOCK=2048, num_warps=4)
-    return x
-
-
-@triton.jit
-def _rotate_in_place(
-    qkv_ptr, cos_ptr, sin_ptr, length, num_heads,
-    HALF: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_P: tl.constexpr, HEADS_P: tl.constexpr,
+def _activate(
+    x_ptr, gate_ptr, out_ptr, columns, x_step, gate_step, out_step,
+    GATED: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0)
-    pair = tl.arange(0, HALF_P)[None, :]
-    head = tl.arange(0, HEADS_P)[:, None]
-    mask = (pair < HALF) & (head < num_heads)
-    angle = (token % length) * HALF + pair
-    cos, sin = tl.load(cos_ptr + angle, pair < HALF, 0.0), tl.load(sin_ptr + angle, pair < HALF, 0.0)
-    at = qkv_ptr + (token.to(tl.int64) * num_heads + head) * (3 * HEAD_DIM) + pair
-    for part in tl.static_range(2):  # query, key
-        a = tl.load(at + part * HEAD_DIM, mask, 0.0).to(tl.float32)
-        b = tl.load(at + part * HEAD_DIM + HALF, mask, 0.0).to(tl.float32)
-        tl.store(at + part * HEAD_DIM, (a * cos - b * sin).to(qkv_ptr.dtype.element_ty), mask)
-        tl.store(at + part * HEAD_DIM + HALF, (b * cos + a * sin).to(qkv_ptr.dtype.element_ty), mask)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < columns
+    x = tl.load(x_ptr + row * x_step + at, inside, 0.0).to(tl.float32)
+    if GATED:
+        x *= activate(tl.load(gate_ptr + row * gate_step + at, inside, 0.0).to(tl.float32), ACT)
+    else:
+        x = activate(x, ACT)
+    tl.store(out_ptr + row * out_step + at, x.to(out_ptr.dtype.element_ty), inside)
 
 
-def rotate_qk_(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate queries and keys where they lie.
+def activated(x: Tensor, gate: Tensor | None, activation: str) -> Tensor:
+    """``act(x)`` in place, or ``act(gate) * x``, computed in float32.
 
     Args:
-        qkv: ``[batch, length, num_heads, 3 * head_dim]``, contiguous.
-        cos, sin: ``[length, rotary_dim / 2]``, float32, contiguous.
+        x, gate: ``[..., columns]``; rows lie at equal distances, each contiguous.
+
+    Returns:
+        Contiguous, like ``x``: ``x`` itself where that is contiguous.
     """
-    batch, length, num_heads, width = qkv.shape
-    half = cos.shape[1]
-    _rotate_in_place[(batch * length,)](
-        qkv, cos, sin, length, num_heads, HALF=half, HEAD_DIM=width // 3,
-        HALF_P=triton.next_power_of_2(half), HEADS_P=triton.next_power_of_2(num_heads), num_warps=4,
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    out = x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
+    gate = x if gate is None else gate
+    block = min(4096, triton.next_power_of_2(columns))
+    launch(
+        _activate, (rows, triton.cdiv(columns, block)), x, gate, out, columns,
+        x.stride(-2), gate.stride(-2), columns,
+        GATED=gate is not x, ACT=activation, BLOCK=block, num_warps=max(1, min(8, block // 512)),
     )  # fmt: skip
+    return out
 
 
 @triton.jit
@@ -138,7 +147,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     The logits are read once and never copied to float32.
     """
     nll = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
-    _cross_entropy[(logits.shape[0],)](
-        logits, targets, nll, logits.shape[1], logits.stride(0), BLOCK=4096, num_warps=8
-    )
+    launch(
+        _cross_entropy, (logits.shape[0],), logits, targets, nll, logits.shape[1], logits.stride(0),
+        BLOCK=4096, num_warps=8,
+    )  # fmt: skip
     return nll

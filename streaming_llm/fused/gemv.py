@@ -1,4 +1,4 @@
-"""Matrix-vector products of a decode step of batch 1, with the layer norm before and the residual sum behind them.
+"""Matrix-vector products of a decode step of batch 1, with the norm before and the residual sum behind them.
 
 A step reads every weight once and computes next to nothing, so a kernel is as good as the fraction of the memory
 bandwidth that it uses. A program owns a few output rows and requests their first tiles before it looks at its input;
@@ -8,29 +8,21 @@ for themselves: it is a few kilobytes in the second-level cache, where weights l
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
-from .launch import wait_for_input
+from .activations import activate, capped
+from .launch import launch, wait_for_input
+from .norms import kind_of, norm_weight, or_other, pointers_of
+from .recipe import Linear, Norm
 
 TILE_OF_NORM = {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 1, "num_warps": 2}
 TILE_OF_SUM = {"BLOCK_R": 2, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2}
 """Rows and columns of a tile, tiles that are requested ahead, and warps: of two dozen tried in whole steps on an H200,
 for the sizes of Pythia-70m, 2.8b and 6.9b the fastest, or within 7% of it."""
-
-
-@triton.jit
-def gelu(x):
-    """GELU of a float32 tensor by its definition, within 4e-7 of it: what float32 leaves of the library's too.
-
-    As the positive part of ``x`` less ``|x| / 2 * erfc(|x| / sqrt(2))``, with the error function of Abramowitz and
-    Stegun, Handbook of Mathematical Functions, 7.1.26, which takes a third of the instructions.
-    """
-    size = tl.abs(x)
-    t = 1.0 / (1.0 + 0.23164189 * size)  # 0.3275911 / sqrt(2)
-    poly = (((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592
-    return tl.maximum(x, 0.0) - 0.5 * size * poly * t * tl.exp(-0.5 * x * x)
 
 
 @triton.jit
@@ -50,75 +42,180 @@ def _first_tiles(w_rows, in_rows, columns, K: tl.constexpr, BLOCK_K: tl.constexp
 
 
 @triton.jit
-def _norm_gemv(
-    x_ptr, norm_w_ptr, norm_b_ptr, w_ptr, bias_ptr, y_ptr, eps,
-    N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+def _residual(
+    x_ptr, add_ptr, add_w_ptr, add_rstd, at, inside, ADDS: tl.constexpr, PLUS_ONE: tl.constexpr
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    in_rows = rows < N
-    columns = tl.arange(0, BLOCK_K)
-    w_rows = w_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :]
-    tiles = _first_tiles(w_rows, in_rows, columns, K, BLOCK_K, AHEAD)
-    if BIAS:
-        bias = tl.load(bias_ptr + rows, in_rows, 0.0).to(tl.float32)
-    wait_for_input(PDL)
+    """The residual stream, with a normed output added that is not in it yet."""
+    x = tl.load(x_ptr + at, inside, 0.0)
+    if ADDS:
+        add = tl.load(add_ptr + at, inside, 0.0) * add_rstd
+        x += add * norm_weight(add_w_ptr, at, inside, True, PLUS_ONE)
+    return x
 
-    xs = ()
+
+@triton.jit
+def _rstd(x_ptr, columns, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One over the root of the mean square of ``x`` ``[K]``."""
     total = tl.zeros((BLOCK_K,), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
         x = tl.load(x_ptr + start + columns, start + columns < K, 0.0)
-        xs = xs + (x,)  # noqa: RUF005
-        total += x
-    mean = tl.sum(total, 0) / K
-    total = tl.zeros((BLOCK_K,), tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
-        centred = tl.where(start + columns < K, xs[start // BLOCK_K] - mean, 0.0)
-        total += centred * centred
-    rstd = 1.0 / tl.sqrt(tl.sum(total, 0) / K + eps)
+        total += x * x
+    return 1.0 / tl.sqrt(tl.sum(total, 0) / K + eps)
 
+
+@triton.jit
+def _norm_gemv(
+    x_ptr, add_ptr, add_w_ptr, add_eps, new_x_ptr, norm_w_ptr, norm_b_ptr, eps,
+    w1, b1, w2, b2, w3, b3, y_ptr, clip, scale, cap,
+    N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
+    ADDS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr,
+    PLUS_ONE: tl.constexpr, ACT: tl.constexpr, CLIP: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK_K)
+    index = tl.arange(0, BLOCK_R)
+    if GATED:  # rows of two matrices take turns
+        rows = program * (BLOCK_R // 2) + index // 2
+        in_rows = rows < N1
+        to = rows
+        starts = tl.where(index % 2 == 0, w1, w2)
+        biases = tl.where(index % 2 == 0, b1, b2)
+    else:
+        first, w, b, n = program, w1, b1, N1
+        before = 0
+        if N2 > 0:
+            P1: tl.constexpr = (N1 + BLOCK_R - 1) // BLOCK_R
+            P2: tl.constexpr = (N2 + BLOCK_R - 1) // BLOCK_R
+            if program >= P1 + P2:
+                first, w, b, n, before = program - P1 - P2, w3, b3, N3, N1 + N2
+            elif program >= P1:
+                first, w, b, n, before = program - P1, w2, b2, N2, N1
+        rows = first * BLOCK_R + index
+        in_rows = rows < n
+        to = before + rows
+        starts = w
+        biases = b
+    w_rows = (starts + rows.to(tl.int64) * K)[:, None] + columns[None, :]
+    tiles = _first_tiles(w_rows, in_rows, columns, K, BLOCK_K, AHEAD)
+    if BIAS:
+        bias = tl.load(biases + rows, in_rows, 0.0).to(tl.float32)
+    wait_for_input(PDL)
+
+    add_rstd = _rstd(add_ptr, columns, add_eps, K, BLOCK_K) if ADDS else 1.0
+    mean = 0.0
+    if NORM == "layer":
+        total = tl.zeros((BLOCK_K,), tl.float32)
+        for start in tl.static_range(0, K, BLOCK_K):
+            at = start + columns
+            total += _residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
+        mean = tl.sum(total, 0) / K
+
+    # The norm's factor is taken out of the product, so that both are summed up in one pass.
+    squares = tl.zeros((BLOCK_K,), tl.float32)
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    acc_of_bias = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
-        inside = start + columns < K
+        at = start + columns
+        inside = at < K
+        x = _residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, inside, ADDS, PLUS_ONE)
+        if ADDS:
+            if start // BLOCK_K % tl.num_programs(0) == program:
+                tl.store(new_x_ptr + at, x, inside)
+        if NORM == "layer":
+            x = tl.where(inside, x - mean, 0.0)
+        squares += x * x
+        if NORM != "none":
+            x *= norm_weight(norm_w_ptr, at, inside, WEIGHT, PLUS_ONE)
         if start < AHEAD * BLOCK_K:
-            tile = tiles[start // BLOCK_K]
+            tile = tiles[start // BLOCK_K].to(tl.float32)
         else:
-            tile = _tile(w_rows, in_rows, columns, start, K)
-        x = (xs[start // BLOCK_K] - mean) * rstd
-        x = x * tl.load(norm_w_ptr + start + columns, inside, 0.0).to(tl.float32)
-        x += tl.load(norm_b_ptr + start + columns, inside, 0.0).to(tl.float32)
-        acc += tile.to(tl.float32) * x[None, :]
+            tile = _tile(w_rows, in_rows, columns, start, K).to(tl.float32)
+        acc += tile * x[None, :]
+        if NORM_BIAS:
+            acc_of_bias += tile * tl.load(norm_b_ptr + at, inside, 0.0).to(tl.float32)[None, :]
+    if NORM != "none":
+        rstd = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
+        acc *= rstd
+        if NORM_BIAS:
+            acc += acc_of_bias
     y = tl.sum(acc, 1)
     if BIAS:
         y += bias
-    if GELU:
-        y = gelu(y)
-    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), in_rows)
+    if GATED:
+        gate, up = tl.split(tl.reshape(y, (BLOCK_R // 2, 2)))
+        y = activate(gate, ACT) * up
+        to = program * (BLOCK_R // 2) + tl.arange(0, BLOCK_R // 2)
+        in_rows = to < N1
+    else:
+        y = activate(y, ACT)
+    if CLIP:
+        y = tl.minimum(tl.maximum(y, -clip), clip)
+    if SCALE:
+        y *= scale
+    if CAP:
+        y = capped(y, cap)
+    tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), in_rows)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An output that is to be normed and added to the residual stream by the next kernel that reads it.
+
+    Args:
+        output: ``[K]``, float32.
+        norm: an RMSNorm with a weight.
+        new_x: where the sum goes, ``[K]``, float32.
+    """
+
+    output: Tensor
+    norm: Norm
+    new_x: Tensor
 
 
 def norm_gemv(
-    x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, y: Tensor, *, with_gelu: bool = False, pdl: bool = False
+    x: Tensor,
+    norm: Norm | None,
+    linears: tuple[Linear, ...],
+    y: Tensor,
+    *,
+    pending: Pending | None = None,
+    activation: str = "none",
+    gated: bool = False,
+    clip: float | None = None,
+    scale: float = 1.0,
+    cap: float | None = None,
+    pdl: bool = False,
 ) -> None:
-    """``y = act(linear(norm(x)))`` in one launch.
+    """Products of ``norm(x)`` with one matrix or three, or ``act(gate x) * up x``, in one launch.
 
     Args:
         x: ``[K]``, float32.
-        linear: of ``K`` columns.
+        linears: of ``K`` columns, all with a bias or none; their outputs follow each other in ``y``.
         y: ``[rows]``, of any floating dtype.
-        with_gelu: whether ``act`` is GELU.
+        pending: to be added to ``x`` first.
+        gated: ``linears`` are gate and up, and ``y`` has the rows of one.
+        clip, scale, cap: what is done to the outputs: limited, multiplied, soft-capped.
         pdl: launched with programmatic dependence on the kernel in front.
     """
-    n, k = linear.weight.shape
-    _norm_gemv[(triton.cdiv(n, TILE_OF_NORM["BLOCK_R"]),)](
-        x, norm.weight, norm.bias, linear.weight, _or(linear.bias, x), y, norm.eps,
-        N=n, K=k, BIAS=linear.bias is not None, GELU=with_gelu, PDL=pdl, **TILE_OF_NORM,
-        **({"launch_pdl": True} if pdl else {}),
+    tile = TILE_OF_NORM
+    first, (second, third) = linears[0], (*linears[1:], linears[0], linears[0])[:2]
+    rows = [linear.rows for linear in linears]
+    n1, n2, n3 = (*rows, 0, 0)[:3]
+    per_program = tile["BLOCK_R"] // 2 if gated else tile["BLOCK_R"]
+    grid = triton.cdiv(n1, per_program) if gated else sum(triton.cdiv(n, per_program) for n in rows)
+    add, add_norm, new_x = (x, None, x) if pending is None else (pending.output, pending.norm, pending.new_x)
+    add_weight, _, add_eps = pointers_of(add_norm, x)
+    launch(
+        _norm_gemv, (grid,), x, add, add_weight, add_eps, new_x, *pointers_of(norm, x),
+        first.weight, or_other(first.bias, x), second.weight, or_other(second.bias, x), third.weight, or_other(third.bias, x), y,
+        clip or 0.0, scale, cap or 0.0,
+        N1=n1, N2=0 if gated else n2, N3=0 if gated else n3, K=first.columns, BIAS=first.bias is not None, GATED=gated,
+        ADDS=pending is not None, NORM=kind_of(norm), WEIGHT=norm is not None and norm.weight is not None,
+        NORM_BIAS=norm is not None and norm.bias is not None,
+        PLUS_ONE=any(n is not None and n.plus_one for n in (norm, add_norm)), ACT=activation,
+        CLIP=clip is not None, SCALE=scale != 1.0, CAP=cap is not None, pdl=pdl, **tile,
     )  # fmt: skip
-
-
-def _or(bias: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer to pass where there is no bias."""
-    return other if bias is None else bias
 
 
 @triton.jit
@@ -138,22 +235,23 @@ def _add_product(
 
 @triton.jit
 def _gemv_sum(
-    residual_ptr, other_ptr, x1, w1, bias1, x2, w2, bias2, y_ptr,
+    residual_ptr, other_ptr, x1, w1, bias1, x2, w2, bias2, y_ptr, multiplier,
     N: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
-    RESIDUAL: tl.constexpr, OTHER: tl.constexpr, PDL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,
+    RESIDUAL: tl.constexpr, OTHER: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_rows = rows < N
     columns = tl.arange(0, BLOCK_K)
     rows1 = w1 + rows.to(tl.int64)[:, None] * K1 + columns[None, :]
     tiles = _first_tiles(rows1, in_rows, columns, K1, BLOCK_K, AHEAD)
-    added = tl.zeros((BLOCK_R,), tl.float32)
+    y = tl.zeros((BLOCK_R,), tl.float32)
     if BIAS1:
-        added += tl.load(bias1 + rows, in_rows, 0.0).to(tl.float32)
+        y += tl.load(bias1 + rows, in_rows, 0.0).to(tl.float32)
     if BIAS2:
-        added += tl.load(bias2 + rows, in_rows, 0.0).to(tl.float32)
+        y += tl.load(bias2 + rows, in_rows, 0.0).to(tl.float32)
     wait_for_input(PDL)
+    added = tl.zeros((BLOCK_R,), tl.float32)
     if RESIDUAL:
         added += tl.load(residual_ptr + rows, in_rows, 0.0)
     if OTHER:
@@ -163,20 +261,23 @@ def _gemv_sum(
     if K2 > 0:
         rows2 = w2 + rows.to(tl.int64)[:, None] * K2 + columns[None, :]
         acc = _add_product(acc, (), x2, rows2, in_rows, columns, K2, BLOCK_K, 0)
-    y = tl.sum(acc, 1) + added
-    tl.store(y_ptr + rows, y, in_rows)
+    y += tl.sum(acc, 1)
+    if SCALE:
+        y *= multiplier
+    tl.store(y_ptr + rows, y + added, in_rows)
 
 
 def gemv_sum(
-    first: tuple[nn.Linear, Tensor],
-    second: tuple[nn.Linear, Tensor] | None,
+    first: tuple[Linear, Tensor],
+    second: tuple[Linear, Tensor] | None,
     y: Tensor,
     residual: Tensor | None = None,
     other: Tensor | None = None,
     *,
+    multiplier: float = 1.0,
     pdl: bool = False,
 ) -> None:
-    """``y = residual + other + linear1(x1) + linear2(x2)``, in one launch.
+    """``y = residual + other + multiplier * (linear1(x1) + linear2(x2))``, in one launch.
 
     Args:
         first, second: ``(linear, x)`` with ``x`` ``[columns]`` of any floating dtype; ``second`` may be ``None``.
@@ -185,12 +286,11 @@ def gemv_sum(
     """
     linear1, x1 = first
     linear2, x2 = first if second is None else second
-    n = linear1.weight.shape[0]
-    _gemv_sum[(triton.cdiv(n, TILE_OF_SUM["BLOCK_R"]),)](
-        y if residual is None else residual, y if other is None else other,
-        x1, linear1.weight, _or(linear1.bias, y), x2, linear2.weight, _or(linear2.bias, y), y,
-        N=n, K1=linear1.weight.shape[1], K2=0 if second is None else linear2.weight.shape[1],
+    launch(
+        _gemv_sum, (triton.cdiv(linear1.rows, TILE_OF_SUM["BLOCK_R"]),),
+        or_other(residual, y), or_other(other, y), x1, linear1.weight, or_other(linear1.bias, y),
+        x2, linear2.weight, or_other(linear2.bias, y), y, multiplier,
+        N=linear1.rows, K1=linear1.columns, K2=0 if second is None else linear2.columns,
         BIAS1=linear1.bias is not None, BIAS2=second is not None and linear2.bias is not None,
-        RESIDUAL=residual is not None, OTHER=other is not None, PDL=pdl, **TILE_OF_SUM,
-        **({"launch_pdl": True} if pdl else {}),
+        RESIDUAL=residual is not None, OTHER=other is not None, SCALE=multiplier != 1.0, pdl=pdl, **TILE_OF_SUM,
     )  # fmt: skip

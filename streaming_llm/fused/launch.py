@@ -1,10 +1,37 @@
-"""Programmatic dependent launch: a kernel starts while the one in front drains, and waits for its results."""
+"""The one place through which Triton kernels are launched, and programmatic dependent launch.
+
+A kernel runs on the current device and its current stream, whatever its arguments are. :func:`launch` makes the
+arguments' device current, so that kernels are right on ``cuda:1`` while ``cuda:0`` is current.
+
+Programmatic dependent launch: a kernel may start while the one in front of it drains. It then asks for the weights
+that nobody writes, and waits before it reads what that kernel wrote.
+"""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args, pdl: bool = False, **meta) -> None:
+    """Launch ``kernel[grid](*args, **meta)`` on the device of its arguments, and that device's current stream.
+
+    Args:
+        pdl: with programmatic dependence on the kernel in front; a kernel that knows of it takes it as ``PDL``, for
+            :func:`wait_for_input`.
+    """
+    if "PDL" in kernel.arg_names:
+        meta["PDL"] = pdl
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    if pdl:
+        meta["launch_pdl"] = True
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        kernel[grid](*args, **meta)
 
 
 @triton.jit

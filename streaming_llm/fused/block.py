@@ -1,0 +1,181 @@
+"""Hidden states of many tokens, by recipe: cuBLAS's products, and this library's kernels between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention.band import block_attention
+from ..attention.kernel_choice import kernel_context, kernel_for
+from ..attention.plan import BlockPlan
+from ..attention.torch_kernels import causal_attention, repeat_heads
+from ..config import StreamingConfig
+from ..kv_cache import StreamingKVCache
+from ..positions import StreamLayout
+from ..rope_utils import Rotary
+from .block_heads import norm_and_rotate_
+from .elementwise import activated, add_and_norm
+from .family_recipes import recipe_of
+from .recipe import MLP, Attention, Linear, Recipe
+
+
+def product(x: Tensor, linear: Linear) -> Tensor:
+    """``x`` ``[..., columns]`` times a matrix of the model, ``[..., rows]``."""
+    return F.linear(x, linear.weight, linear.bias)
+
+
+def projected(x: Tensor, attention: Attention) -> list[Tensor]:
+    """What each projection of an attention layer gives for ``x`` ``[..., hidden]``."""
+    outputs = [product(x, linear) for linear in attention.projections]
+    for output in outputs if attention.clip is not None else ():
+        output.clamp_(-attention.clip, attention.clip)
+    return outputs
+
+
+def mlp_output(x: Tensor, mlp: MLP) -> Tensor:
+    """The MLP of normed hidden states ``[..., hidden]``."""
+    if mlp.gate_and_up is not None:
+        gate, up = product(x, mlp.gate_and_up).chunk(2, dim=-1)
+    else:
+        gate, up = mlp.gate and product(x, mlp.gate), product(x, mlp.up)
+    return product(activated(up, gate, mlp.activation), mlp.down)
+
+
+def through_layers(recipe: Recipe, x: Tensor, attend: Callable[[int, Tensor], Tensor], factor: float = 1.0) -> Tensor:
+    """Final hidden states of ``x`` ``[..., hidden]``, in the model's dtype.
+
+    Args:
+        x: embeddings, contiguous.
+        attend: ``(index, normed hidden states) -> the attention layer's output``, of the shape of ``x``.
+        factor: on the embeddings.
+    """
+    adds, out_norm, dtype = (), None, recipe.embedding.dtype
+    for index, layer in enumerate(recipe.layers):
+        x, normed = add_and_norm(x, adds, layer.norms_of_input, dtype, out_norm=out_norm, factor=factor)
+        attended, factor = attend(index, normed[0]), layer.multiplier
+        if layer.parallel:
+            adds, out_norm = (attended, mlp_output(normed[-1], layer.mlp)), None
+        else:
+            after = {"out_norm": layer.attention_out_norm, "factor": factor}
+            x, normed = add_and_norm(x, (attended,), (layer.mlp_norm,), dtype, **after)
+            adds, out_norm = (mlp_output(normed[0], layer.mlp),), layer.mlp_out_norm
+    return add_and_norm(x, adds, (recipe.norm,), dtype, out_norm=out_norm, factor=factor)[1][0]
+
+
+def logits_of(hidden: Tensor, recipe: Recipe, out: Tensor) -> None:
+    """Logits of final hidden states ``[n, hidden]``, to ``out`` ``[n, vocab]``."""
+    torch.mm(hidden, recipe.output.weight.T, out=out)
+    if recipe.output.bias is not None:
+        out += recipe.output.bias
+    if recipe.logit_scale != 1.0:
+        out *= recipe.logit_scale
+    if recipe.logit_cap is not None:
+        out.div_(recipe.logit_cap).tanh_().mul_(recipe.logit_cap)
+
+
+class BlockForward:
+    """The decoder of a model that has a recipe.
+
+    Args:
+        model: see :func:`.recipe_of`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._built_for: tuple = ()
+
+    @property
+    def recipe(self) -> Recipe:
+        """The model's recipe, made anew when weights have been replaced."""
+        built_for = tuple(parameter.data_ptr() for parameter in self.model.parameters())
+        if built_for != self._built_for:
+            self._built_for, self._recipe = built_for, recipe_of(self.model)
+        return self._recipe
+
+    def __call__(self, tokens: Tensor, cache: StreamingKVCache | None = None) -> Tensor:
+        """Final hidden states ``[batch, length, hidden]``.
+
+        Args:
+            tokens: ids ``[batch, length]``, or embeddings ``[batch, length, hidden]``.
+            cache: the streams that they continue, all equally far; ``None``: plain causal attention over themselves.
+        """
+        recipe, length = self.recipe, tokens.shape[1]
+        if cache is not None:
+            cache.begin(length, attached=True)
+        angles = _Angles(0 if cache is None else cache.get_seq_length(), length, tokens.device)
+
+        def attend(index: int, x: Tensor) -> Tensor:
+            attention = recipe.layers[index].attention
+            heads = rotated_heads(projected(x, attention), attention, *angles.of(attention.rotary))
+            with kernel_context(attention.module):
+                out = _attended(*heads, attention, index, cache)
+            return product(out.transpose(1, 2).flatten(2), attention.output)
+
+        if tokens.dim() == 2:
+            x, factor = F.embedding(tokens, recipe.embedding), recipe.embedding_scale
+        else:
+            x, factor = tokens.contiguous(), recipe.given_scale
+        hidden = through_layers(recipe, x, attend, factor)
+        if cache is not None:
+            cache.end()
+        return hidden
+
+
+class _Angles:
+    """Cosine and sine of a block's positions, computed once for all layers that rotate alike."""
+
+    def __init__(self, start: int, length: int, device: torch.device) -> None:
+        self.positions = torch.arange(start, start + length, device=device)
+        self._of: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """``[length, rotary_dim / 2]`` each, float32, with the rotation's factor."""
+        if id(rotary) not in self._of:
+            angle = self.positions.double()[:, None] * rotary.inv_freq.to(self.positions.device)
+            self._of[id(rotary)] = tuple((x * rotary.scaling).float() for x in (angle.cos(), angle.sin()))
+        return self._of[id(rotary)]
+
+
+def rotated_heads(outputs: list[Tensor], attention: Attention, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value ``[batch, heads, length, head_dim]``, views of what the projections gave, changed in place.
+
+    Args:
+        outputs: ``[batch, length, rows]`` of each projection.
+        cos, sin: see :meth:`_Angles.of`.
+    """
+    if len(outputs) == 3:
+        norm_and_rotate_(outputs[0], attention, cos, sin, queries=True)
+        norm_and_rotate_(outputs[1], attention, cos, sin, queries=False, start=0)
+        heads = [x.unflatten(-1, (-1, attention.head_dim)) for x in outputs]
+    else:
+        for queries in (True, False):
+            norm_and_rotate_(outputs[0], attention, cos, sin, queries=queries)
+        heads = attention.places.split(outputs[0].unflatten(-1, (-1, attention.head_dim)), attention.num_kv_heads)
+    return tuple(x.transpose(1, 2) for x in heads)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
+    kernel = kernel_for(query, attention.softcap)
+    key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
+    if attention.softcap is None:
+        causal = query.shape[2] > 1
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=attention.scale)
+    return causal_attention(query, key, value, attention.scale, kernel, attention.softcap).to(query.dtype)
+
+
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, attention: Attention, index: int, cache: StreamingKVCache | None
+) -> Tensor:
+    """``[batch, num_heads, length, head_dim]``; keys and values go to the cache, if there is one."""
+    plan, window, length = None, attention.window, query.shape[2]
+    if cache is not None:
+        key, value = cache.update(key, value, index)
+        plan = cache.take_plan(index)
+    elif window is not None and length > window:
+        plan = BlockPlan(StreamLayout(StreamingConfig(0, window - 1)), 0, 0)
+    if isinstance(plan, BlockPlan):
+        return block_attention(query, key, value, plan, attention.scale, attention.softcap)
+    return _causal(query, key, value, attention)  # a single token attends to all keys

@@ -1,0 +1,122 @@
+"""Attention of one new token of each stream over full rings by the SDPA kernel that is allowed.
+
+A kernel of this library norms and rotates query and key, stores key and value in their slot, and moves the sinks to
+their distance from the query; attention then goes over all slots.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..attention.kernel_choice import kernel_context, kernel_for
+from ..attention.torch_kernels import causal_attention, repeat_heads
+from ..cache_layer import StreamingLayer
+from .heads import all_heads_rstd, head_norm_kind, head_norm_step, load_head, rotate
+from .launch import launch, wait_for_input
+from .norms import pointers_of
+from .recipe import Attention
+from .rings import RingState
+
+
+@triton.jit
+def _rotate_and_store(
+    qkv_ptr, query_ptr, k_ptr, v_ptr, sinks_ptr, counters_ptr, angles_ptr,
+    q_norm_w, q_norm_b, q_eps, k_norm_w, k_norm_b, k_eps,
+    CAPACITY: tl.constexpr, N_SINK: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr,
+    QKV_WIDTH: tl.constexpr, Q_STEP: tl.constexpr, K_START: tl.constexpr, K_STEP: tl.constexpr,
+    V_START: tl.constexpr, V_STEP: tl.constexpr, NORM: tl.constexpr, NORM_STEP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    GROUPS: tl.constexpr = HEADS // KV_HEADS
+    wait_for_input(PDL)
+    ring, part = tl.program_id(0).to(tl.int64), tl.program_id(1)  # the key, a query, or a sink
+    row, kv_head = ring // KV_HEADS, ring % KV_HEADS
+    dims = tl.arange(0, DIM_P)
+    inside = dims < HEAD_DIM
+    dtype = k_ptr.dtype.element_ty
+    k_ptr += ring * CAPACITY * HEAD_DIM
+    v_ptr += ring * CAPACITY * HEAD_DIM
+    angles_ptr += row * 6 * WIDTH
+    qkv = qkv_ptr + row * QKV_WIDTH
+    rstd = 0.0
+    if part == 0:
+        slot = tl.load(counters_ptr + row * 2 + 1)
+        if NORM == "all":
+            rstd = all_heads_rstd(qkv + K_START * HEAD_DIM, k_eps, KV_HEADS * HEAD_DIM, 1024)
+        key, partner = load_head(
+            qkv + (K_START + kv_head * K_STEP) * HEAD_DIM, kv_head, k_norm_w, k_norm_b, k_eps, rstd,
+            HALF, INTERLEAVED, HEAD_DIM, DIM_P, NORM, NORM_STEP,
+        )  # fmt: skip
+        key = rotate(key, partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P)
+        tl.store(k_ptr + slot * HEAD_DIM + dims, key.to(dtype), inside)
+        value = tl.load(qkv + (V_START + kv_head * V_STEP) * HEAD_DIM + dims, inside, 0.0)
+        tl.store(v_ptr + slot * HEAD_DIM + dims, value.to(dtype), inside)
+    elif part <= GROUPS:
+        if NORM == "all":
+            rstd = all_heads_rstd(qkv, q_eps, HEADS * HEAD_DIM, 1024)
+        head = kv_head * GROUPS + part - 1
+        query, partner = load_head(
+            qkv + (kv_head * Q_STEP + part - 1) * HEAD_DIM, head, q_norm_w, q_norm_b, q_eps, rstd,
+            HALF, INTERLEAVED, HEAD_DIM, DIM_P, NORM, NORM_STEP,
+        )  # fmt: skip
+        query = rotate(query, partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P)
+        tl.store(query_ptr + (row * HEADS + head) * HEAD_DIM + dims, query.to(dtype), inside)
+    else:
+        sink = part - 1 - GROUPS
+        key, partner = load_head(
+            sinks_ptr + (ring * N_SINK + sink) * HEAD_DIM, kv_head, k_norm_w, k_norm_b, k_eps, rstd,
+            HALF, INTERLEAVED, HEAD_DIM, DIM_P, "none", NORM_STEP,
+        )  # fmt: skip
+        moved = rotate(key, partner, angles_ptr + 4 * WIDTH, WIDTH, HALF, INTERLEAVED, DIM_P)
+        tl.store(k_ptr + sink * HEAD_DIM + dims, moved.to(dtype), dims < 2 * HALF)
+
+
+class FullRing:
+    """Attention over full rings by the kernel that is allowed, for layers of one recipe, one layout and one rotation.
+
+    Args:
+        attention: of one of the layers.
+        keys: its ring, ``[batch, num_kv_heads, capacity, head_dim]``.
+        state: the streams'.
+    """
+
+    def __init__(self, attention: Attention, keys: Tensor, state: RingState) -> None:
+        self.state = state
+        self.query = keys.new_empty(keys.shape[0], attention.num_heads, 1, attention.head_dim)
+
+    def __call__(
+        self, attention: Attention, qkv: Tensor, layer: StreamingLayer, out: Tensor, *, pdl: bool = False
+    ) -> None:
+        """See :meth:`.RingAttention.__call__`."""
+        self._store(attention, qkv, layer, pdl)
+        with kernel_context(attention.module):
+            out.copy_(self._over_all_slots(attention, layer.keys, layer.values).view_as(out))
+
+    def _store(self, attention: Attention, qkv: Tensor, layer: StreamingLayer, pdl: bool) -> None:
+        state, places, keys = self.state, attention.places, layer.keys
+        groups, n_sink = attention.num_heads // attention.num_kv_heads, state.layout.config.n_sink
+        moving = n_sink if state.half else 0
+        launch(
+            _rotate_and_store, (keys.shape[0] * attention.num_kv_heads, 1 + groups + moving),
+            qkv, self.query, keys, layer.values, layer.sinks, state.counters, state.angles,
+            *pointers_of(attention.query_norm, qkv), *pointers_of(attention.key_norm, qkv),
+            CAPACITY=keys.shape[2], N_SINK=n_sink, HALF=state.half, WIDTH=state.angles.shape[2],
+            INTERLEAVED=state.rotary.interleaved, HEADS=attention.num_heads, KV_HEADS=attention.num_kv_heads,
+            HEAD_DIM=attention.head_dim, DIM_P=triton.next_power_of_2(attention.head_dim), QKV_WIDTH=attention.width,
+            Q_STEP=places.query_step, K_START=places.key_start, K_STEP=places.key_step, V_START=places.value_start,
+            V_STEP=places.value_step, NORM=head_norm_kind(attention), NORM_STEP=head_norm_step(attention),
+            num_warps=1, pdl=pdl,
+        )  # fmt: skip
+
+    def _over_all_slots(self, attention: Attention, keys: Tensor, values: Tensor) -> Tensor:
+        """``[batch, num_heads, 1, head_dim]``."""
+        query = self.query
+        if attention.softcap is None:
+            shared = attention.num_heads != attention.num_kv_heads
+            return F.scaled_dot_product_attention(query, keys, values, scale=attention.scale, enable_gqa=shared)
+        kernel = kernel_for(query, attention.softcap)
+        keys, values = repeat_heads(query, keys, kernel), repeat_heads(query, values, kernel)
+        return causal_attention(query, keys, values, attention.scale, kernel, attention.softcap)

@@ -1,0 +1,61 @@
+"""Norms as kernels apply them to a row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .recipe import Norm
+
+
+@triton.jit
+def norm_weight(w_ptr, at, inside, WEIGHT: tl.constexpr, PLUS_ONE: tl.constexpr):
+    """What a normed row is multiplied with, in float32; 0 outside."""
+    if WEIGHT:
+        w = tl.load(w_ptr + at, inside, 0.0).to(tl.float32)
+        return tl.where(inside, w + 1.0, 0.0) if PLUS_ONE else w
+    else:
+        return tl.where(inside, 1.0, 0.0)
+
+
+@triton.jit
+def normed(
+    x, at, inside, w_ptr, b_ptr, eps,
+    N: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS_ONE: tl.constexpr,
+):  # fmt: skip
+    """A row of ``N`` numbers, held whole and 0 outside, normed; ``NORM`` is ``none``, ``rms`` or ``layer``."""
+    if NORM != "none":
+        if NORM == "layer":
+            x = tl.where(inside, x - tl.sum(x, 0) / N, 0.0)
+        x *= 1.0 / tl.sqrt(tl.sum(x * x, 0) / N + eps)
+        x *= norm_weight(w_ptr, at, inside, WEIGHT, PLUS_ONE)
+        if BIAS:
+            x += tl.load(b_ptr + at, inside, 0.0).to(tl.float32)
+    return x
+
+
+def kind_of(norm: Norm | None) -> str:
+    """What kernels call a norm: ``none``, ``rms`` or ``layer``."""
+    return "none" if norm is None else "layer" if norm.centred else "rms"
+
+
+def meta_of(norm: Norm | None, prefix: str = "") -> dict[str, object]:
+    """Compile-time arguments for a norm."""
+    return {
+        f"{prefix}NORM": kind_of(norm),
+        f"{prefix}WEIGHT": norm is not None and norm.weight is not None,
+        f"{prefix}BIAS": norm is not None and norm.bias is not None,
+    }
+
+
+def pointers_of(norm: Norm | None, other: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Weight, bias and epsilon of a norm; ``other`` where there is no tensor to point to."""
+    if norm is None:
+        return other, other, 0.0
+    return or_other(norm.weight, other), or_other(norm.bias, other), norm.eps
+
+
+def or_other(given: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer to pass where there is no tensor."""
+    return other if given is None else given

@@ -1,0 +1,64 @@
+"""Why a model cannot go through the kernels of a recipe: what these would pass over without noticing."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..attention.kernel_choice import OWN_MODULES
+from .family_recipes import NotCovered, recipe_of
+from .recipe import Recipe
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why no recipe covers all that ``model`` computes; ``None`` if one does."""
+    if model.training:
+        return "the model is in training mode: call model.eval()"
+    for module in model.modules():
+        reason = _of_module(module)
+        if reason is not None:
+            return reason
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        return f"its weights are {', '.join(sorted(map(str, dtypes)))}, not all of one of {', '.join(map(str, DTYPES))}"
+    try:
+        recipe = recipe_of(model)
+    except NotCovered as error:
+        return str(error)
+    return _of_recipe(recipe)
+
+
+def _of_module(module: nn.Module) -> str | None:
+    kind = type(module)
+    if not kind.__module__.startswith(OWN_MODULES):  # PEFT's, with a plain layer inside, or a quantising library's
+        return f"it holds a {kind.__name__}, whose forward would be left out"
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if any(not hook.__module__.startswith("streaming_llm.") for hook in hooks):
+        return "hooks are registered on it"
+    replaced = module.__dict__.get("forward")
+    if replaced is not None and not _own(replaced):
+        return f"the forward of a {kind.__name__} has been replaced"
+    return None
+
+
+def _own(function: object) -> bool:
+    """Whether a function, or what ``functools.partial`` holds, is of this library."""
+    function = getattr(function, "func", function)
+    return getattr(function, "__module__", type(function).__module__ or "").startswith("streaming_llm.")
+
+
+def _of_recipe(recipe: Recipe) -> str | None:
+    weights = [recipe.embedding, *(linear.weight for linear in recipe.linears)]
+    if any(not weight.is_contiguous() for weight in weights):
+        return "its weights are not all contiguous"
+    for layer in recipe.layers:
+        if any(norm is not None and (norm.centred or norm.weight is None) for norm in layer.out_norms):
+            return "a norm behind attention or MLP is no RMSNorm"
+        if layer.multiplier != 1.0 and any(layer.out_norms):
+            return "it has norms and factors behind attention or MLP"
+        if len({linear.bias is None for linear in layer.attention.projections}) > 1:
+            return "only some of query, key and value have a bias"
+    return None
+

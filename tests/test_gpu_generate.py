@@ -1,0 +1,152 @@
+"""`generate` on a CUDA device: the same tokens by every engine, for equal and unequal prompts, in constant memory."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from family_models import VOCAB, available, make_family
+from streams import Ends, padded
+from transformers import StoppingCriteriaList
+
+from streaming_llm import ENGINES, StreamingDecoder, StreamingKVCache, StreamingLLMWrapper
+from streaming_llm.engines import why_not_engine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+S, W, NEW = 4, 60, 150
+LENGTHS = (7, 61, 300)
+CASES = [case for case in ("gpt_neox", "llama", "qwen3", "gemma3", "phi") if available(case)]
+RECORDED = [name for name in ENGINES if name not in ("eager", "graph+compile")]
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+TOLERANCE = 1e-4
+
+
+@functools.cache
+def model_of(case: str):
+    return make_family(case).to("cuda")
+
+
+def prompt(row: int) -> torch.Tensor:
+    return torch.randint(VOCAB, (1, LENGTHS[row]), generator=torch.Generator().manual_seed(row)).cuda()
+
+
+@functools.cache
+def alone(case: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """For each prompt by itself, by the plain call: greedy tokens and the logits that each was chosen from."""
+    tokens, logits = [], []
+    for row in range(3):
+        with StreamingDecoder(model_of(case), S, W, "eager") as decoder:
+            steps = [decoder.prefill(prompt(row))]
+            for _ in range(NEW - 1):
+                steps.append(decoder.step(steps[-1].argmax(-1)))
+        logits.append(torch.cat(steps))
+        tokens.append(logits[-1].argmax(-1))
+    return tokens, logits
+
+
+@pytest.fixture(params=[(case, engine) for case in CASES for engine in RECORDED], ids=str)
+def setting(request):
+    case, engine = request.param
+    reason = why_not_engine(model_of(case), engine)
+    if reason is not None:
+        pytest.skip(reason)
+    return case, engine, model_of(case)
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_the_tokens_of_the_plain_call(setting, row):
+    case, engine, model = setting
+    tokens, logits = alone(case)
+    asked = {"max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
+    with StreamingLLMWrapper(model, S, W, engine) as stream:
+        for _ in range(2):  # recorded, and again
+            out = stream.generate(prompt(row), **asked, **GREEDY)
+            assert stream.engine_of_last_generate == engine
+            assert torch.equal(out.sequences[0, LENGTHS[row] :], tokens[row])
+            assert (torch.cat(out.logits) - logits[row]).abs().max() < TOLERANCE
+            assert out.past_key_values.n_seen == LENGTHS[row] + NEW - 1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_unequal_prompts(setting, side):
+    case, engine, model = setting
+    tokens, logits = alone(case)
+    ids, mask = (x.cuda() for x in padded([prompt(row).cpu() for row in range(3)], side))
+    asked = {"max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
+    with StreamingLLMWrapper(model, S, W, engine) as stream:
+        out = stream.generate(ids, attention_mask=mask, **asked, **GREEDY)
+    with StreamingDecoder(model, S, W, engine) as decoder:
+        decoder.prefill(ids, attention_mask=mask)
+        decoder.move_to(10_000_000)
+        far = decoder.generate(NEW, temperature=0)
+    for row in range(3):
+        assert (torch.stack([step[row] for step in out.logits]) - logits[row]).abs().max() < TOLERANCE
+        assert torch.equal(out.sequences[row, ids.shape[1] :], tokens[row])
+        assert torch.equal(far[row], tokens[row])
+
+
+def test_rows_that_end_early_stay_where_they_ended(setting):
+    case, engine, model = setting
+    tokens, logits = alone(case)
+    ids, mask = (x.cuda() for x in padded([prompt(row).cpu() for row in range(3)], "left"))
+    eos, stops = tokens[0][60].item(), [100, 70, 90]
+    first = [row.tolist().index(eos) + 1 if eos in row.tolist() else NEW for row in tokens]
+    for criteria in (None, StoppingCriteriaList([Ends(stops)])):
+        ends = first if criteria is None else [min(a, b) for a, b in zip(first, stops, strict=True)]
+        with StreamingDecoder(model, S, W, engine) as decoder:
+            decoder.prefill(ids, attention_mask=mask)
+            controls = {"temperature": 0, "eos_token_id": eos, "pad_token_id": 1}
+            if criteria:
+                controls["stopping_criteria"] = criteria
+            out = decoder.generate(NEW - 5, **controls)
+            ends = [min(end, NEW - 5) for end in ends]
+            assert out.shape[1] == max(ends)
+            for row, end in enumerate(ends):
+                assert torch.equal(out[row, :end], tokens[row][:end])
+                assert (out[row, end:] == 1).all()
+                assert decoder.cache.progress.of_rows(3)[row][0] == LENGTHS[row] + end
+                assert (decoder.logits[row] - logits[row][end]).abs().max() < TOLERANCE
+            given = decoder.step(torch.stack([row[end] for row, end in zip(tokens, ends, strict=True)]))
+            for row, end in enumerate(ends):
+                assert (given[row] - logits[row][end + 1]).abs().max() < TOLERANCE
+
+
+def test_beams(setting):
+    _, engine, model = setting
+    asked = {"max_new_tokens": 40, "num_beams": 3, "length_penalty": 0.0}
+    for row in range(3):
+        with StreamingLLMWrapper(model, S, W, "eager") as stream:
+            expected = stream.generate(prompt(row), **asked, **GREEDY)
+        with StreamingLLMWrapper(model, S, W, engine) as stream:
+            assert torch.equal(stream.generate(prompt(row), **asked, **GREEDY), expected)
+
+
+def test_caches_take_turns_in_an_engines_buffers(setting):
+    case, engine, model = setting
+    tokens, _ = alone(case)
+    with StreamingLLMWrapper(model, S, W, engine) as stream:
+        caches, so_far = [stream.new_cache() for _ in range(3)], [prompt(row) for row in range(3)]
+        for _ in range(5):
+            for row in (0, 1, 2):
+                so_far[row] = stream.generate(so_far[row], past_key_values=caches[row], max_new_tokens=20, **GREEDY)
+        for row in range(3):
+            assert torch.equal(so_far[row][0, LENGTHS[row] :], tokens[row][:100])
+            assert isinstance(caches[row], StreamingKVCache)
+
+
+def test_fifty_turns_in_constant_memory(setting):
+    _, engine, model = setting
+    memory = []
+    with StreamingLLMWrapper(model, S, W, engine) as stream:
+        cache, turn = stream.new_cache(), prompt(1)
+        for _ in range(50):
+            out = stream.generate(turn, past_key_values=cache, continues=True, max_new_tokens=30, **GREEDY)
+            turn = torch.cat((out[:, -1:], prompt(0)), dim=1)
+            memory.append(torch.cuda.memory_allocated())
+    assert cache.n_seen == 61 + 49 * 8 + 50 * 29
+    assert abs(memory[10] - memory[-1]) <= 2048  # what is alive of one call, in blocks of 512 bytes

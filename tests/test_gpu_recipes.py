@@ -1,0 +1,101 @@
+"""Fused forwards of every family with a recipe, on a CUDA device, against float64: steps, batches, and blocks."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from family_models import CASES, VOCAB, available, make_family, takes_sdpa
+from family_reference import family_reference_logits
+
+from personal_adapters.neox_flash import wrap_attention
+from streaming_llm import StreamingDecoder, score_stream
+from streaming_llm.fused import why_not_fused
+from streaming_llm.fused.family_recipes import NAMES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+W, LENGTH = 28, 110  # the ring turns more than twice
+HALF = [torch.bfloat16, torch.float16]
+COVERED = [case for case in CASES if available(case)]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def ids_of(batch: int) -> torch.Tensor:
+    return torch.randint(VOCAB, (batch, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def model_of(case: str, dtype: torch.dtype):
+    """On the CPU, in the dtype, with attention written out: SDPA leaves soft-capping out."""
+    return make_family(case, dtype, attention="sdpa" if takes_sdpa(case) else "eager")
+
+
+@functools.cache
+def exact(case: str, dtype: torch.dtype, batch: int, n_sink: int) -> torch.Tensor:
+    return family_reference_logits(model_of(case, dtype), ids_of(batch), n_sink, W)
+
+
+def stepped(model, engine: str, batch: int, n_sink: int, prompt: int) -> torch.Tensor:
+    """Logits ``[batch, LENGTH - prompt + 1, vocab]``: after the prompt, and after each token that follows it."""
+    ids = ids_of(batch).cuda()
+    with StreamingDecoder(model, n_sink, W, engine=engine) as decoder:
+        logits = [decoder.prefill(ids[:, :prompt]), *(decoder.step(token) for token in ids[:, prompt:].unbind(1))]
+        assert decoder.engine == engine
+    return torch.stack(logits, dim=1).cpu()
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    return (got.double() - expected).abs()
+
+
+def require_covered(model, case: str) -> None:
+    if model.config.model_type not in NAMES:
+        assert "no recipe covers" in why_not_fused(model)
+        pytest.skip("no recipe covers it")
+    assert why_not_fused(model) is None
+
+
+@pytest.mark.parametrize("engine", ["fused-triton", "fused"])
+@pytest.mark.parametrize(("batch", "n_sink", "prompt"), [(1, 4, 2), (1, 0, 20), (3, 4, 50)])
+@pytest.mark.parametrize("case", COVERED)
+def test_steps_in_float32(case, batch, n_sink, prompt, engine):
+    model = model_of(case, torch.float32).cuda()
+    require_covered(model, case)
+    logits = stepped(model, engine, batch, n_sink, prompt)
+    assert error(logits, exact(case, torch.float32, batch, n_sink)[:, prompt - 1 :]).max() < 1e-4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("case", COVERED)
+def test_steps_in_half_precision(case, dtype, batch):
+    model = model_of(case, dtype).cuda()
+    require_covered(model, case)
+    wrap_attention(model, "math")
+    expected = exact(case, dtype, batch, 4)[:, 9:]
+    errors = {name: error(stepped(model, name, batch, 4, 10), expected).mean().item()
+              for name in ("eager", "fused", "fused-triton")}  # fmt: skip
+    assert max(errors.values()) < 1.1 * errors["eager"], errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=name_of)
+@pytest.mark.parametrize("case", COVERED)
+def test_blocks(case, dtype):
+    model = model_of(case, dtype).cuda()
+    require_covered(model, case)
+    wrap_attention(model, "math")
+    ids, errors = ids_of(3), {}
+    expected = F.cross_entropy(exact(case, dtype, 3, 4)[:, :-1].mT, ids[:, 1:], reduction="none")
+    for engine in ("eager", "fused"):
+        nll = score_stream(model, ids, 4, W, block_size=37, engine=engine)
+        errors[engine] = error(nll, expected).mean().item()
+    assert max(errors.values()) < max(1.1 * errors["eager"], 1e-5), errors
