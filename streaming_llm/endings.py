@@ -41,7 +41,8 @@ def generate_until(
         most = min(most, most_taken_back(engine.cache))
     while left and bool(ending.active.any()):
         at_a_time = min(left, most)
-        overwritten = OverwrittenSlots(engine.cache, at_a_time) if criteria is not None else None
+        # Of a single token nothing is ever taken back.
+        overwritten = OverwrittenSlots(engine.cache, at_a_time) if criteria is not None and at_a_time > 1 else None
         before = engine.cache.progress.of_rows(len(logits))
         tokens, logits = engine.generate(logits, at_a_time, sampling, generator, ending)
         after = engine.cache.progress.of_rows(len(logits))
@@ -78,7 +79,7 @@ def _stop(
     stops: list[int | None],
     logits: Tensor,
     ending: Ending,
-    overwritten: OverwrittenSlots,
+    overwritten: OverwrittenSlots | None,
 ) -> tuple[list[int], Tensor]:
     """Take back what rows were fed behind their stops; gives their lengths, and the logits at their ends."""
     ends = [length if stop is None else min(stop, length) for stop, length in zip(stops, lengths, strict=True)]
