@@ -30,7 +30,7 @@ def add_subject_options(parser: argparse.ArgumentParser, several: bool) -> None:
         default="demo",
         metavar="NAME",
         **many,
-        help="demo (bundled; the default), a hub name such as EleutherAI/pythia-2.8b, a local folder, "
+        help="demo (bundled; the default), a hub name such as EleutherAI/pythia-2.8b, a local folder, a .gguf file, "
         "or random:<size> such as random:pythia-2.8b (random weights: speed only)",
     )
     group.add_argument(

@@ -1,8 +1,9 @@
-"""The models that are evaluated: the bundled demo, a hub name, a local folder, random weights of a known size."""
+"""The models that are evaluated: the bundled demo, a hub name, a local folder, a GGUF file, random weights."""
 
 import hashlib
+import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from streaming_llm.families import family_of, text_config
 
 DEMO_FOLDER = Path(__file__).resolve().parent / "assets" / "demo_model"
 RANDOM_PREFIX = "random:"
+GGUF = ".gguf"
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.json")
 
@@ -83,10 +85,13 @@ def find_model(name: str, seed: int = 0) -> ModelSource:
         return _folder(name, DEMO_FOLDER, slug="")
     if name.startswith(RANDOM_PREFIX):
         return _random(name, seed)
+    if Path(name).suffix == GGUF and Path(name).is_file():
+        return _gguf(name, Path(name))
     if Path(name).is_dir():
-        return _folder(name, Path(name), slug=_slug(Path(name).resolve().name))
+        files = [] if (Path(name) / "config.json").exists() else list(Path(name).glob(f"*{GGUF}"))
+        return _gguf(name, *files) if len(files) == 1 else _folder(name, Path(name), _slug(Path(name).resolve().name))
     if Path(name).exists():
-        raise SetupError(f"model {name!r} is a file: pass the folder that holds config.json and the weights")
+        raise SetupError(f"model {name!r} is a file: pass a {GGUF} file, or the folder of config.json and the weights")
     if name.startswith(("/", ".", "~")):
         raise SetupError(f"model {name!r}: there is no such folder")
     return _hub(name)
@@ -113,6 +118,21 @@ def _folder(name: str, folder: Path, slug: str) -> ModelSource:
         return _from_pretrained(name, str(folder), dtype, device, local_files_only=True)
 
     return ModelSource(name, slug, "trained", f"files:{digest.hexdigest()}", load)
+
+
+def _gguf(name: str, path: Path) -> ModelSource:
+    """A file of weights, configuration, tokenizer and chat template, which Transformers de-quantises."""
+    from transformers.utils import is_gguf_available
+
+    if not is_gguf_available():
+        raise SetupError(f"model {name!r}: reading it needs the package gguf, or a newer one: pip install -U gguf")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+
+    def load(dtype: torch.dtype, device: torch.device) -> LoadedModel:
+        return _from_pretrained(name, str(path.parent), dtype, device, local_files_only=True, gguf_file=path.name)
+
+    return ModelSource(name, _slug(path.stem), "trained", f"gguf:{digest}", load)
 
 
 def _hub(name: str) -> ModelSource:
@@ -182,7 +202,8 @@ def _no_loading_bar() -> Iterator[None]:
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):  # the bar of GGUF files cannot be turned off
+            yield
     finally:
         if was_enabled:
             logging.enable_progress_bar()

@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("what is said").add_argument
-    add("--model", default="demo", metavar="NAME", help="demo (bundled; the default), a hub name, or a local folder")
+    add("--model", default="demo", metavar="NAME", help="demo (the default), a hub name, a local folder, a .gguf file")
     add("--endless", action="store_true", help="text without end in place of a conversation")
     add("--prompt", metavar="TEXT", help="with --endless: how the text begins")
     add("--system", metavar="TEXT", help="instructions before the first message; default: the chat template's own")
