@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,38 +120,40 @@ def make_talk(options: argparse.Namespace, loaded: LoadedModel, decoder: Streami
     limit = options.max_new_tokens or (None if options.endless else 256)
     # A file's random numbers cannot be gone on with on another kind of device.
     seed = None if notes.get("device") == model.device.type else options.seed
-    talk = Talk(decoder, tokenizer, turns, start, unique(ends), limit, controls(options) | {"seed": seed})
+    ends = [token for token in dict.fromkeys(ends) if token is not None]
+    talk = Talk(decoder, tokenizer, turns, start, ends, limit, controls(options) | {"seed": seed})
     if notes:
         talk.place, talk.partial = notes["place"], notes["partial"]
     return talk
 
 
-def unique(ids: list[int | None]) -> list[int]:
-    return [token for token in dict.fromkeys(ids) if token is not None]
-
-
 # Saved talk
 
 
-def save(talk: Talk, path: Path) -> None:
+def mode_of(options: argparse.Namespace) -> str:
+    """What a stream is gone on with as it was begun."""
+    return "with --endless" if options.endless else "with --plain" if options.plain else "without --endless or --plain"
+
+
+def save(talk: Talk, options: argparse.Namespace) -> None:
     """Write the stream, and what the next turn depends on beside it; raises OSError."""
     model = talk.decoder.model
-    notes = {"endless": talk.turns is None, "place": talk.place, "partial": talk.partial}
+    notes = {"mode": mode_of(options), "place": talk.place, "partial": talk.partial}
     notes |= {"weights": weights_fingerprint(model), "device": model.device.type}
-    talk.decoder.save(path, {KEY: json.dumps(notes)})
+    talk.decoder.save(options.save, {KEY: json.dumps(notes)})
 
 
-def read_notes(path: Path, endless: bool) -> dict[str, Any]:
+def read_notes(options: argparse.Namespace) -> dict[str, Any]:
     """What :func:`save` wrote beside the stream; raises SetupError for another file."""
+    path = options.resume
     try:
         notes = json.loads(read_metadata(path).get(KEY, "{}"))
     except (ValueError, OSError) as error:
         raise SetupError(f"--resume: {error}") from None
-    if "endless" not in notes:
-        raise SetupError(f"--resume {path}: a saved stream, but none of this program")
-    if notes["endless"] != endless:
-        how = "with --endless" if notes["endless"] else "without --endless"
-        raise SetupError(f"--resume {path}: saved {how}, and goes on {how}")
+    if "mode" not in notes or "place" not in notes:
+        raise SetupError(f"--resume {path}: a saved stream, but none of this program, or of another version")
+    if notes["mode"] != mode_of(options):
+        raise SetupError(f"--resume {path}: saved {notes['mode']}, and goes on so")
     return notes
 
 
@@ -186,21 +187,10 @@ def read_messages() -> Iterator[str]:
         raise SetupError(f"the input is not UTF-8 text ({error.reason})") from None
 
 
-def run_talk(talk: Talk, options: argparse.Namespace) -> int:
-    """Talk until it ends, one way or the other; returns the exit code."""
-    try:
-        return talk.endless(options.prompt or "") if options.endless else talk.converse(read_messages())
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # whoever read the text has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-
-
 def run(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
     check_options(options)
-    notes = read_notes(options.resume, options.endless) if options.resume else {}
+    notes = read_notes(options) if options.resume else {}
     machine, loaded, config = load_trained(options)
     with resumed(options, loaded, notes) if notes else make_decoder(loaded, config, options.decode_engine) as decoder:
         talk, config = make_talk(options, loaded, decoder, notes), decoder.streaming_config
@@ -208,9 +198,12 @@ def run(argv: list[str]) -> int:
             f"{options.model}, {machine.dtype_name} on {machine.device}, {machine.backends[0]}, {decoder.engine}, "
             f"{config.n_sink} sinks + {config.window_size}; Ctrl-C stops"
         )
-        code = run_talk(talk, options)
+        try:
+            code = talk.endless(options.prompt or "") if options.endless else talk.converse(read_messages())
+        except KeyboardInterrupt:
+            code = EXIT_INTERRUPTED
         if options.save is not None and talk.at_rest:
-            save(talk, options.save)
+            save(talk, options)
         elif options.save is not None:
             complain(f"{options.save} was not written: the interruption came in the middle of a token")
         return code

@@ -19,8 +19,7 @@ import torch
 from conftest import make_neox
 from demo_training_support import ROOT  # puts scripts/ on the module path
 from evaluation_support import END, make_model_folder, make_tokenizer
-from test_score_long import metaspace_tokenizer
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from experiments.config import SetupError
@@ -64,10 +63,12 @@ def demo_tokenizer():
 
 
 def byte_fallback_tokenizer():
-    """As Llama's, which drops the space in front of a text."""
-    trained = json.loads(metaspace_tokenizer().backend_tokenizer.to_str())
-    trained["added_tokens"] = [token for token in trained["added_tokens"] if not token["content"].startswith("<0x")]
-    tokenizer = Tokenizer.from_str(json.dumps(trained))
+    """As Llama's, which puts a space in front of a text and drops it again."""
+    pieces = ["<unk>", "<s>", *(f"<0x{n:02X}>" for n in range(256)), "▁", *map(chr, range(33, 127)), "▁a", "an"]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    merges = [("▁", "a"), ("a", "n")]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(parts)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
@@ -309,14 +310,17 @@ def test_a_conversation_saved_and_gone_on_with_is_the_same(chat, tmp_path):
 
 def test_what_does_not_fit_is_refused(chat, tmp_path):
     path = tmp_path / "stream.safetensors"
+    talk = tmp_path / "talk.safetensors"
     assert chat("--endless", "--max-new-tokens", "40", "--save", path)[0] == 0
+    assert chat("--save", talk)[0] == 0
     other = make_model_folder(tmp_path / "other", seed=5)
     larger = make_model_folder(tmp_path / "larger", num_hidden_layers=3)
     (tmp_path / "text.txt").write_text("once upon a time")
     with StreamingDecoder(make_neox(), 4, 28) as decoder:
         decoder.save(tmp_path / "library.safetensors")
     for arguments, message in (
-        (["--resume", path], "saved with --endless"),
+        (["--resume", path], "saved with --endless, and goes on so"),
+        (["--resume", talk, "--plain"], "saved without --endless or --plain"),
         (["--endless", "--resume", path, "--window-size", "15"], "--window-size 15: the saved stream has 14"),
         (["--endless", "--resume", path, "--dtype", "float64"], "dtype: float32 there, float64 here"),
         (["--endless", "--resume", tmp_path / "text.txt"], "not a saved stream"),
@@ -420,13 +424,16 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(chat, monkeypatch, tmp_pat
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_reader_that_has_enough(folder):
-    run = [sys.executable, str(SCRIPT), "--model", str(folder), *SIZES, "--endless"]
+def test_a_reader_that_has_enough(chat, folder, tmp_path):
+    path = tmp_path / "stream.safetensors"
+    run = [sys.executable, str(SCRIPT), "--model", str(folder), *SIZES, "--endless", "--save", str(path)]
     with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
-        assert process.stdout.read(50)
+        begin = process.stdout.read(50)
         process.stdout.close()
         assert process.wait(60) == 0
         assert process.stderr.read() == b""
+    assert begin
+    assert chat("--endless", "--resume", path, "--max-new-tokens", "5")[0] == 0
 
 
 def test_in_a_terminal_it_asks_and_tells_speed_and_cache(talkative):

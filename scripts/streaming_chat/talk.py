@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -58,22 +59,22 @@ class Talk:
         for message in filter(None, map(str.strip, messages)):
             signal_number = self._answer(message)
             if signal_number not in (None, signal.SIGINT):
-                return EXIT_SIGNAL + signal_number
+                return exit_code(signal_number)
         return 0
 
     def _answer(self, message: str) -> int | None:
         """Answer one message; the signal that stopped the answer, if any."""
-        shown = ShownText(self.tokenizer, say, self._no_text(""), self.turns.marker, strip=True)
+        shown = ShownText(self.tokenizer, self._say, self._no_text(""), self.turns.marker, strip=True)
         with self._feeding() as stop:
             self._feed(self.turns.ids(message, self.place))
-            last = self._generate(self.limit, shown, stop, self.ends)
+            last = self._generate(self.limit, shown, self.ends)
             self.place = "marker" if shown.ended else "end" if last == self.turns.end_id else "answer"
             if self.place == "answer" and last in self.ends:
                 # An end that is not the template's. The next turn closes the answer as the template does.
                 with contextlib.suppress(ValueError):  # recurrent layers cannot go back: it stays
                     self.decoder.cache.crop(-1)
             shown.rest()
-            say("\n")
+            self._say("\n")
         return stop.signal_number
 
     def endless(self, prompt: str) -> int:
@@ -82,23 +83,30 @@ class Talk:
         Raises:
             SetupError: there is nothing to go on from.
         """
-        shown = ShownText(self.tokenizer, say, self._no_text(BETWEEN_TEXTS), state=self.partial)
+        shown = ShownText(self.tokenizer, self._say, self._no_text(BETWEEN_TEXTS), state=self.partial)
         left, n_seen = self.limit, self.decoder.cache.n_seen
         begin = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids if prompt else []
         begin = begin if n_seen else self.start + begin
         if not begin and not n_seen:
             raise SetupError("the tokenizer has no token that a text could begin with: give --prompt")
-        say(prompt)
         with self._feeding() as stop:
+            self._say(prompt)
             if begin:
                 self._feed(begin)
             while left != 0 and stop.signal_number is None:
                 n_tokens = AT_A_TIME if left is None else min(left, AT_A_TIME)
-                self._generate(n_tokens, shown, stop)
+                self._generate(n_tokens, shown)
                 left = None if left is None else left - n_tokens
             self.partial = shown.state()
-            say("\n")
-        return 0 if stop.signal_number is None else EXIT_SIGNAL + stop.signal_number
+            self._say("\n")
+        return exit_code(stop.signal_number)
+
+    def _say(self, text: str) -> None:
+        try:
+            say(text)
+        except BrokenPipeError:  # whoever read the text has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self._stop.signal_number = signal.SIGPIPE
 
     def _no_text(self, at_end: str) -> dict[int, str]:
         return dict.fromkeys(special_ids(self.tokenizer), "") | dict.fromkeys(self.ends, at_end)
@@ -106,12 +114,13 @@ class Talk:
     @contextmanager
     def _feeding(self) -> Iterator[StopRequest]:
         self.at_rest, self._n_tokens, self._sec = False, 0, 0.0
-        with StopRequest() as stop:
-            yield stop
+        with StopRequest() as self._stop:
+            yield self._stop
         self.at_rest = True
         size, n_seen = self.decoder.streaming_config.cache_size, self.decoder.cache.n_seen
+        toks_per_sec = self._n_tokens / max(self._sec, 1e-9)
         note(
-            f"{self._n_tokens:,} tokens, {self._n_tokens / self._sec:,.0f} tokens/s | cache {min(n_seen, size):,} of "
+            f"{self._n_tokens:,} tokens, {toks_per_sec:,.0f} tokens/s | cache {min(n_seen, size):,} of "
             f"{size:,}, {self.decoder.cache_nbytes / 1e6:,.1f} MB | {n_seen:,} in the stream"
         )
 
@@ -121,14 +130,14 @@ class Talk:
             raise SetupError(f"token id {max(ids)} of the tokenizer is outside the model's vocabulary")
         require_numbers(self.decoder.prefill(torch.tensor([ids], device=embeddings.device)))
 
-    def _generate(self, n_tokens: int, shown: ShownText, stop: StopRequest, ends: list[int] | None = None) -> int:
+    def _generate(self, n_tokens: int, shown: ShownText, ends: list[int] | None = None) -> int:
         """Generate until there are enough, one of ``ends``, the marker or a signal; gives the last token."""
         marker = self.turns.marker if self.turns is not None else ""
 
         def stopped(ids: Tensor, scores: object) -> bool:
             last = ids[0, -len(marker.encode()) :]  # a token is a byte at least
             in_text = bool(marker) and marker in self.tokenizer.decode(last, skip_special_tokens=True)
-            return in_text or stop.signal_number is not None
+            return in_text or self._stop.signal_number is not None
 
         start = time.perf_counter() - self.decoder.compile_sec
         tokens = self.decoder.generate(
@@ -139,6 +148,10 @@ class Talk:
         self.sampling["seed"] = None  # goes on with the random numbers
         require_numbers(self.decoder.logits)
         return int(tokens[0, -1])
+
+
+def exit_code(signal_number: int | None) -> int:
+    return 0 if signal_number in (None, signal.SIGPIPE) else EXIT_SIGNAL + signal_number
 
 
 def require_numbers(logits: Tensor) -> None:

@@ -67,7 +67,8 @@ class Turns:
             raise self._unfit("leaves out what it is given")
         self._reserved = special_ids(tokenizer)
         own = {*self._encode(self._opening, ""), *self._encode(self._next, "")}
-        self._reserved |= own & set(getattr(tokenizer, "added_tokens_decoder", {}))
+        own &= set(getattr(tokenizer, "added_tokens_decoder", {}))
+        self._reserved |= {token for token in own if tokenizer.decode([token]).strip()}  # not spaces in a row
         self.end_id, self.marker = self._end_of_answers()
 
     def _unfit(self, why: str) -> SetupError:
