@@ -92,8 +92,12 @@ class Ending:
         self.pad_token_id.fill_(other.pad_token_id)
         self.active.copy_(other.active)
 
+    def ends(self, tokens: Tensor) -> Tensor:
+        """Whether each of ``tokens`` ``[...]`` ends its row; may be recorded."""
+        return (tokens.unsqueeze(-1) == self.eos_token_ids).any(-1)
+
     def fed_of_each_row(self, tokens: Tensor) -> list[int]:
         """How many of new ``tokens`` ``[batch, n]`` each row is fed: up to its first end; none if it has ended."""
-        is_end = torch.isin(tokens, self.eos_token_ids)
+        is_end = self.ends(tokens)
         first = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1])
         return torch.where(self.active, first, 0).tolist()

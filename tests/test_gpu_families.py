@@ -37,7 +37,7 @@ def rms(x: torch.Tensor) -> float:
 def stream_logits(model) -> dict[str, torch.Tensor]:
     """Logits token by token, and in blocks."""
     ids = IDS.to(DEVICE)
-    with StreamingDecoder(model, 4, 48) as decoder:
+    with StreamingDecoder(model, 4, 48, "eager") as decoder:
         loop = torch.stack([decoder.step(ids[:, t]) for t in range(ids.shape[1])], dim=1)
     with StreamingLLMWrapper(model, 4, 48) as stream:
         cache = stream.new_cache()

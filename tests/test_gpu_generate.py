@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 
 import pytest
 import torch
@@ -141,6 +142,7 @@ def test_caches_take_turns_in_an_engines_buffers(setting):
 
 def test_fifty_turns_in_constant_memory(setting):
     _, engine, model = setting
+    gc.collect()
     memory = []
     with StreamingLLMWrapper(model, S, W, engine) as stream:
         cache, turn = stream.new_cache(), prompt(1)
@@ -149,4 +151,4 @@ def test_fifty_turns_in_constant_memory(setting):
             turn = torch.cat((out[:, -1:], prompt(0)), dim=1)
             memory.append(torch.cuda.memory_allocated())
     assert cache.n_seen == 61 + 49 * 8 + 50 * 29
-    assert abs(memory[10] - memory[-1]) <= 2048  # what is alive of one call, in blocks of 512 bytes
+    assert memory[-1] - memory[10] <= 2048  # what is alive of one call, in blocks of 512 bytes

@@ -3,6 +3,10 @@
 import tomllib
 from pathlib import Path
 
+import pytest
+
+from streaming_llm.__main__ import main
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -13,3 +17,16 @@ def test_every_package_is_installed():
         ".".join(init.parent.relative_to(ROOT).parts) for top in tops for init in (ROOT / top).rglob("__init__.py")
     }
     assert set(listed) == found
+
+
+def test_what_runs_here_fits_on_a_screen(capsys, monkeypatch):
+    demo = str(ROOT / "experiments" / "assets" / "demo_model")
+    monkeypatch.setattr("sys.argv", ["streaming_llm", demo, "--window-size", "252"])
+    assert main() == 0
+    said = capsys.readouterr().out
+    assert "(gpt_neox) streams: 6 layers keep 257 tokens" in said
+    assert len(said.splitlines()) < 30
+    assert max(map(len, said.splitlines())) < 120
+    monkeypatch.setattr("sys.argv", ["streaming_llm", str(ROOT / "nowhere")])
+    with pytest.raises(SystemExit, match="2"):
+        main()

@@ -67,7 +67,7 @@ class Engine(ABC):
                 token = torch.where(ending.active, token, ending.pad_token_id)
                 logits = torch.where(ending.active[:, None], self.step(token), logits)
                 self.cache.progress.take_back((~ending.active).int().tolist())
-                ending.active &= ~torch.isin(token, ending.eos_token_ids)
+                ending.active &= ~ending.ends(token)
             tokens.append(token)
         return torch.stack(tokens, dim=1), logits
 

@@ -185,7 +185,7 @@ class RecordedEngine(Engine):
         if ending is not None:
             static.logits.copy_(torch.where(ending.active[:, None], static.logits, before))
             self._step.seen.sub_((~ending.active).long())
-            ending.active &= ~torch.isin(token, ending.eos_token_ids)
+            ending.active &= ~ending.ends(token)
 
     # The recorded step and the stream
 

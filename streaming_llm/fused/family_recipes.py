@@ -127,7 +127,9 @@ NAMES: dict[str, Names] = {
     "glm": Names(**_FUSED_GATE),
     "glm4": Names(
         **_FUSED_GATE,
-        norms=_sandwich("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+        norms=_sandwich(
+            "input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"
+        ),
     ),
     "gpt_neox": Names(
         attention="attention",

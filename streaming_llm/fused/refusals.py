@@ -22,7 +22,9 @@ def why_not(model: nn.Module) -> str | None:
             return reason
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
-        return f"its weights are {', '.join(sorted(map(str, dtypes)))}, not all of one of {', '.join(map(str, DTYPES))}"
+        return (
+            f"its weights are {', '.join(sorted(map(str, dtypes)))}, not all of one of {', '.join(map(str, DTYPES))}"
+        )
     try:
         recipe = recipe_of(model)
     except NotCovered as error:
@@ -61,4 +63,3 @@ def _of_recipe(recipe: Recipe) -> str | None:
         if len({linear.bias is None for linear in layer.attention.projections}) > 1:
             return "only some of query, key and value have a bias"
     return None
-

@@ -19,6 +19,7 @@ from ..positions import Progress, StreamLayout
 from ..rope_utils import Rotary
 from .launch import launch
 
+
 @dataclass(frozen=True, eq=False)
 class RingState:
     """What the kernels of a layer read.

@@ -37,9 +37,7 @@ class StepForward:
         logits: ``[batch, vocab]``, where every call writes its result.
     """
 
-    def __init__(
-        self, recipe: Recipe, cache: StreamingKVCache, *, own_attention: bool, logits: Tensor
-    ) -> None:
+    def __init__(self, recipe: Recipe, cache: StreamingKVCache, *, own_attention: bool, logits: Tensor) -> None:
         self.recipe, self.cache, self.own_attention, self.logits = recipe, cache, own_attention, logits
         self.device, dtype = recipe.embedding.device, recipe.embedding.dtype
         self.batch, hidden, layers = cache.batch_size, recipe.hidden_size, recipe.layers
@@ -88,7 +86,9 @@ class StepForward:
         x = self._read(x, pending, layer.attention_norm, attention.projections, self.qkv, clip=attention.clip)
         attended = attend(self.qkv)
         x, pending = self._add(x, attention.output, attended, layer.attention_out_norm, layer.multiplier)
-        x = self._read(x, pending, layer.mlp_norm, mlp.first, self.inner, activation=mlp.activation, gated=mlp.is_gated)
+        x = self._read(
+            x, pending, layer.mlp_norm, mlp.first, self.inner, activation=mlp.activation, gated=mlp.is_gated
+        )
         return self._add(x, mlp.down, self.inner, layer.mlp_out_norm, layer.multiplier)
 
     def _parallel_layer(self, layer: Layer, attend: Attend, x: Tensor, pending: None) -> tuple[Tensor, None]:
@@ -162,7 +162,11 @@ class StepForward:
 
     def _attention_of(self, index: int) -> Attend:
         """The attention of a layer, with what layers of the same sizes share."""
-        attention, layer, state = self.recipe.layers[index].attention, self.cache.layers[index], self.rings.of_layer[index]
+        attention, layer, state = (
+            self.recipe.layers[index].attention,
+            self.cache.layers[index],
+            self.rings.of_layer[index],
+        )
         key = id(state), attention.num_heads, attention.num_kv_heads, attention.head_dim
         if key not in self._kernels:
             kind = RingAttention if self.own_attention else FullRing
