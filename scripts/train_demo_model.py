@@ -18,20 +18,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+if __name__ == "__main__":  # perhaps in a checkout that is not installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import tokenizers
 import torch
 import transformers
-from demo_training import held_out
-from demo_training.recipe import Options, Recipe
-from demo_training.sequences import (
-    DOCUMENT_SEPARATOR,
-    Windows,
-    encode,
-    read_documents,
-    read_text,
-    save_tokenizer,
-    train_tokenizer,
-)
 from torch.utils.data import SequentialSampler
 from transformers import (
     GPTNeoXConfig,
@@ -39,6 +31,18 @@ from transformers import (
     HfArgumentParser,
     ProgressCallback,
     Trainer,
+)
+
+from experiments.demo_training import held_out
+from experiments.demo_training.recipe import Options, Recipe
+from experiments.demo_training.sequences import (
+    DOCUMENT_SEPARATOR,
+    Windows,
+    encode,
+    read_documents,
+    read_text,
+    save_tokenizer,
+    train_tokenizer,
 )
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130

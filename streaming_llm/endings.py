@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .engines.base import Engine
 from .sampling import Ending, Sampling
-from .speculative import OverwrittenSlots
+from .speculative import OverwrittenSlots, most_taken_back
 
 AT_A_TIME = 32
 """Tokens that are generated before the host looks at them, with an engine that runs without it."""
@@ -33,29 +33,32 @@ def generate_until(
     streamer: BaseStreamer | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens ``[batch, n]``, until every row has ended or there are enough, and the logits behind each row's end."""
-    parts: list[Tensor] = []
+    ids = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
     if streamer is not None:
         streamer.put(torch.empty(1, 0, dtype=torch.int64))  # the prompt's place
-    left = max_new_tokens
+    left, most = max_new_tokens, AT_A_TIME if engine.runs_alone else 1
+    if criteria is not None:
+        most = min(most, most_taken_back(engine.cache))
     while left and bool(ending.active.any()):
-        at_a_time = min(left, AT_A_TIME if engine.runs_alone else 1)
-        overwritten = OverwrittenSlots(engine.cache, at_a_time) if criteria is not None else None
+        at_a_time = min(left, most)
+        # Of a single token nothing is ever taken back.
+        overwritten = OverwrittenSlots(engine.cache, at_a_time) if criteria is not None and at_a_time > 1 else None
         before = engine.cache.progress.of_rows(len(logits))
         tokens, logits = engine.generate(logits, at_a_time, sampling, generator, ending)
         after = engine.cache.progress.of_rows(len(logits))
         lengths = [now - then for (now, _), (then, _) in zip(after, before, strict=True)]
         if criteria is not None:
-            stops = _stops(criteria, torch.cat((*parts, tokens), dim=1), tokens.shape[1])
+            stops = _stops(criteria, torch.cat((ids, tokens), dim=1), tokens.shape[1])
             lengths, logits = _stop(engine, tokens, lengths, stops, logits, ending, overwritten)
         if not ending.active.any():
             tokens = tokens[:, : max(lengths)]
-        parts.append(tokens)
+        ids = torch.cat((ids, tokens), dim=1)
         left -= tokens.shape[1]
         for token in tokens.cpu().unbind(1) if streamer is not None else ():
             streamer.put(token)
     if streamer is not None:
         streamer.end()
-    return torch.cat(parts, dim=1), logits
+    return ids, logits
 
 
 def _stops(criteria: Criterion, ids: Tensor, n_new: int) -> list[int | None]:
@@ -76,7 +79,7 @@ def _stop(
     stops: list[int | None],
     logits: Tensor,
     ending: Ending,
-    overwritten: OverwrittenSlots,
+    overwritten: OverwrittenSlots | None,
 ) -> tuple[list[int], Tensor]:
     """Take back what rows were fed behind their stops; gives their lengths, and the logits at their ends."""
     ends = [length if stop is None else min(stop, length) for stop, length in zip(stops, lengths, strict=True)]

@@ -240,7 +240,7 @@ class StreamingKVCache(SaveableCache):
         self.progress.move(distance)
 
     def crop(self, max_length: int) -> None:
-        """Forget the last tokens.
+        """Forget the last tokens: as many as the cache has not evicted others for, and one in any case.
 
         Transformers has changed what it passes from the length that remains to the number of tokens to remove, as a
         negative number or zero. Both are understood: zero removes none, and :meth:`reset` forgets them all.
@@ -258,7 +258,9 @@ class StreamingKVCache(SaveableCache):
         length = max_length - offset if max_length > 0 else seen + max_length
         if length >= seen:
             return
-        if length < 0 or any(seen > layer.layout.capacity for layer in self.layers):
+        # What the last token overwrote had just left the window, so that one step back is always exact.
+        has_evicted = seen - length > 1 and any(seen > layer.layout.capacity for layer in self.layers)
+        if length < 0 or has_evicted:
             raise ValueError(
                 f"cannot go back from {seen} to {length} tokens: a streaming cache has evicted the tokens "
                 "that would be in the window then"

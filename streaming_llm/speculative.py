@@ -14,6 +14,11 @@ from torch import Tensor
 from .kv_cache import StreamingKVCache
 
 
+def most_taken_back(cache: StreamingKVCache) -> int:
+    """How many tokens at once overwrite none of their own, and so can be taken back."""
+    return min(layer.layout.config.window_size for layer in cache.layers) + 1
+
+
 class OverwrittenSlots:
     """The slots of the next tokens of every row as they were before these, in every layer.
 

@@ -87,23 +87,10 @@ def test_experiments_do_not_import_scripts():
         assert "scripts" not in {name.split(".")[0] for name in imported(path)}, path
 
 
-OWN_FOLDERS = {"stream_chat": "streaming_chat", "train_demo_model": "demo_training"}  # parts of one command each
-
-
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
 def test_no_script_imports_another_nor_anything_by_where_it_lies(script):
-    beside = {path.stem for path in (ROOT / "scripts").iterdir()} - {script.stem, OWN_FOLDERS.get(script.stem)}
+    beside = {path.stem for path in (ROOT / "scripts").iterdir()} - {script.stem}
     assert not {name.split(".")[0] for name in imported(script)} & beside
-
-
-def test_experiments_import_each_other_in_no_circle():
-    """Imports inside functions count, too."""
-    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in modules_below("experiments")}
-    needs = {name: imported(path) & modules.keys() - {name} for name, path in modules.items()}
-    while free := [name for name, own in needs.items() if not own & needs.keys()]:
-        for name in free:
-            del needs[name]
-    assert not needs
 
 
 def test_plots_import_no_torch():

@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 from streaming_llm import StreamingDecoder, resolve_block_engine, resolve_engine, score_stream
+from streaming_llm.engines.base import EagerEngine
 from streaming_llm.families import rotary_from_model
 from streaming_llm.fused import fused_forward, require_fused, why_not_fused
 from streaming_llm.sampling import Sampling
@@ -100,6 +101,23 @@ def test_a_seed_starts_the_random_numbers_anew_and_none_goes_on_with_them(decode
     assert not torch.equal(generated(1, None), generated(1, 1))
     assert not torch.equal(generated(1), generated(2))
     assert not torch.equal(generated(None), generated(None))
+
+
+@pytest.mark.parametrize("window_size", [1, 7, 60])
+def test_what_was_generated_behind_a_stop_is_taken_back(window_size, monkeypatch):
+    monkeypatch.setattr(EagerEngine, "runs_alone", True)  # several tokens before a criterion is asked
+    model, prompt = make_neox(torch.float64), make_ids(30)
+    with StreamingDecoder(model, S, window_size) as decoder:
+        decoder.prefill(prompt)
+        whole = decoder.generate(60, seed=0)
+        decoder.reset()
+        decoder.prefill(prompt)
+        stopped = decoder.generate(60, seed=0, stopping_criteria=lambda ids, scores: ids.shape[1] == 40)
+        assert torch.equal(stopped, whole[:, :40])
+        assert decoder.cache.n_seen == 70
+        logits = decoder.logits
+        decoder.reset()
+        assert (decoder.prefill(torch.cat((prompt, stopped), dim=1)) - logits).abs().max() < 1e-11
 
 
 def test_two_decoders_do_not_share_random_numbers_nor_use_pytorch_s(decoder):

@@ -11,9 +11,9 @@ import torch
 from demo_training_support import TINY, make_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, get_scheduler
 
-from demo_training import held_out, sequences  # isort: skip
-from demo_training.sequences import Windows, read_documents  # isort: skip
-from demo_training.recipe import Options, Recipe  # isort: skip
+from experiments.demo_training import held_out, sequences  # isort: skip
+from experiments.demo_training.sequences import Windows, read_documents  # isort: skip
+from experiments.demo_training.recipe import Options, Recipe  # isort: skip
 
 # What a byte-level tokenizer must give back unchanged.
 ODD_TEXTS = [

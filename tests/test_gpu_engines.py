@@ -254,6 +254,19 @@ def test_blocks_and_steps_take_turns(variant):
         assert decoder.compile_sec == compile_sec > 0
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_token_that_is_taken_back_leaves_nothing(variant):
+    ids = make_ids(LENGTH)
+    with decoder_of(model_with(torch.float32), variant) as decoder:
+        stepped(decoder, ids[:, :200].to(DEVICE), prompt=50)
+        decoder.step(torch.tensor([7], device=DEVICE))
+        decoder.cache.crop(-1)
+        logits = [decoder.step(ids[:, 200].to(DEVICE)), decoder.prefill(ids[:, 201:250].to(DEVICE))]
+        logits += [decoder.step(token.to(DEVICE)) for token in ids[:, 250:].unbind(1)]
+    expected = exact_logits(torch.float32, 1, S)[0][[200, *range(249, LENGTH)]]
+    assert far(torch.cat(logits).cpu(), expected) < 1e-4
+
+
 @pytest.mark.parametrize("filled", [30, 200])
 @pytest.mark.parametrize("variant", RECORDED)
 def test_far_into_a_stream(variant, filled):

@@ -135,9 +135,24 @@ def test_crop_before_and_after_eviction():
     cache.crop(40)
     logits = decode(model, cache, ids[:, 40:])
     assert (logits - reference_logits(model, ids, 4, 60)[:, 40:]).abs().max() < 5e-6
-    for length in (150, -50):
+    for length in (150, -50, -2):
         with pytest.raises(ValueError, match="evicted"):
             cache.crop(length)
+
+
+@pytest.mark.parametrize("seen", [64, 65, 66, 130])
+@pytest.mark.parametrize("next_tokens", [1, 70])
+def test_one_token_back_is_exact_after_any_number(seen, next_tokens):
+    model, ids = make_neox(torch.float64), make_ids(200)
+    wrong = make_ids(1, seed=7)
+    with StreamingLLMWrapper(model, 4, 60) as stream, torch.no_grad():
+        cache = stream.new_cache()
+        for part in (ids[:, :seen], wrong):
+            model(part, past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+        parts = ids[:, seen:].split(next_tokens, dim=1)
+        logits = torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in parts], dim=1)
+    assert (logits - reference_logits(model, ids, 4, 60)[:, seen:]).abs().max() < 1e-11
 
 
 def test_crop_takes_a_length_or_a_number_to_remove():

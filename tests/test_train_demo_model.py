@@ -18,8 +18,8 @@ from demo_training_support import ROOT, SCRIPT, TINY, make_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import train_demo_model  # isort: skip
-from demo_training import held_out  # isort: skip
-from demo_training.recipe import Recipe  # isort: skip
+from experiments.demo_training import held_out  # isort: skip
+from experiments.demo_training.recipe import Recipe  # isort: skip
 from train_demo_model import last_checkpoint  # isort: skip
 
 TINY_ARGUMENTS = [str(x) for name, value in TINY.items() for x in (f"--{name.replace('_', '-')}", value)]
