@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_ids, make_neox
+from conftest import GPU, make_ids, make_neox
 from demo_training_support import ROOT  # puts scripts/ on the module path
 from evaluation_support import END, TEXT, make_model_folder, make_text, make_tokenizer
 from family_models import SLIDING, make_config
@@ -380,7 +380,7 @@ def test_ctrl_c_leaves_a_checkpoint(world, monkeypatch, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["math", "flash"])
 def test_on_a_gpu_and_resumed_there(world, monkeypatch, backend):
-    given = ["--device", "cuda", "--dtype", "bfloat16", "--attn-backend", backend, "--save-token-nll"]
+    given = ["--device", GPU, "--dtype", "bfloat16", "--attn-backend", backend, "--save-token-nll"]
     with monkeypatch.context() as patch:
         interrupt_at(patch, 640, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert score_long.main(arguments(world, "out.json", *given)) == 130
