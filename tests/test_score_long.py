@@ -480,7 +480,7 @@ def test_an_earlier_result_is_set_aside(world):
 
 
 def test_random_weights_have_a_speed_and_no_perplexity(tmp_path, monkeypatch, capsys):
-    size = random_models.PythiaSize(32, 2, 2, 64, 300)
+    size = random_models.pythia(32, 2, 2, 64, 300)
     monkeypatch.setitem(random_models.RANDOM_SIZES, "pythia-70m", size)
     given = ["--model", "random:pythia-70m", "--output", str(tmp_path / "out.json"), *SIZES]
     assert score_long.main([*given, "--max-tokens", "500"]) == 0
