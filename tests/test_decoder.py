@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_ids, make_neox
+from family_models import make_family
 from reference import reference_logits
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -19,8 +19,8 @@ from transformers.generation.logits_process import (
 
 from streaming_llm import StreamingDecoder, resolve_block_engine, resolve_engine, score_stream
 from streaming_llm.engines.base import EagerEngine
-from streaming_llm.families import rotary_from_model
 from streaming_llm.fused import fused_forward, require_fused, why_not_fused
+from streaming_llm.fused.refusals import why_not
 from streaming_llm.sampling import Sampling
 
 S, W = 4, 20
@@ -324,17 +324,11 @@ def test_the_engine_of_blocks_is_resolved_or_refused():
 
 
 def test_fused_forwards_say_why_they_cannot_run():
-    neox = make_neox()
-    config = LlamaConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=9
-    )
-    llama = LlamaForCausalLM(config)
-    assert why_not_fused(neox) == "it needs a CUDA device, and the model is on cpu"
-    assert why_not_fused(llama) == "there are none for model type 'llama' (only for gpt_neox)"
-    for model in (neox, llama):
-        assert fused_forward(model) is None
-        with pytest.raises(ValueError, match="fused forwards cannot run"):
-            require_fused(model)
+    model = make_neox()
+    assert why_not_fused(model) == "it needs a CUDA device, and the model is on cpu"
+    assert fused_forward(model) is None
+    with pytest.raises(ValueError, match="fused forwards cannot run: it needs a CUDA device"):
+        require_fused(model)
 
 
 class AdaptedLinear(torch.nn.Module):
@@ -352,35 +346,45 @@ def make_changed(change):
 
 
 UNFIT = {
-    "one residual after the other": (
-        lambda: make_neox(use_parallel_residual=False),
-        "the model has no parallel residual",
+    "a family without a recipe": (
+        lambda: make_family("mixtral"),
+        "no recipe covers model type 'mixtral' (only cohere",
     ),
-    "another activation": (lambda: make_neox(hidden_act="relu"), "its activation is 'relu', not 'gelu'"),
+    "another activation": (lambda: make_neox(hidden_act="mish"), "no kernel computes its activation MishActivation"),
     "in training": (lambda: make_neox().train(), "training mode"),
-    "float64": (lambda: make_neox(torch.float64), "its dtype is torch.float64"),
+    "float64": (lambda: make_neox(torch.float64), "its weights are torch.float64"),
     "an adapter inside": (
         lambda: make_changed(
             lambda m, layer: setattr(layer.mlp, "dense_h_to_4h", AdaptedLinear(torch.nn.Linear(1, 1)))
         ),
-        "it holds a AdaptedLinear",
+        "it holds a AdaptedLinear, whose forward would be left out",
     ),
     "another layer": (
         lambda: make_changed(lambda m, layer: setattr(layer, "mlp", torch.nn.Sequential(layer.mlp))),
-        "a layer is of another class",
+        "a Sequential is in a layer",
     ),
-    "two dtypes": (lambda: make_changed(lambda m, layer: layer.mlp.half()), "not all of one dtype"),
+    "another product": (
+        lambda: make_changed(lambda m, layer: setattr(layer.mlp, "dense_h_to_4h", torch.nn.Identity())),
+        "it holds a Identity in place of a plain layer",
+    ),
+    "two dtypes": (lambda: make_changed(lambda m, layer: layer.mlp.half()), "not all of one of"),
     "a hook": (
         lambda: make_changed(lambda m, layer: layer.register_forward_hook(lambda *args: None)),
         "hooks are registered on it",
     ),
-    "nothing wrong but the device": (make_neox, "not on one CUDA device"),
+    "a forward of somebody's": (
+        lambda: make_changed(lambda m, layer: setattr(layer, "forward", str)),
+        "the forward of a GPTNeoXLayer has been replaced",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", UNFIT)
-def test_models_that_the_fused_forwards_would_not_compute(case):
-    neox = pytest.importorskip("streaming_llm.fused.neox", reason="needs Triton", exc_type=ImportError)
+def test_models_that_no_recipe_covers_are_refused_with_the_reason(case):
     make, message = UNFIT[case]
-    model = make()
-    assert message in neox.why_not(model, rotary_from_model(model))
+    assert message in why_not(make())
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_parallel_residual": False}, {"hidden_act": "relu"}], ids=str)
+def test_nothing_but_the_device_is_wrong_with_what_a_recipe_covers(changes):
+    assert why_not(make_neox(**changes)) is None

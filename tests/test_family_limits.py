@@ -285,7 +285,7 @@ def test_layers_with_attention_of_their_own_are_put_back(case):
 def test_padding_is_refused_by_layers_with_attention_of_their_own(case):
     model, mask = make_family(case), torch.ones(1, 50)
     mask[0, :3] = 0
-    with StreamingLLMWrapper(model, 4, 48), pytest.raises(ValueError, match="padded"):
+    with StreamingLLMWrapper(model, 4, 48), pytest.raises(ValueError, match="attention_mask hides tokens"):
         model(IDS[:, :50], attention_mask=mask)
 
 

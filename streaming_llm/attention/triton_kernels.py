@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
+
 
 @triton.jit
 def _merge(
@@ -114,7 +116,8 @@ def merge_parts(
     nothing = lse.new_empty((0, 0))
     given = sinks or Sinks(query[:, :, :0], query[:, :, :0], nothing, nothing, False)
     block = 32
-    _merge[(triton.cdiv(q_len, block), batch * num_heads)](
+    launch(
+        _merge, (triton.cdiv(q_len, block), batch * num_heads),
         query, out, lse.contiguous(), older, older_lse.contiguous(), given.cos, given.sin, given.keys, given.values,
         result, q_len, num_heads, num_heads // given.keys.shape[1], out.shape[2], scale,
         result.stride(0), *query.stride()[:3], *out.stride()[:3], *older.stride()[:3],
@@ -151,7 +154,8 @@ def reversed_blocks(x: Tensor, window: int) -> Tensor:
     batch, num_heads, length, head_dim = x.shape
     out = x.new_empty((batch * length // window, window, num_heads, head_dim))
     block = 32
-    _reverse[(triton.cdiv(length, block), batch * num_heads)](
+    launch(
+        _reverse, (triton.cdiv(length, block), batch * num_heads),
         x, out, length, num_heads, window, *x.stride()[:3],
         HEAD_DIM=head_dim, DIM_P=triton.next_power_of_2(head_dim), BLOCK=block,
     )  # fmt: skip

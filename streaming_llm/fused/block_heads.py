@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from .heads import head_norm_kind, head_norm_step
-from .launch import launch
 from .norms import pointers_of
 from .recipe import Attention, Norm
 

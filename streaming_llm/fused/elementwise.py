@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from .activations import activate
-from .launch import launch
 from .norms import meta_of, normed, pointers_of
 from .recipe import Norm
 

@@ -28,7 +28,7 @@ ACTIVATION_OF = {
 """Class of an activation in a model -> its name in recipes."""
 
 
-class NotCovered(ValueError):
+class NotCoveredError(ValueError):
     """A recipe cannot say what this model computes; the message says what that is."""
 
 
@@ -180,12 +180,13 @@ def recipe_of(model: nn.Module) -> Recipe:
     """The recipe of a causal language model of a family in the table.
 
     Raises:
-        NotCovered: there is none, or it cannot say what this model computes.
+        NotCoveredError: there is none, or it cannot say what this model computes.
         ValueError: the model cannot stream.
     """
     names = NAMES.get(model.config.model_type)
     if names is None:
-        raise NotCovered(f"no recipe covers model type {model.config.model_type!r} (only {', '.join(sorted(NAMES))})")
+        known = ", ".join(sorted(NAMES))
+        raise NotCoveredError(f"no recipe covers model type {model.config.model_type!r} (only {known})")
     config, decoder = text_config(model.config), decoder_of(model)
     layers = getattr(decoder, names.layers)
     _require_own(layers, names, family_of(model.config).module_name)
@@ -212,7 +213,7 @@ def _require_own(layers: nn.ModuleList, names: Names, module_name: str) -> None:
     for layer in layers:
         for part in (layer, layer.mlp, unwrapped(getattr(layer, names.attention))):
             if type(part).__module__ != module_name:
-                raise NotCovered(f"a {type(part).__name__} is in a layer, which is no class of {module_name}")
+                raise NotCoveredError(f"a {type(part).__name__} is in a layer, which is no class of {module_name}")
 
 
 def _layer(layer: nn.Module, names: Names, config, rotary: Rotary, window: int | None) -> Layer:
@@ -266,7 +267,7 @@ def _mlp(module: nn.Module, names: Names) -> MLP:
     function = _first(module, ("act_fn", "activation_fn", "act"))
     activation = ACTIVATION_OF.get(type(function).__name__)
     if activation is None:
-        raise NotCovered(f"no kernel computes its activation {type(function).__name__}")
+        raise NotCoveredError(f"no kernel computes its activation {type(function).__name__}")
     down, both = linear_of(getattr(module, names.down)), None
     if names.up is None:
         both = linear_of(getattr(module, names.gate))
@@ -279,7 +280,7 @@ def _mlp(module: nn.Module, names: Names) -> MLP:
 def linear_of(module: nn.Module) -> Linear:
     """A linear layer of a model."""
     if not isinstance(module, nn.Linear):
-        raise NotCovered(f"it holds a {type(module).__name__} in place of a plain layer")
+        raise NotCoveredError(f"it holds a {type(module).__name__} in place of a plain layer")
     return Linear(module.weight, module.bias)
 
 
@@ -287,7 +288,7 @@ def norm_of(module: nn.Module, plus_one: bool = False) -> Norm:
     """A norm of a model, by the last word of its class's name."""
     kind = type(module).__name__
     if not kind.endswith(("RMSNorm", "LayerNorm")):
-        raise NotCovered(f"it has a norm of class {kind}")
+        raise NotCoveredError(f"it has a norm of class {kind}")
     eps = _first(module, ("variance_epsilon", "eps"))
     return Norm(
         weight=getattr(module, "weight", None),

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch, wait_for_input
 from .activations import activate
-from .launch import launch, wait_for_input
 from .norms import or_other
 from .recipe import Linear
 
@@ -145,8 +145,8 @@ class FewRows:
         splits = triton.cdiv(blocks, per_split)
         launch(
             _few_rows, (tiles, splits), x, first.weight, or_other(first.bias, x), second.weight,
-            or_other(second.bias, x), third.weight, or_other(third.bias, x), y, self.partial, self.arrived, clip or 0.0,
-            self.rows, y.stride(0),
+            or_other(second.bias, x), third.weight, or_other(third.bias, x), y, self.partial, self.arrived,
+            clip or 0.0, self.rows, y.stride(0),
             N1=n1, N2=n2, N3=n3, K=first.columns, ROWS_P=self.rows_p, BIAS=first.bias is not None, GATED=gated,
             ACT=activation, CLIP=clip is not None, SPLITS=splits, SPLIT_K=per_split * TILE["BLOCK_K"], pdl=pdl, **TILE,
         )  # fmt: skip

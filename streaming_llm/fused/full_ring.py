@@ -14,8 +14,8 @@ from torch import Tensor
 from ..attention.kernel_choice import kernel_context, kernel_for
 from ..attention.torch_kernels import causal_attention, repeat_heads
 from ..cache_layer import StreamingLayer
+from ..launch import launch, wait_for_input
 from .heads import all_heads_rstd, head_norm_kind, head_norm_step, load_head, rotate
-from .launch import launch, wait_for_input
 from .norms import pointers_of
 from .recipe import Attention
 from .rings import RingState

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch, wait_for_input
 from .activations import activate, capped
-from .launch import launch, wait_for_input
 from .norms import kind_of, norm_weight, or_other, pointers_of
 from .recipe import Linear, Norm
 
@@ -208,8 +208,8 @@ def norm_gemv(
     add_weight, _, add_eps = pointers_of(add_norm, x)
     launch(
         _norm_gemv, (grid,), x, add, add_weight, add_eps, new_x, *pointers_of(norm, x),
-        first.weight, or_other(first.bias, x), second.weight, or_other(second.bias, x), third.weight, or_other(third.bias, x), y,
-        clip or 0.0, scale, cap or 0.0,
+        first.weight, or_other(first.bias, x), second.weight, or_other(second.bias, x),
+        third.weight, or_other(third.bias, x), y, clip or 0.0, scale, cap or 0.0,
         N1=n1, N2=0 if gated else n2, N3=0 if gated else n3, K=first.columns, BIAS=first.bias is not None, GATED=gated,
         ADDS=pending is not None, NORM=kind_of(norm), WEIGHT=norm is not None and norm.weight is not None,
         NORM_BIAS=norm is not None and norm.bias is not None,

@@ -83,7 +83,7 @@ class HeadPlaces:
         return cls(groups + 2, groups, groups + 2, groups + 1, groups + 2)
 
     def split(self, x: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value ``[batch, length, heads, head_dim]`` of ``x``, which has all heads; views if possible."""
+        """Query, key and value ``[batch, length, heads, head_dim]`` of ``x`` with all heads; views if possible."""
         if self.key_step == 1:
             query, key, value = (x[:, :, start:] for start in (0, self.key_start, self.value_start))
             return query[:, :, : self.key_start], key[:, :, :num_kv_heads], value[:, :, :num_kv_heads]

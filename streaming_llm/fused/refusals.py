@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..attention.kernel_choice import OWN_MODULES
-from .family_recipes import NotCovered, recipe_of
+from .family_recipes import NotCoveredError, recipe_of
 from .recipe import Recipe
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -27,7 +27,7 @@ def why_not(model: nn.Module) -> str | None:
         )
     try:
         recipe = recipe_of(model)
-    except NotCovered as error:
+    except NotCoveredError as error:
         return str(error)
     return _of_recipe(recipe)
 

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cache_layer import StreamingLayer
+from ..launch import launch, wait_for_input
 from .activations import capped
 from .heads import all_heads_rstd, head_norm_kind, head_norm_step, load_head, rotate
-from .launch import launch, wait_for_input
 from .recipe import Attention
 from .rings import RingState
 

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cache_layer import StreamingLayer
+from ..launch import launch
 from ..positions import Progress, StreamLayout
 from ..rope_utils import Rotary
-from .launch import launch
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, wait_for_input
+from ..launch import launch, wait_for_input
 
 CHUNK = 1024
 VALUES = 65536

@@ -1,4 +1,4 @@
-"""Logits of one token of each stream, by recipe: made to be captured, with all that depends on positions on the device.
+"""Logits of one token of each stream, by recipe: made to be captured, with all that positions change on the device.
 
 A token of a single stream is a sequence of matrix-vector products (:mod:`.gemv`), each in one launch with the norm
 before it and the residual sum behind it. Several streams go through the layers as blocks do.
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..attention.kernel_choice import choose_kernel, kernel_context
 from ..kv_cache import StreamingKVCache
+from ..launch import pdl_available
 from .block import logits_of, product, through_layers
 from .full_ring import FullRing
 from .gemv import Pending, gemv_sum, norm_gemv
-from .launch import pdl_available
 from .recipe import Attention, Layer, Linear, Norm, Recipe
 from .ring_attention import RingAttention
 from .rings import Rings, begin_step
@@ -108,9 +108,14 @@ class StepForward:
         return y, None
 
     def _read(
-        self, x: Tensor, pending: tuple[Tensor, Norm] | None, norm: Norm | None, linears: tuple[Linear, ...], y: Tensor,
+        self,
+        x: Tensor,
+        pending: tuple[Tensor, Norm] | None,
+        norm: Norm | None,
+        linears: tuple[Linear, ...],
+        y: Tensor,
         **how,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Products of the normed residual stream, to ``y``; what is pending is added to it first.
 
         Returns:
