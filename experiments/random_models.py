@@ -1,51 +1,91 @@
-"""Models with random weights of known sizes: for speed, where there are no trained ones."""
+"""Models with random weights of known sizes: for speed, where there are no trained ones.
 
-from dataclasses import asdict, dataclass
+The sizes are those of the published configurations; what only changes numbers, such as the base of the rotations, is
+left at the family's default.
+"""
 
 import torch
 
-
-@dataclass(frozen=True)
-class PythiaSize:
-    """The sizes in which the Pythia models differ (Biderman et al., 2023)."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    vocab_size: int
+Size = dict[str, object]
+"""Keyword arguments of a configuration, with its `model_type`."""
 
 
-RANDOM_SIZES = {
-    "pythia-70m": PythiaSize(512, 6, 8, 2048, 50304),
-    "pythia-160m": PythiaSize(768, 12, 12, 3072, 50304),
-    "pythia-410m": PythiaSize(1024, 24, 16, 4096, 50304),
-    "pythia-1b": PythiaSize(2048, 16, 8, 8192, 50304),
-    "pythia-1.4b": PythiaSize(2048, 24, 16, 8192, 50304),
-    "pythia-2.8b": PythiaSize(2560, 32, 32, 10240, 50304),
-    "pythia-6.9b": PythiaSize(4096, 32, 32, 16384, 50432),
-    "pythia-12b": PythiaSize(5120, 36, 40, 20480, 50688),
+def pythia(hidden: int, layers: int, heads: int, intermediate: int, vocab: int) -> Size:
+    """The numbers in which the Pythia models differ (Biderman et al., 2023)."""
+    return {
+        "model_type": "gpt_neox",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": intermediate,
+        "vocab_size": vocab,
+        "max_position_embeddings": 2048,
+        "rotary_pct": 0.25,
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+        "hidden_act": "gelu",
+    }
+
+
+def _grouped(
+    model_type: str,
+    hidden: int,
+    layers: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    intermediate: int,
+    vocab: int,
+    positions: int,
+    tied: bool,
+    **more: object,
+) -> Size:
+    """A model with grouped queries; `heads` are those of the queries and those of keys and values."""
+    return {
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": head_dim,
+        "intermediate_size": intermediate,
+        "vocab_size": vocab,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": tied,
+        **more,
+    }
+
+
+RANDOM_SIZES: dict[str, Size] = {
+    "pythia-70m": pythia(512, 6, 8, 2048, 50304),
+    "pythia-160m": pythia(768, 12, 12, 3072, 50304),
+    "pythia-410m": pythia(1024, 24, 16, 4096, 50304),
+    "pythia-1b": pythia(2048, 16, 8, 8192, 50304),
+    "pythia-1.4b": pythia(2048, 24, 16, 8192, 50304),
+    "pythia-2.8b": pythia(2560, 32, 32, 10240, 50304),
+    "pythia-6.9b": pythia(4096, 32, 32, 16384, 50432),
+    "pythia-12b": pythia(5120, 36, 40, 20480, 50688),
+    "llama-3.2-1b": _grouped("llama", 2048, 16, (32, 8), 64, 8192, 128256, 131072, tied=True),
+    "llama-3.1-8b": _grouped("llama", 4096, 32, (32, 8), 128, 14336, 128256, 131072, tied=False),
+    "qwen2.5-0.5b": _grouped("qwen2", 896, 24, (14, 2), 64, 4864, 151936, 32768, tied=True),
+    "qwen3-0.6b": _grouped("qwen3", 1024, 28, (16, 8), 128, 3072, 151936, 40960, tied=True),
+    "qwen3-4b": _grouped("qwen3", 2560, 36, (32, 8), 128, 9728, 151936, 40960, tied=True),
+    "qwen3-8b": _grouped("qwen3", 4096, 36, (32, 8), 128, 12288, 151936, 40960, tied=False),
+    "gemma-3-1b": _grouped("gemma3_text", 1152, 26, (4, 1), 256, 6912, 262144, 32768, tied=True, sliding_window=512),
+    "mistral-7b": _grouped("mistral", 4096, 32, (32, 8), 128, 14336, 32768, 32768, tied=False, sliding_window=None),
 }
 
 
-def random_config(size: PythiaSize):
+def random_config(size: Size):
     """The configuration of a model of the given sizes."""
-    from transformers import GPTNeoXConfig
+    from transformers import AutoConfig
 
-    return GPTNeoXConfig(
-        **asdict(size),
-        max_position_embeddings=2048,
-        rotary_pct=0.25,
-        use_parallel_residual=True,
-        tie_word_embeddings=False,
-        hidden_act="gelu",
-    )
+    return AutoConfig.for_model(**size)
 
 
 def random_model(
-    size: PythiaSize, seed: int, dtype: torch.dtype, device: torch.device, device_map: str | None = None
+    size: Size, seed: int, dtype: torch.dtype, device: torch.device, device_map: str | None = None
 ) -> torch.nn.Module:
-    """A GPT-NeoX of the given sizes with seeded random weights, made in place on the device, in the dtype."""
+    """A model of the given sizes with seeded random weights, made in place on the device, in the dtype."""
     from transformers import AutoModelForCausalLM
 
     made_on = torch.device("cpu") if device_map else device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+GPU = os.environ.get("STREAMING_LLM_TEST_DEVICE", "cuda")
+"""The device of the GPU tests: `cuda:1` tries the second one while the first is the current device."""
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

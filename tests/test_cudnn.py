@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_ids, make_neox
+from conftest import GPU, make_ids, make_neox
 from reference import reference_logits
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -74,11 +74,11 @@ def test_on_a_gpu_it_costs_what_math_costs(n_sink, window_size, dtype):
     for backend in ("math", "cudnn"):
         model = make_neox(dtype)
         model.gpt_neox.rotary_emb = make_neox().gpt_neox.rotary_emb  # float32 frequencies, as when loaded
-        model = model.to("cuda")
+        model = model.to(GPU)
         wrap_attention(model, backend)
         with StreamingDecoder(model, n_sink, window_size) as decoder:
-            rows = [decoder.prefill(ids[:, :257].cuda())]
-            rows += [decoder.step(ids[:, t].cuda()) for t in range(257, ids.shape[1])]
+            rows = [decoder.prefill(ids[:, :257].to(GPU))]
+            rows += [decoder.step(ids[:, t].to(GPU)) for t in range(257, ids.shape[1])]
         logits = torch.stack(rows, dim=1)
         error[backend] = (logits.cpu().double() - reference).pow(2).mean().sqrt().item()
     assert error["cudnn"] < 1.1 * error["math"]

@@ -172,7 +172,7 @@ def test_what_a_folder_of_texts_leaves_out_is_named(world):
 def test_random_weights_are_measured_for_speed_only(world, monkeypatch):
     from experiments import random_models
 
-    size = random_models.PythiaSize(32, 2, 2, 64, 128)
+    size = random_models.pythia(32, 2, 2, 64, 128)
     monkeypatch.setitem(random_models.RANDOM_SIZES, "pythia-70m", size)
     summary = world.run(model="random:pythia-70m", datasets=None, save_token_nll=True)
     assert summary.exit_code == 0

@@ -8,10 +8,11 @@ import pytest
 import torch
 from evaluation_support import make_model_folder
 from family_models import POSITIONS, VOCAB, make_family, takes_sdpa
+from transformers import AutoModelForCausalLM
 
 from experiments.config import ExperimentConfig, SetupError, settings_for, window_ladder
 from experiments.models import find_model
-from experiments.random_models import RANDOM_SIZES, random_model
+from experiments.random_models import RANDOM_SIZES, pythia, random_config, random_model
 from experiments.texts import load_texts
 from personal_adapters.neox_flash import wrap_attention
 
@@ -109,7 +110,7 @@ def test_a_family_without_sdpa_is_loaded_with_the_attention_that_it_has(tmp_path
 
 
 def test_random_weights_are_a_function_of_the_seed():
-    tiny = type(RANDOM_SIZES["pythia-70m"])(32, 2, 2, 64, 128)
+    tiny = pythia(32, 2, 2, 64, 128)
     before = torch.random.get_rng_state()
     a, b, c = (random_model(tiny, seed, torch.float32, CPU).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -122,7 +123,22 @@ def test_random_weights_are_a_function_of_the_seed():
 
 def test_random_sizes_are_those_of_the_pythia_models(shared_data):
     known = json.loads((shared_data / "pythia-configs.json").read_text())
-    assert {name: vars(size) for name, size in RANDOM_SIZES.items()} == known
+    ours = {name: size for name, size in RANDOM_SIZES.items() if name.startswith("pythia")}
+    assert {name: {key: ours[name][key] for key in sizes} for name, sizes in known.items()} == known
+    assert ours.keys() == known.keys()
+
+
+PUBLISHED = {  # parameters in millions, by the model cards
+    "pythia-2.8b": 2775, "llama-3.2-1b": 1236, "llama-3.1-8b": 8030, "qwen2.5-0.5b": 494, "qwen3-0.6b": 596,
+    "qwen3-4b": 4022, "qwen3-8b": 8191, "gemma-3-1b": 1000, "mistral-7b": 7248,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_random_models_have_as_many_parameters_as_the_published_ones(name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(random_config(RANDOM_SIZES[name]))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == pytest.approx(PUBLISHED[name], abs=0.6)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import make_ids, make_neox
+from conftest import GPU, make_ids, make_neox
 from reference import reference_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
@@ -422,9 +422,9 @@ def test_a_bare_cache_goes_on_and_streams():
 @pytest.mark.parametrize(("backend", "dtype"), [("math", torch.float32), ("flash", torch.bfloat16)])
 @pytest.mark.parametrize("prompt", [20, 150])
 def test_on_cuda_no_mask_reaches_the_kernel(backend, dtype, prompt):
-    model = small(dtype=dtype, eos_token_id=100).to("cuda")
+    model = small(dtype=dtype, eos_token_id=100).to(GPU)
     wrap_attention(model, backend)
-    ids = make_ids(prompt, vocab=100).to("cuda")
+    ids = make_ids(prompt, vocab=100).to(GPU)
     with StreamingLLMWrapper(model, SINKS, WINDOW) as stream:
         greedy = stream.generate(ids, **GREEDY)
         if backend == "math":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_ids, make_neox
+from conftest import GPU, make_ids, make_neox
 from reference import reference_logits
 
 from personal_adapters.neox_flash import wrap_attention
@@ -26,7 +26,7 @@ def on_gpu(dtype: torch.dtype, **changes):
     model, exact = make_neox(dtype, **changes), make_neox(torch.float64, **changes)
     exact.load_state_dict(model.state_dict())
     model.gpt_neox.rotary_emb = make_neox(**changes).gpt_neox.rotary_emb  # float32 frequencies, as when loaded
-    return model.to("cuda"), exact
+    return model.to(GPU), exact
 
 
 def rms(x: torch.Tensor) -> float:
@@ -36,7 +36,7 @@ def rms(x: torch.Tensor) -> float:
 @torch.no_grad()
 def stream_logits(model, ids: torch.Tensor, n_sink: int, window_size: int) -> dict[str, torch.Tensor]:
     """Logits token by token, and in one block."""
-    ids = ids.cuda()
+    ids = ids.to(GPU)
     with StreamingDecoder(model, n_sink, window_size, "eager") as decoder:
         loop = torch.stack([decoder.step(ids[:, t]) for t in range(ids.shape[1])], dim=1)
     with StreamingLLMWrapper(model, n_sink, window_size) as stream:
@@ -97,7 +97,7 @@ def kernels_run(call) -> set[str]:
 def test_exactly_the_named_kernel_runs(backend):
     model, _ = on_gpu(torch.bfloat16)
     wrap_attention(model, backend)
-    ids = make_ids(300).cuda()
+    ids = make_ids(300).to(GPU)
     with StreamingDecoder(model, 4, 60) as decoder:
         for call in (
             lambda: decoder.prefill(ids),
@@ -111,7 +111,7 @@ def test_exactly_the_named_kernel_runs(backend):
 def test_a_step_never_waits_for_the_device():
     model, _ = on_gpu(torch.bfloat16)
     wrap_attention(model, "flash")
-    ids = make_ids(200).cuda()
+    ids = make_ids(200).to(GPU)
     with StreamingDecoder(model, 4, 60) as decoder:
         decoder.prefill(ids[:, :100])
         decoder.step(ids[:, 100])
@@ -125,7 +125,7 @@ def test_a_step_never_waits_for_the_device():
 
 def test_outputs_do_not_depend_on_the_position():
     model, _ = on_gpu(torch.float32)
-    ids = make_ids(600).cuda()
+    ids = make_ids(600).to(GPU)
     outputs = []
     for position in (100, 10_000_000):
         with StreamingDecoder(model, 4, 60) as decoder:
@@ -136,14 +136,14 @@ def test_outputs_do_not_depend_on_the_position():
 
 
 def test_flash_in_float32_is_refused_with_the_reason():
-    unavailable = check_sdpa_flash_available(torch.float32, "cuda")
+    unavailable = check_sdpa_flash_available(torch.float32, GPU)
     assert not unavailable
     assert "bfloat16 and float16" in unavailable.reason
     with pytest.raises(ValueError, match="bfloat16 and float16"):
-        resolve_attn_backend("flash", device="cuda", dtype=torch.float32)
-    assert resolve_attn_backend("auto", device="cuda", dtype=torch.float32) == "math"
-    assert resolve_attn_backend("auto", device="cuda", dtype=torch.bfloat16) == "flash"
-    assert select_dtype("cuda") == torch.bfloat16
+        resolve_attn_backend("flash", device=GPU, dtype=torch.float32)
+    assert resolve_attn_backend("auto", device=GPU, dtype=torch.float32) == "math"
+    assert resolve_attn_backend("auto", device=GPU, dtype=torch.bfloat16) == "flash"
+    assert select_dtype(GPU) == torch.bfloat16
 
 
 def test_scoring_memory_does_not_grow_with_the_stream():
@@ -151,7 +151,7 @@ def test_scoring_memory_does_not_grow_with_the_stream():
     wrap_attention(model, "flash")
     peaks = []
     for length in (20_000, 200_000):
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(GPU)
         score_stream(model, make_ids(length), 4, 1000, block_size=5000)
-        peaks.append(torch.cuda.max_memory_allocated())
+        peaks.append(torch.cuda.max_memory_allocated(GPU))
     assert abs(peaks[0] - peaks[1]) <= 2048  # of a gigabyte, over 180,000 tokens

@@ -11,7 +11,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_ids, make_neox
+from conftest import GPU, make_ids, make_neox
 from family_models import VOCAB, available, make_family
 from family_reference import family_reference_logits
 from reference import reference_logits
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-DEVICE = "cuda"
+DEVICE = GPU
 S, W = 4, 60
 LENGTH = 300  # the ring turns more than four times
 MANY = 10_000
@@ -398,8 +398,8 @@ def test_memory_is_constant_to_the_byte(variant):
                 decoder.step(token)
             decoder.score(ids)
             decoder.generate(600, seed=0)
-            torch.cuda.synchronize()
-            return torch.cuda.memory_allocated()
+            torch.cuda.synchronize(GPU)
+            return torch.cuda.memory_allocated(GPU)
 
         use()
         warm = use()
@@ -413,7 +413,7 @@ def test_no_garbage_is_collected_while_a_graph_is_recorded():
         seen.append((torch.cuda.is_current_stream_capturing(), gc.isenabled()))
         torch.zeros(1, device=DEVICE)
 
-    Recording(call, torch.device(DEVICE, 0))
+    Recording(call, torch.empty(0, device=DEVICE).device)
     assert seen == [(False, True)] * WARM_UP + [(True, False)]
     assert gc.isenabled()
 

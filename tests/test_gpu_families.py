@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import GPU
 from family_models import CASES, SLIDING, VOCAB, available, make_config, make_family
 from family_reference import family_reference_logits
 from transformers import DynamicCache
@@ -18,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-DEVICE = "cuda"
+DEVICE = GPU
 IDS = torch.randint(VOCAB, (2, 300), generator=torch.Generator().manual_seed(1))
 FLASH_CASES = [
     case

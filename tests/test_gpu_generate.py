@@ -7,6 +7,7 @@ import gc
 
 import pytest
 import torch
+from conftest import GPU
 from family_models import VOCAB, available, make_family
 from streams import Ends, padded
 from transformers import StoppingCriteriaList
@@ -29,11 +30,11 @@ TOLERANCE = 1e-4
 
 @functools.cache
 def model_of(case: str):
-    return make_family(case).to("cuda")
+    return make_family(case).to(GPU)
 
 
 def prompt(row: int) -> torch.Tensor:
-    return torch.randint(VOCAB, (1, LENGTHS[row]), generator=torch.Generator().manual_seed(row)).cuda()
+    return torch.randint(VOCAB, (1, LENGTHS[row]), generator=torch.Generator().manual_seed(row)).to(GPU)
 
 
 @functools.cache
@@ -77,7 +78,7 @@ def test_the_tokens_of_the_plain_call(setting, row):
 def test_unequal_prompts(setting, side):
     case, engine, model = setting
     tokens, logits = alone(case)
-    ids, mask = (x.cuda() for x in padded([prompt(row).cpu() for row in range(3)], side))
+    ids, mask = (x.to(GPU) for x in padded([prompt(row).cpu() for row in range(3)], side))
     asked = {"max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
     with StreamingLLMWrapper(model, S, W, engine) as stream:
         out = stream.generate(ids, attention_mask=mask, **asked, **GREEDY)
@@ -94,7 +95,7 @@ def test_unequal_prompts(setting, side):
 def test_rows_that_end_early_stay_where_they_ended(setting):
     case, engine, model = setting
     tokens, logits = alone(case)
-    ids, mask = (x.cuda() for x in padded([prompt(row).cpu() for row in range(3)], "left"))
+    ids, mask = (x.to(GPU) for x in padded([prompt(row).cpu() for row in range(3)], "left"))
     eos, stops = tokens[0][60].item(), [100, 70, 90]
     first = [row.tolist().index(eos) + 1 if eos in row.tolist() else NEW for row in tokens]
     for criteria in (None, StoppingCriteriaList([Ends(stops)])):
@@ -149,6 +150,6 @@ def test_fifty_turns_in_constant_memory(setting):
         for _ in range(50):
             out = stream.generate(turn, past_key_values=cache, continues=True, max_new_tokens=30, **GREEDY)
             turn = torch.cat((out[:, -1:], prompt(0)), dim=1)
-            memory.append(torch.cuda.memory_allocated())
+            memory.append(torch.cuda.memory_allocated(GPU))
     assert cache.n_seen == 61 + 49 * 8 + 50 * 29
     assert memory[-1] - memory[10] <= 2048  # what is alive of one call, in blocks of 512 bytes

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GPU
 from family_models import CASES, VOCAB, available, make_family, takes_sdpa
 from family_reference import family_reference_logits
 
@@ -46,7 +47,7 @@ def exact(case: str, dtype: torch.dtype, batch: int, n_sink: int) -> torch.Tenso
 
 def stepped(model, engine: str, batch: int, n_sink: int, prompt: int) -> torch.Tensor:
     """Logits ``[batch, LENGTH - prompt + 1, vocab]``: after the prompt, and after each token that follows it."""
-    ids = ids_of(batch).cuda()
+    ids = ids_of(batch).to(GPU)
     with StreamingDecoder(model, n_sink, W, engine=engine) as decoder:
         logits = [decoder.prefill(ids[:, :prompt]), *(decoder.step(token) for token in ids[:, prompt:].unbind(1))]
         assert decoder.engine == engine
@@ -68,7 +69,7 @@ def require_covered(model, case: str) -> None:
 @pytest.mark.parametrize(("batch", "n_sink", "prompt"), [(1, 4, 2), (1, 0, 20), (3, 4, 50)])
 @pytest.mark.parametrize("case", COVERED)
 def test_steps_in_float32(case, batch, n_sink, prompt, engine):
-    model = model_of(case, torch.float32).cuda()
+    model = model_of(case, torch.float32).to(GPU)
     require_covered(model, case)
     logits = stepped(model, engine, batch, n_sink, prompt)
     assert error(logits, exact(case, torch.float32, batch, n_sink)[:, prompt - 1 :]).max() < 1e-4
@@ -78,7 +79,7 @@ def test_steps_in_float32(case, batch, n_sink, prompt, engine):
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 @pytest.mark.parametrize("case", COVERED)
 def test_steps_in_half_precision(case, dtype, batch):
-    model = model_of(case, dtype).cuda()
+    model = model_of(case, dtype).to(GPU)
     require_covered(model, case)
     wrap_attention(model, "math")
     expected = exact(case, dtype, batch, 4)[:, 9:]
@@ -90,7 +91,7 @@ def test_steps_in_half_precision(case, dtype, batch):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=name_of)
 @pytest.mark.parametrize("case", COVERED)
 def test_blocks(case, dtype):
-    model = model_of(case, dtype).cuda()
+    model = model_of(case, dtype).to(GPU)
     require_covered(model, case)
     wrap_attention(model, "math")
     ids, errors = ids_of(3), {}

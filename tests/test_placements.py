@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_ids, make_neox
+from conftest import GPU, make_ids, make_neox
 from family_models import VOCAB, make_family
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -118,7 +118,7 @@ def test_the_model_is_restored_after_scoring_and_after_an_error(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["gapped", "rerotated"])
 def test_a_recorded_step_gives_what_the_plain_call_gives(name):
-    model, ids = make_neox().cuda(), make_ids(N).cuda()
+    model, ids = make_neox().to(GPU), make_ids(N).to(GPU)
     eager = losses_of_the_loop(name, model, ids)
     assert (losses_of_the_loop(name, model, ids, "graph") - eager).abs().max() < 1e-4
     parallel = METHODS[name](model, MethodSettings(S, W)).score(ids)[:, C - 1 :]

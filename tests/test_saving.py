@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_ids, make_neox
+from conftest import GPU, make_ids, make_neox
 from family_models import CASES, VOCAB, available, make_family
 from safetensors.torch import load_file, safe_open, save_file
 
@@ -188,7 +188,7 @@ def test_in_another_process(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_and_from_device_to_device(tmp_path, dtype):
-    model, ids = make_neox(dtype).to("cuda"), make_ids(300).to("cuda")
+    model, ids = make_neox(dtype).to(GPU), make_ids(300).to(GPU)
     path = tmp_path / "stream.safetensors"
     with StreamingLLMWrapper(model, S, W) as stream:
         cache = stream.new_cache()
@@ -207,7 +207,7 @@ def test_on_a_gpu_and_from_device_to_device(tmp_path, dtype):
 @pytest.mark.parametrize("seen", [20, 150])
 @pytest.mark.parametrize("engine", ["eager", "graph", "fused", "fused-triton"])
 def test_every_engine_goes_on_with_the_same_bits(tmp_path, engine, seen):
-    model, ids = make_neox(hidden_size=256, intermediate_size=512).to("cuda"), make_ids(seen + 100).to("cuda")
+    model, ids = make_neox(hidden_size=256, intermediate_size=512).to(GPU), make_ids(seen + 100).to(GPU)
     path = tmp_path / "stream.safetensors"
 
     def steps(decoder) -> torch.Tensor:

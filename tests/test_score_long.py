@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_ids, make_neox
+from conftest import GPU, make_ids, make_neox
 from demo_training_support import ROOT  # puts scripts/ on the module path
 from evaluation_support import END, TEXT, make_model_folder, make_text, make_tokenizer
 from family_models import SLIDING, make_config
@@ -380,7 +380,7 @@ def test_ctrl_c_leaves_a_checkpoint(world, monkeypatch, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["math", "flash"])
 def test_on_a_gpu_and_resumed_there(world, monkeypatch, backend):
-    given = ["--device", "cuda", "--dtype", "bfloat16", "--attn-backend", backend, "--save-token-nll"]
+    given = ["--device", GPU, "--dtype", "bfloat16", "--attn-backend", backend, "--save-token-nll"]
     with monkeypatch.context() as patch:
         interrupt_at(patch, 640, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert score_long.main(arguments(world, "out.json", *given)) == 130
@@ -480,7 +480,7 @@ def test_an_earlier_result_is_set_aside(world):
 
 
 def test_random_weights_have_a_speed_and_no_perplexity(tmp_path, monkeypatch, capsys):
-    size = random_models.PythiaSize(32, 2, 2, 64, 300)
+    size = random_models.pythia(32, 2, 2, 64, 300)
     monkeypatch.setitem(random_models.RANDOM_SIZES, "pythia-70m", size)
     given = ["--model", "random:pythia-70m", "--output", str(tmp_path / "out.json"), *SIZES]
     assert score_long.main([*given, "--max-tokens", "500"]) == 0
