@@ -54,7 +54,9 @@ def test_a_backend_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, mo
 
 def test_an_engine_that_cannot_run_fails_with_the_reason(capsys):
     assert benchmark_scoring.main([*SMALL, "--engine", "fused"]) == 1
-    assert "demo (trained weights), math: failed: fused" in capsys.readouterr().err
+    assert (
+        "demo (trained weights), math: failed: engine 'fused' cannot run: it needs a CUDA" in capsys.readouterr().err
+    )
 
 
 def test_a_last_token_by_itself_is_no_chunk():

@@ -6,6 +6,9 @@ A CPU has the eager engine only. Stand-ins take the place of what captures; what
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
+from typing import ClassVar
 
 import pytest
 from conftest import make_ids, make_neox
@@ -20,45 +23,30 @@ from experiments.plot_comprehensive_results import draw
 from experiments.plotting.captions import caption
 from experiments.plotting.script import draw_styled
 from experiments.plotting.table import read_results
-from streaming_llm import StreamingDecoder
+from streaming_llm import ENGINES
+from streaming_llm.engines.base import EagerEngine
 
 pytestmark = pytest.mark.usefixtures("no_collection")
 S, W, N = 2, 14, 40
 C = S + W
 
 
-class StandInDecoder:
-    """An eager decoder that passes for a capturing one."""
+class StandInEngine(EagerEngine):
+    """Computes as the eager engine does, and passes for one that records something at the start of some runs."""
 
-    def __init__(self, model, n_sink, window_size, engine, attention="sdpa"):
-        if engine == "fused" and attention == "sdpa":
-            raise ValueError("no kernels for this family")
-        self.eager = StreamingDecoder(model, n_sink, window_size)
-        self.engine = engine
-        self.compile_sec = 0.0
-        self.prefill = self.eager.prefill
+    made: ClassVar[list[StandInEngine]] = []
+    recording_runs = 1
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        self.eager.close()
+    def __init__(self, model, cache, name):
+        super().__init__(model, cache)
+        self.name, self.runs = name, 0
+        self.made.append(self)
 
     def step(self, token_ids):
-        if self.engine != "eager" and not self.compile_sec:
-            self.compile_sec = 0.25
-        return self.eager.step(token_ids)
-
-    def reset(self):
-        self.eager.reset()
-
-    @property
-    def cache(self):
-        return self.eager.cache
-
-    @property
-    def cache_nbytes(self):
-        return self.eager.cache_nbytes
+        if self.cache.n_seen == C:
+            self.runs += 1
+            self.compile_sec += 1.0 if self.runs <= self.recording_runs else 0.0
+        return super().step(token_ids)
 
 
 @pytest.fixture
@@ -70,7 +58,11 @@ def captured(monkeypatch) -> list[tuple[int, ...]]:
         shapes.append(tuple(example.shape))
         return forward
 
-    monkeypatch.setattr(engines, "StreamingDecoder", StandInDecoder)
+    for name in ("graph", "fused-triton"):
+        make = partial(StandInEngine, name=name)
+        kind = replace(ENGINES[name], make=make, why_not=lambda model: None, blocks="eager")
+        monkeypatch.setitem(ENGINES, name, kind)
+    monkeypatch.setattr(StandInEngine, "made", [])
     monkeypatch.setattr(methods, "capture", capture)
     monkeypatch.setattr(methods, "forward_of", lambda model, engine: engines.plain_forward(model))
     return shapes
@@ -228,19 +220,10 @@ def test_recomputation_is_captured_at_its_full_length_only(captured):
 
 def test_a_run_in_which_something_was_captured_does_not_count(captured, monkeypatch):
     model, ids = make_neox(), make_ids(N)
-    counts = []
     method = METHODS["streaming"](model, MethodSettings(S, W, engine="graph"))
-
-    def reset(self):
-        counts.append(1)
-        self.compile_sec += 1.0 if len(counts) < captures else 0.0
-        self.eager.reset()
-
-    monkeypatch.setattr(StandInDecoder, "reset", reset)
-    captures = 4  # in the warm-up and twice after it
-    assert compute_perplexity(model, ids, method).details["compile_sec"] > 2
-    assert len(counts) == 4
-    counts.clear()
-    captures = 100
+    monkeypatch.setattr(StandInEngine, "recording_runs", 3)  # in the warm-up and twice after it
+    assert compute_perplexity(model, ids, method).details["compile_sec"] == 3
+    assert StandInEngine.made[-1].runs == 4
+    monkeypatch.setattr(StandInEngine, "recording_runs", 100)
     with pytest.raises(RuntimeError, match="captures or compiles anew in every run"):
         compute_perplexity(model, ids, method)

@@ -134,12 +134,10 @@ def test_parallel_scoring_keeps_the_perplexity_and_samples_the_speed(world):
     world.run(scoring="parallel")
     value = load(world, "final/one_main_backend-math.json")
     assert value["scoring"] == "parallel"
-    assert value["streaming"]["perplexity"] == pytest.approx(looped["streaming"]["perplexity"], rel=1e-5)
-    assert value["streaming"]["decode_tokens"] == value["baseline"]["decode_tokens"] == 4
+    for name in ("streaming", "baseline"):
+        assert value[name]["perplexity"] == pytest.approx(looped[name]["perplexity"], rel=1e-5)
+        assert value[name]["decode_tokens"] == 4
     assert value["streaming"]["speedup"] is not None
-    assert value["baseline"]["perplexity"] is None
-    assert "parallel" in value["baseline"]["perplexity_reason"]
-    assert "parallel" in value["streaming"]["ppl_increase_percent_reason"]
     (table,) = [line for line in world.said if "perplexity  " in line]
     assert "s for prefill + 4 tokens" in table
     assert "runtime s" not in table
