@@ -22,7 +22,7 @@ from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse
 from .attention.kernel_choice import unwrapped
 from .attention.plan import ForwardAtHand
 from .attention.rewritten_layers import rewritten_forwards
-from .families import decoder_of, family_of, module_angles, rotary_modules, transformers_model
+from .families import decoder_of, rotary_modules, transformers_model
 from .kv_cache import StreamingKVCache
 from .rope_utils import ExactRotaryEmbedding
 
@@ -96,10 +96,11 @@ class Attachment:
         if prefix != STREAMING:
             return changes
         self._at_hand = ForwardAtHand()
-        family = family_of(model.config)
+        exact: dict[int, ExactRotaryEmbedding] = {}
         for found in rotary_modules(model):
-            exact = ExactRotaryEmbedding(found.module, module_angles(found, family))
-            changes.append((found.parent, found.name, exact))
+            key = id(found.module)
+            exact[key] = exact.get(key) or ExactRotaryEmbedding(found.module, found.angles, found.layout)
+            changes.append((found.parent, found.name, exact[key]))
         layers = {id(x): x for x in map(unwrapped, model.modules()) if "layer_idx" in vars(x)}
         return changes + [(layer, AT_HAND, self._at_hand) for layer in layers.values()]
 

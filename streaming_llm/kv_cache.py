@@ -23,7 +23,15 @@ from .bare_cache import BareChecks
 from .cache_forward import BROKEN, CacheForward
 from .cache_layer import StreamingLayer
 from .config import StreamingConfig, require_int
-from .families import layer_layouts, rotaries_from_config, rotaries_from_model, transformers_model
+from .families import (
+    Family,
+    family_of,
+    family_of_model,
+    layer_layouts,
+    rotaries_from_config,
+    rotaries_from_model,
+    transformers_model,
+)
 from .positions import Progress
 from .rope_utils import Rotary
 from .saved_cache import SaveableCache
@@ -55,6 +63,7 @@ class StreamingKVCache(SaveableCache):
         n_sink, window_size: see :class:`~streaming_llm.StreamingConfig`, or
         config: both in one.
         rotary: the rotation of each layer, or of all; read from ``model_config`` when not given.
+        family: what is known of the model's family; measured when not given.
 
     Attributes:
         streaming_config: sinks and window.
@@ -72,10 +81,12 @@ class StreamingKVCache(SaveableCache):
         *,
         config: StreamingConfig | None = None,
         rotary: Rotary | Sequence[Rotary] | None = None,
+        family: Family | None = None,
     ) -> None:
         self.streaming_config = StreamingConfig.given(n_sink, window_size, config)
         self.progress = Progress()
-        layouts = layer_layouts(model_config, self.streaming_config)
+        self.family = family_of(model_config) if family is None else family
+        layouts = layer_layouts(model_config, self.streaming_config, self.family)
         rotary = rotaries_from_config(model_config) if rotary is None else rotary
         rotations = sink_rotations([rotary] * len(layouts) if isinstance(rotary, Rotary) else rotary)
         self._rotations = set(rotations)
@@ -85,7 +96,7 @@ class StreamingKVCache(SaveableCache):
                 for layout, rotation in zip(layouts, rotations, strict=True)
             ]
         )
-        self._bare = BareChecks(model_config, self.streaming_config)
+        self._bare = BareChecks(model_config, self.streaming_config, self.family)
         self.model_facts = model_facts(model_config)
         self._forward: CacheForward | None = None
         self._pending: tuple[int, Tensor | None] = (0, None)  # the progress's version, and ids
@@ -102,7 +113,8 @@ class StreamingKVCache(SaveableCache):
     ) -> StreamingKVCache:
         """A cache with the frequencies that ``model`` holds, also where they were rounded with the weights."""
         model = transformers_model(model)
-        return cls(model.config, n_sink, window_size, config=config, rotary=rotaries_from_model(model))
+        family, rotary = family_of_model(model), rotaries_from_model(model)
+        return cls(model.config, n_sink, window_size, config=config, rotary=rotary, family=family)
 
     # A forward
 

@@ -101,7 +101,7 @@ def _streaming_band(
     Writes to ``out`` ``[batch, q_len, num_heads, head_dim]``.
     """
     config, rotation = plan.layout.config, plan.rotation  # no rotation: a sliding window of the model's own, no sinks
-    can_turn = not config.n_sink or rotation.rotary.rotary_dim > 0
+    can_turn = not config.n_sink or (rotation.rotary.rotary_dim > 0 and not rotation.rotary.offset)
     if kernel != "math" and triton_kernels is not None and triton_kernels.available(query) and can_turn:
         _band_by_triton(query, key, value, out, first_query, plan, scale, kernel)
         return

@@ -19,7 +19,6 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config import StreamingConfig
-from ..families import FAMILIES
 from ..positions import StreamLayout
 from .band import block_attention
 from .kernel_choice import kernel_for
@@ -36,6 +35,9 @@ MASKLESS = "maskless_"
 
 DELEGATES = ("sdpa", "eager")
 """Attention implementations of Transformers that can be attached."""
+
+FORCES_MASK = ("falcon",)
+"""Model types that ask for a mask in every forward, though their attention is plainly causal."""
 
 AT_HAND = "forward_at_hand"
 """Attribute of the attention layers of an attached model: a :class:`ForwardAtHand` that they share."""
@@ -185,8 +187,7 @@ def _no_mask(
             function of the caller's, a static cache).
     """
     refuse_padding(attention_mask)
-    family = FAMILIES.get(getattr(config, "model_type", None))
-    asks_for_one = not allow_is_causal_skip and not (family is not None and family.forces_mask)
+    asks_for_one = not allow_is_causal_skip and getattr(config, "model_type", None) not in FORCES_MASK
     if asks_for_one or _has_unwritten_keys(**sizes):
         raise ValueError(
             "packed sequences, mask functions and static caches need a mask, and a streaming model has none: use "
