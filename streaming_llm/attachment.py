@@ -22,7 +22,7 @@ from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse
 from .attention.kernel_choice import unwrapped
 from .attention.plan import ForwardAtHand
 from .attention.rewritten_layers import rewritten_forwards
-from .families import decoder_of, rotary_modules, transformers_model
+from .families import changes_with_length, decoder_of, rotary_modules, transformers_model
 from .kv_cache import StreamingKVCache
 from .rope_utils import ExactRotaryEmbedding
 
@@ -97,9 +97,11 @@ class Attachment:
             return changes
         self._at_hand = ForwardAtHand()
         exact: dict[int, ExactRotaryEmbedding] = {}
+        # Where frequencies change with the length, a forward that is no stream's has the model's own.
+        stands_in = self._at_hand.is_streaming if changes_with_length(model.config) else None
         for found in rotary_modules(model):
             key = id(found.module)
-            exact[key] = exact.get(key) or ExactRotaryEmbedding(found.module, found.angles, found.layout)
+            exact[key] = exact.get(key) or ExactRotaryEmbedding(found.module, found.angles, found.layout, stands_in)
             changes.append((found.parent, found.name, exact[key]))
         layers = {id(x): x for x in map(unwrapped, model.modules()) if "layer_idx" in vars(x)}
         return changes + [(layer, AT_HAND, self._at_hand) for layer in layers.values()]

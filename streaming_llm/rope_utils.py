@@ -7,6 +7,7 @@ how far into it one is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -122,22 +123,26 @@ class ExactRotaryEmbedding(nn.Module):
         replaced: the model's module.
         rotary: its rotation, or, for a module that is asked with a ``layer_type``, one for each.
         layout: of what the module returns.
+        stands_in: whether it does, in the forward at hand; always when ``None``.
     """
 
     def __init__(
         self,
         replaced: nn.Module,
         rotary: Rotary | dict[str | None, Rotary],
-        layout: AngleLayout = AngleLayout(),  # noqa: B008: it is frozen
+        layout: AngleLayout | None = None,
+        stands_in: Callable[[], bool] | None = None,
     ) -> None:
         super().__init__()
-        self.replaced, self.layout = replaced, layout
+        self.replaced, self.layout, self.stands_in = replaced, layout or AngleLayout(), stands_in
         self.rotaries = rotary if isinstance(rotary, dict) else {None: rotary}
 
     @torch.no_grad()
     def forward(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
     ) -> tuple[Tensor, Tensor] | Tensor:
+        if self.stands_in is not None and not self.stands_in():
+            return self.replaced(x, position_ids) if layer_type is None else self.replaced(x, position_ids, layer_type)
         rotary = self.rotaries[layer_type]
         if rotary.inv_freq.device != x.device:
             rotary = self.rotaries[layer_type] = rotary.to(x.device)

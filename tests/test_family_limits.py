@@ -17,6 +17,7 @@ from personal_adapters.neox_flash import unwrap_attention, wrap_attention
 from streaming_llm import StreamingConfig, StreamingDecoder, StreamingKVCache, StreamingLLMWrapper, score_stream
 from streaming_llm.attachment import maskless_attention
 from streaming_llm.families import (
+    bare_length,
     layer_windows,
     rotaries_from_config,
     rotaries_from_model,
@@ -65,14 +66,15 @@ def test_falcon_with_alibi_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_scaling_that_depends_on_the_length_is_refused(kind):
-    config = make_config("phi3")
+def test_scaling_that_depends_on_the_length_is_refused_beyond_it(kind):
+    config = make_config("phi3", sliding_window=None)
     name = "rope_parameters" if hasattr(config, "rope_parameters") else "rope_scaling"  # newer, older name
     scaling = {"rope_type": kind, "factor": 2.0, "original_max_position_embeddings": 80}
     lists = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     setattr(config, name, {**(getattr(config, name) or {}), **scaling, **lists})
-    with pytest.raises(ValueError, match=f"'{kind}' cannot stream: its frequencies depend on the length"):
-        StreamingKVCache(config, 4, 48)
+    StreamingKVCache(config, 4, 75)
+    with pytest.raises(ValueError, match=r"change beyond 80 tokens.*use n_sink \+ window_size < 80"):
+        StreamingKVCache(config, 4, 76)
 
 
 def test_layers_of_another_kind_are_refused():
@@ -205,11 +207,13 @@ def test_layers_that_rotate_alike_share_the_work():
     assert cache.layers[0].rotation is cache.layers[1].rotation
 
 
-def test_the_table_of_gptj_ends_a_bare_stream_and_no_other():
-    model = make_family("gptj")
+@pytest.mark.parametrize("case", [case for case in ("gptj", "phi3-longrope", "llama-dynamic") if case in HERE])
+def test_a_rotation_that_ends_or_changes_does_so_for_a_bare_stream_alone(case):
+    model = make_family(case)
     cache = StreamingKVCache(model.config, 4, 48)
-    decode(model, cache, 160)
-    with pytest.raises((ValueError, RuntimeError), match=r"beyond the 160 |out of bounds"):
+    length = bare_length(model.config)
+    decode(model, cache, length)
+    with pytest.raises((ValueError, RuntimeError), match=rf"beyond the {length} |out of bounds"):
         model(IDS[:, :1], past_key_values=cache, use_cache=True)
     with StreamingLLMWrapper(model, 4, 48) as stream:
         reference = family_reference_logits(model, IDS, 4, 48)

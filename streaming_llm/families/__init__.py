@@ -13,7 +13,7 @@ from .rotations import (
     rotary_modules,
 )
 from .table import module_name, supported_families, text_config
-from .windows import bare_length, bare_refusal, layer_layouts, layer_windows
+from .windows import bare_length, bare_refusal, changes_with_length, layer_layouts, layer_windows
 
 __all__ = [
     "UNROTATED",
@@ -21,6 +21,7 @@ __all__ = [
     "RotaryModule",
     "bare_length",
     "bare_refusal",
+    "changes_with_length",
     "decoder_of",
     "family_of",
     "family_of_model",

@@ -117,7 +117,9 @@ class Notes:
         self.keys[layer_idx], self._given[layer_idx] = key[:, :, 0].double(), key
         return key, value
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **given) -> tuple:
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **given
+    ) -> tuple:
         """In place of a model's attention: with one token in each row, the result is its value."""
         layer_idx = module.layer_idx
         self.queries[layer_idx] = query[:, :, 0].double()
@@ -143,7 +145,7 @@ class Notes:
 _notes: list[Notes] = []
 
 
-def _attention(module: nn.Module, *args, **kwargs) -> tuple:
+def _attention(module: nn.Module, *args, attention_mask: Tensor | None = None, **kwargs) -> tuple:
     return _notes[-1].attend(module, *args, **kwargs)
 
 
@@ -223,8 +225,9 @@ def measure(model_class: type[nn.Module], config, table: Rotary | None = None) -
     held = {(path, kind): rotary for path, x in modules.items() for kind, rotary in frequencies(x).items()}
     if table is not None:
         held["", None] = table
-    limit = constant_up_to(config) if table is None else config.max_position_embeddings
-    positions = torch.tensor([p for p in POSITIONS if limit is None or p < limit])
+    limits = constant_up_to(config), getattr(config, "max_position_embeddings", None)
+    limit = min((n for n in limits if n), default=max(POSITIONS) + 1)
+    positions = torch.tensor([p for p in POSITIONS if p < limit])
     notes = _run(model, modules, positions)
     types, stores = getattr(config, "layer_types", None) or (), tuple(sorted(notes.keys))
     if not stores:

@@ -92,7 +92,7 @@ def _of_recurrent_layers(config, hidden: int) -> dict[str, Any]:
 
 
 def small_model(model_class: type[nn.Module], config) -> nn.Module:
-    """A model of random weights in float32 on the CPU, always the same; the caller's random numbers are not touched."""
+    """A model of random weights in float32 on the CPU, always the same; leaves the caller's random numbers alone."""
     small = small_config(config)
     small._attn_implementation = "eager"
     devices: list[int] = []

@@ -63,6 +63,11 @@ def layer_layouts(config, streaming: StreamingConfig, family: Family | None = No
     return [rule] * len(windows)
 
 
+def changes_with_length(config) -> bool:
+    """Whether the rotary frequencies change once a sequence is longer than the model's original length."""
+    return constant_up_to(text_config(config)) is not None
+
+
 def bare_length(config) -> int | None:
     """The position at which an unmodified model's rotation ends or changes; ``None`` where it does not."""
     text = text_config(config)
