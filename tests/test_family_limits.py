@@ -171,6 +171,8 @@ def test_without_masks_a_dense_model_stays_itself(case):
         expected = make_family(case, attention="eager")(ids).logits
         with maskless_attention(model):
             assert (model(ids, use_cache=False).logits - expected).abs().max() < 2e-5
+            if case == "phi3-longrope":  # a block that ends within the original length has other frequencies
+                return
             for cache in (DynamicCache(), DynamicCache(config=model.config)):
                 assert (in_blocks(model, cache, cuts) - expected).abs().max() < 2e-5
 

@@ -1,6 +1,6 @@
 """Which models can stream, where each family keeps its rotation, and what else of it the library has to know."""
 
-from .measuring import UNROTATED, Family
+from .family import UNROTATED, Family
 from .parts import decoder_of, lm_head, transformers_model
 from .recognition import family_of
 from .rotations import (

@@ -8,9 +8,9 @@ keys that are the same at all positions have none; anything else is refused.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -19,9 +19,20 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..rope_utils import AngleLayout, Rotary, rotate
+from .family import (
+    UNROTATED,
+    Family,
+    LayerRotation,
+    LayerType,
+    MeasuredOtherwiseError,
+    Place,
+    constant_up_to,
+    frequencies,
+    rotary_modules_of,
+)
 from .native_cache import native_cache
 from .small import small_model
-from .table import LAYER_TYPES
+from .table import LAYER_TYPES, REWRITTEN_TYPES
 
 POSITIONS = (0, 1, 2, 5, 60, 1001)
 """Where the token is put; those beyond the length up to which a rotation is constant are left out."""
@@ -32,67 +43,9 @@ TOLERANCE = 5e-5
 MEASURING = "streaming_llm_measuring"
 """Name of the attention implementation that notes what it is given."""
 
-LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
-"""Kinds of rotary scaling whose frequencies change once a model's original length is passed."""
 
-LayerType = str | None
-"""A kind of layer with a rotation of its own; ``None`` stands for all that have none."""
-
-
-UNROTATED = Rotary(torch.empty(0, dtype=torch.float64))
-"""The rotation of a layer without positions."""
-
-
-class MeasuredOtherwiseError(ValueError):
-    """A model does something with positions that a stream cannot go on with."""
-
-
-Place = tuple[str, LayerType]
-"""Where below a decoder a rotary module is, and the kind of layer that it is asked for."""
-
-
-@dataclass(frozen=True)
-class LayerRotation:
-    """How a layer rotates keys and queries.
-
-    Args:
-        place: of the rotary module.
-        interleaved, offset: as of :class:`Rotary`.
-        sign: -1 where it turns the other way (nanochat).
-    """
-
-    place: Place
-    interleaved: bool
-    offset: int
-    sign: int = 1
-
-    def of(self, held: dict[Place, Rotary]) -> Rotary:
-        """The rotation itself, with the frequencies that the rotary modules hold."""
-        rotary = held[self.place]
-        return replace(rotary, inv_freq=self.sign * rotary.inv_freq, interleaved=self.interleaved, offset=self.offset)
-
-
-@dataclass(frozen=True)
-class Family:
-    """What was found of a decoder's class and configuration.
-
-    Args:
-        stores: number of each layer that stores keys, in the order in which they do.
-        rotations: of each of them; ``None``: none.
-        held: the rotations that the rotary modules of a freshly built model hold.
-        sources: layers that attend to keys that another one stores -> that one.
-        layouts: of what each rotary module returns, by its place below the decoder.
-        has_state: whether other layers keep a state of their own, which is no keys and values.
-        arguments: names of what the attention function is given beside queries, keys and values.
-    """
-
-    stores: tuple[int, ...]
-    rotations: tuple[LayerRotation | None, ...]
-    held: dict[Place, Rotary] = field(default_factory=dict)
-    sources: dict[int, int] = field(default_factory=dict)
-    layouts: dict[str, AngleLayout] = field(default_factory=dict)
-    has_state: bool = False
-    arguments: frozenset[str] = frozenset()
+KNOWN_ARGUMENTS = ("s_aux", "position_ids", "cache_position")
+"""Tensors that attention may be given beside queries, keys and values."""
 
 
 class Notes:
@@ -109,7 +62,6 @@ class Notes:
         self.queries: dict[int, Tensor] = {}
         self.sources: dict[int, int] = {}
         self.returned: dict[tuple[str, LayerType], tuple[Tensor, Any]] = {}
-        self.arguments: set[str] = set()
         self._given: dict[int, Tensor] = {}
 
     def store(self, key: Tensor, value: Tensor, layer_idx: int, *unused, **kwargs) -> tuple[Tensor, Tensor]:
@@ -122,13 +74,17 @@ class Notes:
     ) -> tuple:
         """In place of a model's attention: with one token in each row, the result is its value."""
         layer_idx = module.layer_idx
+        if attention_mask is not None:
+            raise MeasuredOtherwiseError("its attention layers make masks of their own, and a stream has none")
         self.queries[layer_idx] = query[:, :, 0].double()
         source = next((i for i, stored in self._given.items() if stored is key), None)
         if source is None:
             raise MeasuredOtherwiseError(f"layer {layer_idx} attends to other keys than its cache holds")
         if source != layer_idx:
             self.sources[layer_idx] = source
-        self.arguments |= {name for name, x in given.items() if x is not None}
+        unknown = [name for name, x in given.items() if isinstance(x, Tensor) and name not in KNOWN_ARGUMENTS]
+        if unknown:
+            raise MeasuredOtherwiseError(f"its attention is given {', '.join(unknown)}, which a stream does not know")
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
 
     def noting(self, path: str):
@@ -145,65 +101,11 @@ class Notes:
 _notes: list[Notes] = []
 
 
-def _attention(module: nn.Module, *args, attention_mask: Tensor | None = None, **kwargs) -> tuple:
+def _attention(module: nn.Module, *args, **kwargs) -> tuple:
     return _notes[-1].attend(module, *args, **kwargs)
 
 
 AttentionInterface.register(MEASURING, _attention)
-
-
-def rotary_modules_of(decoder: nn.Module) -> dict[str, nn.Module]:
-    """The rotary modules of a decoder by their place below it; of an attached one, those that are stood in for."""
-    found = {}
-    for path, module in decoder.named_modules():
-        module = getattr(module, "replaced", module)
-        if "Rotary" in type(module).__name__ and not any(path.startswith(f"{other}.") for other in found):
-            found[path] = module
-    return found
-
-
-def frequencies(module: nn.Module) -> dict[LayerType, Rotary]:
-    """The rotations that a rotary module holds, by the layers that use them.
-
-    Raises:
-        MeasuredOtherwiseError: it holds no frequencies.
-    """
-    rope_type = getattr(module, "rope_type", "default")
-    kinds = rope_type if isinstance(rope_type, dict) else [None]
-    rotations = {}
-    for kind in kinds:
-        prefix = "" if kind is None else f"{kind}_"
-        inv_freq = getattr(module, f"{prefix}inv_freq", None)
-        if (rope_type[kind] if kind else rope_type) in LENGTH_DEPENDENT:  # whatever length the model has seen last
-            inv_freq = getattr(module, f"{prefix}original_inv_freq")
-        if inv_freq is None:
-            raise MeasuredOtherwiseError(f"its {type(module).__name__} has no frequencies (inv_freq)")
-        scaling = getattr(module, f"{prefix}attention_scaling", None)
-        rotations[kind] = Rotary(inv_freq.detach().to("cpu", torch.float64), False, float(scaling or 1.0))
-    return rotations
-
-
-def constant_up_to(config) -> int | None:
-    """The length up to which the frequencies are constant, where they depend on it at all."""
-    lengths = [
-        _original_length(config, given)
-        for given in rope_parameters(config)
-        if given.get("rope_type", given.get("type")) in LENGTH_DEPENDENT
-    ]
-    return min(lengths, default=None)
-
-
-def rope_parameters(config) -> list[dict[str, Any]]:
-    """The rotary parameters in a configuration, one for each kind of layer that has its own."""
-    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [value for value in given.values() if isinstance(value, dict)]
-    return nested or [given]
-
-
-def _original_length(config, given: dict[str, Any]) -> int:
-    names = "original_max_position_embeddings", "max_position_embeddings"
-    lengths = given.get(names[0]), *(getattr(config, name, None) for name in names)
-    return min(length for length in lengths if length)
 
 
 def measure(model_class: type[nn.Module], config, table: Rotary | None = None) -> Family:
@@ -222,6 +124,8 @@ def measure(model_class: type[nn.Module], config, table: Rotary | None = None) -
             f"a small {model_class.__name__} of this configuration cannot be made to measure it: {error}"
         ) from error
     modules = rotary_modules_of(model)
+    if not modules and table is None and "position_ids" not in inspect.signature(model_class.forward).parameters:
+        raise MeasuredOtherwiseError("it has no rotary module and takes no position_ids")
     held = {(path, kind): rotary for path, x in modules.items() for kind, rotary in frequencies(x).items()}
     if table is not None:
         held["", None] = table
@@ -229,6 +133,8 @@ def measure(model_class: type[nn.Module], config, table: Rotary | None = None) -
     limit = min((n for n in limits if n), default=max(POSITIONS) + 1)
     positions = torch.tensor([p for p in POSITIONS if p < limit])
     notes = _run(model, modules, positions)
+    if not notes.queries and config.model_type not in REWRITTEN_TYPES:
+        raise MeasuredOtherwiseError("its attention layers do not go through Transformers' attention functions")
     types, stores = getattr(config, "layer_types", None) or (), tuple(sorted(notes.keys))
     if not stores:
         raise MeasuredOtherwiseError("none of its layers stores keys in a cache")
@@ -247,7 +153,6 @@ def measure(model_class: type[nn.Module], config, table: Rotary | None = None) -
         notes.sources,
         {path: _layout_of(path, notes, held) for path in modules if path in called},
         len(stores) + len(notes.sources) < config.num_hidden_layers or _keeps_state(model),
-        frozenset(notes.arguments),
     )
 
 

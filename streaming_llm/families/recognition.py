@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from .measuring import Family, MeasuredOtherwiseError, measure
+from .family import Family, MeasuredOtherwiseError
+from .measuring import measure
 from .small import decoder_class
-from .table import REFUSED, REWRITTEN_TYPES, load_module, table_rotation, text_config
+from .table import REFUSED, table_rotation, text_config
 
 UNMEASURED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 """Parts of a configuration that say nothing about positions."""
@@ -69,13 +70,6 @@ def _measured(asked: _Question) -> Family | str:
             "multiple of the chunk's length and is empty there, and no window of recent tokens is that"
         )
     try:
-        family = measure(model_class, config, table_rotation(config))
+        return measure(model_class, config, table_rotation(config))
     except MeasuredOtherwiseError as error:
         return str(error)
-    if not family.arguments and config.model_type not in REWRITTEN_TYPES and not _uses_functions(config):
-        return "its attention layers do not go through Transformers' attention functions"
-    return family
-
-
-def _uses_functions(config) -> bool:
-    return hasattr(load_module(config), "ALL_ATTENTION_FUNCTIONS")

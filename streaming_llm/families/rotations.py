@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..rope_utils import AngleLayout, Rotary
-from .measuring import UNROTATED, Family, LayerType, Place, frequencies, rotary_modules_of
+from .family import UNROTATED, Family, LayerType, Place, frequencies, rotary_modules_of
 from .parts import decoder_of
 from .recognition import family_of
 from .table import table_rotation, text_config

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from transformers import CONFIG_MAPPING
@@ -131,11 +129,6 @@ def module_name(config_class: type) -> str:
     """The name of the model file that belongs to a class of configurations."""
     package, _, name = config_class.__module__.rpartition(".")
     return f"{package}.{name.replace('configuration_', 'modeling_', 1)}"
-
-
-def load_module(config) -> ModuleType:
-    """The model file that belongs to a configuration."""
-    return importlib.import_module(module_name(type(config)))
 
 
 def supported_families() -> list[str]:

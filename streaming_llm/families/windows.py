@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import StreamingConfig
 from ..positions import StreamLayout
-from .measuring import Family, constant_up_to
+from .family import Family, constant_up_to
 from .recognition import family_of
 from .table import table_length, text_config
 
