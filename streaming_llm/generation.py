@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attachment import changed
 from .engines.blocks import BlockForward
 from .engines.pool import EnginePool
-from .families import lm_head
+from .families import last_logits
 from .generate_arguments import Prompt
 from .kv_cache import StreamingKVCache
 from .rows import feed_rows
@@ -171,7 +171,7 @@ class GenerationForwards:
             unseen, self.view.columns = self.prompt.unseen(), self.prompt.length
         if self.expand_size == 1 and not self.drafts and not self._more_than_logits(kwargs):
             hidden = feed_rows(self.model, self.cache, unseen, forward=self._block)
-            return self._output(lm_head(self.model, hidden))
+            return self._output(last_logits(self.model, hidden).unsqueeze(1))
         before = [row[:-1] for row in unseen]
         if max(map(len, before)):
             feed_rows(self.model, self.cache, before, forward=self._block)
