@@ -25,6 +25,7 @@ from .generate_arguments import Prompt
 from .kv_cache import StreamingKVCache
 from .rows import feed_rows
 from .speculative import OverwrittenSlots
+from .warpers import joined
 
 OF_EVERY_FORWARD = (
     "input_ids",
@@ -120,6 +121,9 @@ class GenerationForwards:
             "forward": (self._run, self._forward),
             "prepare_inputs_for_generation": (self._prepare, self._prepare_inputs),
         }
+        if hasattr(self.model, "_get_logits_processor"):
+            processors = self.model._get_logits_processor
+            own["_get_logits_processor"] = (lambda *args, **kwargs: joined(processors(*args, **kwargs)), processors)
         changes = [(self.model, n, functools.update_wrapper(functools.partial(f), old)) for n, (f, old) in own.items()]
         self._changed = changed(changes)
         self._changed.__enter__()
