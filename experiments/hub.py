@@ -1,4 +1,4 @@
-"""Access to the Hugging Face hub, and to the package `datasets`, that fails fast, and says in one line what was tried and what to do instead.
+"""Access to the hub and its package `datasets`: fails fast, saying in one line what was tried and what to do instead.
 
 One quick request tells whether the hub answers; where it does not (or HF_HUB_OFFLINE is set), only what is already
 on this machine is used. Without it, a machine without network waits through many retries.
