@@ -1,8 +1,8 @@
-"""A slow, independent path for every model type: the attention of StreamingLLM written from its definition, in float64.
+"""A slow, independent path for every model type: StreamingLLM's attention written from its definition, in float64.
 
 The model's own projections, norms, experts and recurrent layers run in float64, token by token; every token is put at
 position 0, where a rotation does nothing. What reaches attention is thus not rotated. It is cached in lists, and at
-every step rotated to its position in the cache as the original implementation does, by a rotation that is written here.
+every step rotated to its position in the cache, as the original implementation does, by a rotation written here.
 """
 
 from __future__ import annotations

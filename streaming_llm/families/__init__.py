@@ -1,7 +1,7 @@
 """Which models can stream, where each family keeps its rotation, and what else of it the library has to know."""
 
 from .family import UNROTATED, Family
-from .parts import decoder_of, lm_head, transformers_model
+from .parts import decoder_of, last_logits, lm_head, transformers_model
 from .recognition import family_of
 from .rotations import (
     RotaryModule,
@@ -25,6 +25,7 @@ __all__ = [
     "decoder_of",
     "family_of",
     "family_of_model",
+    "last_logits",
     "layer_layouts",
     "layer_windows",
     "lm_head",

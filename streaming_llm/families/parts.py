@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..placement import output_device
 from .table import text_config
 
 
@@ -77,11 +78,16 @@ def lm_head(model: nn.Module, hidden_states: Tensor) -> Tensor:
         raise ValueError(f"{type(model).__name__} has no output layer: use a causal language model")
     base = base_of(model)
     name = next(name for name, child in model._modules.items() if child is base)
-    flat = hidden_states.reshape(-1, *hidden_states.shape[-2:]) if hidden_states.dim() > 3 else hidden_states
-    model._modules[name] = _Given(base, flat)
+    given = hidden_states.unsqueeze(1) if hidden_states.dim() == 2 else hidden_states
+    model._modules[name] = _Given(base, given)
     try:
-        ids = torch.zeros(flat.shape[:2], dtype=torch.int64, device=flat.device)
+        ids = torch.zeros(given.shape[:2], dtype=torch.int64, device=given.device)
         logits = type(model).forward(model, input_ids=ids, use_cache=False, return_dict=True).logits
     finally:
         model._modules[name] = base
-    return logits.to(hidden_states.dtype)
+    return logits.reshape(*hidden_states.shape[:-1], -1).to(hidden_states.dtype)
+
+
+def last_logits(model: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Logits ``[batch, vocab]`` of the last of ``hidden_states``, on the device on which its forward gives them."""
+    return lm_head(model, hidden_states[:, -1]).to(output_device(model))
