@@ -140,7 +140,15 @@ class Attachment:
         cache.begin(tokens.shape[1], attached=True)
         if not isinstance(cache, StreamingKVCache):
             return None
-        own = {"position_ids": None, "cache_position": None}  # whatever was given: positions are the cache's
+        own: dict[str, Any] = {
+            "position_ids": None,
+            "cache_position": None,
+        }  # whatever was given
+        if cache.recurrent is not None:
+            own["past_key_values"] = cache.recurrent.native(decoder, cache, len(tokens), tokens.device)
+            first = cache.progress.position  # some of these models would begin at 0 again
+            own["cache_position"] = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+            own["position_ids"] = own["cache_position"].unsqueeze(0)
         if not cache.progress.together:
             rows = cache.progress.of_rows(len(tokens))
             own["position_ids"] = torch.tensor([[seen + offset] for seen, offset in rows], device=tokens.device)
@@ -150,6 +158,10 @@ class Attachment:
         cache, self._at_hand.cache = self._at_hand.cache, None
         if cache is None:
             return
+        if getattr(cache, "recurrent", None) is not None:
+            cache.recurrent.release()
+            if output is not None and getattr(output, "past_key_values", None) is not None:
+                output["past_key_values"] = cache
         if output is None:  # the forward raised an error
             cache.abandon()
         else:

@@ -59,6 +59,11 @@ class BareChecks:
     def require_exact(self, progress: Progress, n_tokens: int) -> None:
         """Raise ``ValueError`` where the model's own attention computes otherwise than the stream's rule says."""
         self.require_positions(progress, n_tokens)
+        if self._family.has_state:
+            raise ValueError(
+                "the model has recurrent layers, whose state this cache cannot hold on an unmodified model: use "
+                "`with StreamingLLMWrapper(model, ...) as stream:`"
+            )
         capacity, n_seen = self._streaming.cache_size + 1, progress.n_seen
         if n_tokens > 1 and n_seen + n_tokens > capacity:
             raise ValueError(

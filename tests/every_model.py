@@ -63,7 +63,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
     "exaone4": MIXED,
     "exaone_moe": MIXED | HEAD | {"n_group": 1, "topk_group": 1, "is_moe_layer": [False, True] * 2},
-    "falcon_h1": MAMBA | HEAD | {"mamba_d_ssm": 64},
+    "falcon_h1": MAMBA | HEAD | {"mamba_d_ssm": 64, "mamba_chunk_size": 128},
     "gemma": HEAD,
     "gemma2": HEAD | MIXED,
     "gemma3_text": HEAD | MIXED,
@@ -88,6 +88,8 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "lfm2": CONV,
     "lfm2_moe": CONV | {"num_dense_layers": 2},
     "llama4_text": {"no_rope_layers": [1, 0, 1, 0], "intermediate_size_mlp": 48, **HEAD},
+    "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4, "n_positions": 512, "n_inner": 48},
+    "helium": HEAD,
     "minimax": HEAD | {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 16},
     "minimax_m2": HEAD | {"rotary_dim": 4},
     "ministral": HEAD | MIXED,
@@ -118,7 +120,9 @@ def tiny_config(model_type: str, **changes: Any):
     config_class = CONFIG_MAPPING[model_type]
     known = set(inspect.signature(config_class.__init__).parameters) | set(config_class.attribute_map)
     known |= set(getattr(config_class, "__dataclass_fields__", ()))
-    wanted = {name: value for name, value in COMMON.items() if name in known}
+    aliases = set(config_class.attribute_map.values())
+    wanted = {name: value for name, value in COMMON.items() if name in known - aliases or name not in aliases & known}
+    wanted = {name: value for name, value in wanted.items() if name in known}
     config = config_class(**(wanted | DIFFERENCES.get(model_type, {}) | changes))
     config._experts_implementation = "eager"  # newer Transformers' default takes no float64
     return config

@@ -8,13 +8,14 @@ every step rotated to its position in the cache, as the original implementation 
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from streaming_llm.families import family_of_model, layer_windows, rotaries_from_model, text_config
+from streaming_llm.families import family_of_model, layer_windows, lm_head, rotaries_from_model
 from streaming_llm.families.native_cache import native_cache
 from streaming_llm.families.parts import decoder_of
 
@@ -45,11 +46,13 @@ class _Layer:
 
 
 _layers: dict[int, _Layer] = {}
+_sources: dict[int, int] = {}
+"""Layers that attend to what another one keeps."""
 
 
 def _attend(module: nn.Module, query, key, value, attention_mask=None, scaling=None, softcap=None, s_aux=None, **rest):
     layer = _layers[module.layer_idx]
-    if layer is _layers[_stores_for(module.layer_idx)] and module.layer_idx == _stores_for(module.layer_idx):
+    if module.layer_idx not in _sources:
         if len(layer.keys) > layer.kept:
             del layer.keys[layer.n_sink], layer.values[layer.n_sink]
         layer.keys.append(key[:, :, 0])
@@ -67,13 +70,6 @@ def _attend(module: nn.Module, query, key, value, attention_mask=None, scaling=N
         scores = torch.cat((scores, s_aux.to(scores).view(1, -1, 1, 1).expand(len(scores), -1, 1, 1)), dim=-1)
     weights = scores.softmax(-1)[..., :n]
     return (weights @ values).transpose(1, 2).contiguous(), None
-
-
-_sources: dict[int, int] = {}
-
-
-def _stores_for(layer_idx: int) -> int:
-    return _sources.get(layer_idx, layer_idx)
 
 
 AttentionInterface.register(NAME, _attend)
@@ -100,24 +96,15 @@ def streamed_logits(model, input_ids: Tensor, n_sink: int, window_size: int) -> 
     cache.update = lambda key, value, *args, **kwargs: (key, value)
     zero, logits = torch.zeros(1, 1, dtype=torch.int64), []
     for t, token in enumerate(input_ids.T):
-        given = {"cache_position": torch.tensor([t])} if takes_cache_position(decoder) else {}
+        # Lfm2 of some versions puts a state elsewhere while this is smaller than its convolution is long.
+        given = {"cache_position": torch.tensor([t and t + 50])} if takes_cache_position(decoder) else {}
         hidden = decoder(
             input_ids=token[:, None], position_ids=zero, past_key_values=cache, use_cache=True, **given
         ).last_hidden_state
-        logits.append(of_hidden(model, hidden))
-    assert text_config(model.config) is not None
+        logits.append(lm_head(model, hidden))
     return torch.cat(logits, dim=1)
 
 
 def takes_cache_position(decoder: nn.Module) -> bool:
     """Whether this Transformers tells recurrent layers by it that they go on."""
-    import inspect
-
     return "cache_position" in inspect.signature(type(decoder).forward).parameters
-
-
-def of_hidden(model, hidden: Tensor) -> Tensor:
-    """The model's own output layer with what it does to logits."""
-    from streaming_llm.families import lm_head
-
-    return lm_head(model, hidden)

@@ -1,6 +1,7 @@
 """Which models can stream, where each family keeps its rotation, and what else of it the library has to know."""
 
 from .family import UNROTATED, Family
+from .native_cache import native_cache
 from .parts import decoder_of, last_logits, lm_head, transformers_model
 from .recognition import family_of
 from .rotations import (
@@ -30,6 +31,7 @@ __all__ = [
     "layer_windows",
     "lm_head",
     "module_name",
+    "native_cache",
     "rotaries_from_config",
     "rotaries_from_model",
     "rotary_from_config",

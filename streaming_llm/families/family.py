@@ -60,7 +60,8 @@ class Family:
         held: the rotations that the rotary modules of a freshly built model hold.
         sources: layers that attend to keys that another one stores -> that one.
         layouts: of what each rotary module returns, by its place below the decoder.
-        has_state: whether other layers keep a state of their own, which is no keys and values.
+        has_state: whether layers keep a state of their own, which is no keys and values.
+        blocks_continue: whether their state takes a block of several tokens after others.
     """
 
     stores: tuple[int, ...]
@@ -69,6 +70,7 @@ class Family:
     sources: dict[int, int] = field(default_factory=dict)
     layouts: dict[str, AngleLayout] = field(default_factory=dict)
     has_state: bool = False
+    blocks_continue: bool = True
 
 
 def rotary_modules_of(decoder: nn.Module) -> dict[str, nn.Module]:

@@ -145,6 +145,7 @@ def measure(model_class: type[nn.Module], config, table: Rotary | None = None) -
     rotations = tuple(_rotation_of(index, notes, held, kinds.get(index), positions) for index in stores)
     for layer, source in notes.sources.items():
         _require_turned(layer, notes.queries[layer], rotations[stores.index(source)], held, positions)
+    has_state = len(stores) + len(notes.sources) < config.num_hidden_layers or _keeps_state(model)
     called = {at for at, _ in notes.returned}
     return Family(
         stores,
@@ -152,7 +153,8 @@ def measure(model_class: type[nn.Module], config, table: Rotary | None = None) -
         held,
         notes.sources,
         {path: _layout_of(path, notes, held) for path in modules if path in called},
-        len(stores) + len(notes.sources) < config.num_hidden_layers or _keeps_state(model),
+        has_state,
+        not has_state or _blocks_continue(model),
     )
 
 
@@ -183,6 +185,32 @@ def _run(model: nn.Module, modules: dict[str, nn.Module], positions: Tensor) -> 
         for hook in hooks:
             hook.remove()
     return notes
+
+
+@torch.no_grad()
+def _blocks_continue(model: nn.Module) -> bool:
+    """Whether a second block of tokens goes on from the state that the first one left."""
+    for module in model.modules():
+        if "config" in vars(module):
+            module.config._attn_implementation_internal = "eager"
+    ids, positions = torch.tensor([[1, 3, 2, 4, 1, 2]]), torch.arange(6).unsqueeze(0)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)  # so that what is left out shows
+    whole, cache = (
+        model(input_ids=ids, use_cache=False).last_hidden_state,
+        native_cache(model, 1, "cpu", torch.float32),
+    )
+    cut = []
+    try:
+        for block, at in zip(ids.split(3, dim=1), positions.split(3, dim=1), strict=True):
+            given = {"input_ids": block, "position_ids": at, "cache_position": at[0]}
+            cut.append(model(**given, past_key_values=cache, use_cache=True).last_hidden_state)
+    except Exception:  # some expect a single token
+        return False
+    return bool((torch.cat(cut, dim=1) - whole).abs().max() < 1e-3 * whole.abs().max())
 
 
 def _error(x: Tensor, rotary: Rotary, positions: Tensor) -> float:
