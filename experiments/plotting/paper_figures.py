@@ -58,14 +58,38 @@ def methods(result: dict) -> Figure:
     return figure
 
 
-def long(results: Sequence[dict]) -> Figure:
-    """Perplexity along very long texts, a line for each model."""
+def long(result: dict) -> Figure:
+    """Perplexity along a very long text: its first part on a log axis, and all of it."""
+    looks = {}
+    for row in result["rows"]:
+        name, cache = row["method"], row.get("cache_size")
+        kept = "" if cache is None else f", {result['n_sink']} + {cache - result['n_sink']}"
+        kept = f", {cache}" if name == "window" else kept
+        is_smaller = name == "streaming" and cache != result["cache_size"]
+        look = _look(name) | {"label": style.METHODS[name].label + kept, "linestyle": ":" if is_smaller else "-"}
+        looks[name if cache is None else f"{name} {cache}"] = look
+    books = "Books follow each other: perplexity differs between them. Dashed: the model's context"
+    figure, axes = _page(result, list(looks.values()), columns=2, more=[books], sharey=True)
+    _curves(axes[0], result["starts"], "perplexity", looks)
+    _curves(axes[1], result["curves"], "perplexity", looks)
+    drawn = [one for part in ("starts", "curves") for one in result[part].values()]
+    number_axis(axes[0], "x", [token for one in result["starts"].values() for token in one["token"]], log_ratio=2)
+    number_axis(axes[1], "x", [token for one in result["curves"].values() for token in one["token"]])
+    number_axis(axes[0], "y", [value for one in drawn for value in one["perplexity"]], log_ratio=20)
+    for ax, title in zip(axes, ("perplexity, stretches that double", "perplexity, all of it"), strict=True):
+        ax.axvline(result["context_length"], color=style.QUIET, linewidth=0.8, linestyle="--")
+        ax.set_title(title)
+    return figure
+
+
+def models(results: Sequence[dict]) -> Figure:
+    """Perplexity along very long texts with StreamingLLM's larger cache, a line for each model."""
     lines, looks = [], []
     for i, result in enumerate(results):
-        name = result["model"].rsplit("/", 1)[-1]
+        name, n_sink = result["model"].rsplit("/", 1)[-1], result["n_sink"]
         colour = MODEL_COLOURS[i % len(MODEL_COLOURS)]
-        looks.append({"color": colour, "label": f"{name}, {result['n_sink']} + {result['cache_size'] - 4}"})
-        lines.append(result["curves"]["streaming"])
+        looks.append({"color": colour, "label": f"{name}, {n_sink} + {result['cache_size'] - n_sink}"})
+        lines.append(result["curves"][f"streaming {result['cache_size']}"])
     figure, (ax,) = _page(results[0], looks, more=["Books follow each other: perplexity differs between them"])
     for one, look in zip(lines, looks, strict=True):
         ax.plot(one["token"], one["perplexity"], linewidth=0.9, **look)
@@ -216,7 +240,7 @@ DRAW: dict[str, Callable[[dict], Figure]] = {
     "line-breaks": bars,
     "sinks": sizes,
     "attention": attention,
-    "long": lambda result: long([result]),
+    "long": long,
     "cache-sizes": sizes,
     "latency": latency,
     "stream-eval": asked,
