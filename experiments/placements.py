@@ -178,9 +178,10 @@ class _ShiftedLayer(CacheLayerMixin):
         self.slots_of_values: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.slots_of_keys, self.slots_of_values = (
-            x.new_zeros((*x.shape[:2], self.cache_size + 1, x.shape[3])) for x in (key_states, value_states)
-        )
+        with torch.inference_mode(False):  # steps that are recorded outside of it write to these too
+            self.slots_of_keys, self.slots_of_values = (
+                x.new_zeros((*x.shape[:2], self.cache_size + 1, x.shape[3])) for x in (key_states, value_states)
+            )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:

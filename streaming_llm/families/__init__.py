@@ -1,6 +1,6 @@
 """Which models can stream, where each family keeps its rotation, and what else of it the library has to know."""
 
-from .parts import decoder_of, lm_head, transformers_model
+from .parts import decoder_of, last_logits, lm_head, transformers_model
 from .rotations import (
     RotaryModule,
     module_angles,
@@ -20,6 +20,7 @@ __all__ = [
     "bare_refusal",
     "decoder_of",
     "family_of",
+    "last_logits",
     "layer_layouts",
     "layer_windows",
     "lm_head",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..placement import output_device
 from .table import family_of, text_config
 
 
@@ -39,3 +40,8 @@ def lm_head(model: nn.Module, hidden_states: Tensor) -> Tensor:
         raise ValueError(f"{type(model).__name__} has no output layer: use a causal language model")
     logits, family = head(hidden_states), family_of(model.config)
     return family.logits(text_config(model.config), logits) if family.logits else logits
+
+
+def last_logits(model: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Logits ``[batch, vocab]`` of the last of ``hidden_states``, on the device on which its forward gives them."""
+    return lm_head(model, hidden_states[:, -1]).to(output_device(model))
