@@ -61,7 +61,7 @@ class Long(_Always):
             rows.append(_row(one, **row, within_context=perplexity(nll[: context - 1]), tokens_per_sec=speed))
             starts[name] = doubling(nll)
             if cache:
-                curves[name] = curve(nll, 200)
+                curves[name] = curve(nll, min(200, max(2, len(nll) // 400)))
         return {"cache_size": setting.lengths.large_cache, "n_sink": setting.n_sink, "rows": rows, "curves": curves,
                 "starts": starts, "context_length": context}  # fmt: skip
 

@@ -67,16 +67,18 @@ def long(result: dict) -> Figure:
         kept = f", {cache}" if name == "window" else kept
         is_smaller = name == "streaming" and cache != result["cache_size"]
         look = _look(name) | {"label": style.METHODS[name].label + kept, "linestyle": ":" if is_smaller else "-"}
+        look |= {"zorder": 2 + (name == "streaming"), "marker": style.METHODS[name].marker, "markersize": 2.4}
         looks[name if cache is None else f"{name} {cache}"] = look
-    books = "Books follow each other: perplexity differs between them. Dashed: the model's context"
+    books = "Left: stretches each as long as all before it. Texts follow each other, and perplexity differs between "
+    books += "them. Dashed: the model's context"
     figure, axes = _page(result, list(looks.values()), columns=2, more=[books], sharey=True)
     _curves(axes[0], result["starts"], "perplexity", looks)
-    _curves(axes[1], result["curves"], "perplexity", looks)
+    _curves(axes[1], result["curves"], "perplexity", {name: look | {"marker": ""} for name, look in looks.items()})
     drawn = [one for part in ("starts", "curves") for one in result[part].values()]
     number_axis(axes[0], "x", [token for one in result["starts"].values() for token in one["token"]], log_ratio=2)
     number_axis(axes[1], "x", [token for one in result["curves"].values() for token in one["token"]])
     number_axis(axes[0], "y", [value for one in drawn for value in one["perplexity"]], log_ratio=20)
-    for ax, title in zip(axes, ("perplexity, stretches that double", "perplexity, all of it"), strict=True):
+    for ax, title in zip(axes, ("perplexity, log axis", "perplexity, all of it"), strict=True):
         ax.axvline(result["context_length"], color=style.QUIET, linewidth=0.8, linestyle="--")
         ax.set_title(title)
     return figure
