@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +137,12 @@ class ExactRotaryEmbedding(nn.Module):
         super().__init__()
         self.replaced, self.layout, self.stands_in = replaced, layout or AngleLayout(), stands_in
         self.rotaries = rotary if isinstance(rotary, dict) else {None: rotary}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("replaced"), name)  # a model may ask its module for its configuration
 
     @torch.no_grad()
     def forward(

@@ -13,7 +13,7 @@ from .rotations import (
     rotary_from_model,
     rotary_modules,
 )
-from .table import module_name, supported_families, text_config
+from .table import module_name, supported_families, text_config, value_of
 from .windows import bare_length, bare_refusal, changes_with_length, layer_layouts, layer_windows
 
 __all__ = [
@@ -40,4 +40,5 @@ __all__ = [
     "supported_families",
     "text_config",
     "transformers_model",
+    "value_of",
 ]

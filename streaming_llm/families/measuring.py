@@ -133,9 +133,12 @@ def measure(model_class: type[nn.Module], config, table: Rotary | None = None) -
     limit = min((n for n in limits if n), default=max(POSITIONS) + 1)
     positions = torch.tensor([p for p in POSITIONS if p < limit])
     notes = _run(model, modules, positions)
+    stores = tuple(sorted(notes.keys))
+    if stores and stores[-1] >= config.num_hidden_layers:
+        raise MeasuredOtherwiseError("it runs its layers several times for each token")
     if not notes.queries and config.model_type not in REWRITTEN_TYPES:
         raise MeasuredOtherwiseError("its attention layers do not go through Transformers' attention functions")
-    types, stores = getattr(config, "layer_types", None) or (), tuple(sorted(notes.keys))
+    types = getattr(config, "layer_types", None) or ()
     if not stores:
         raise MeasuredOtherwiseError("none of its layers stores keys in a cache")
     kinds = {index: types[index] for index in (*stores, *notes.sources) if index < len(types)}

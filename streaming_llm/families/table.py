@@ -125,6 +125,14 @@ def text_config(config):
     return config.get_text_config(decoder=True)
 
 
+def value_of(config, name: str):
+    """A value in a configuration; ``None`` where it has none, or one for each layer (Gemma 4)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
 def module_name(config_class: type) -> str:
     """The name of the model file that belongs to a class of configurations."""
     package, _, name = config_class.__module__.rpartition(".")
