@@ -24,7 +24,7 @@ N_SINK, LENGTH = 4, 90
 IDS = torch.randint(3, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(1))
 KERNELS = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
 TOLERANCE = 1e-5
-"""Of logits with a standard deviation of 1, from models in float64; some norms of theirs are in float32 all the same."""
+"""Of logits with a standard deviation of 1, from models in float64, some of whose norms are in float32 all the same."""
 
 OWN_REFERENCE = "against a reference of its own (tests/test_families.py)"
 
@@ -89,10 +89,10 @@ def table() -> str:
     lines = [
         "# Which model types stream",
         "",
-        f"Every model type of Transformers {transformers.__version__} with a causal language model and rotary positions"
-        " (and a few hybrids whose attention needs none), as a tiny random model in float64. The reference is"
-        " StreamingLLM's attention written from its definition, token by token (`tests/streamed_reference.py`); 4 sinks,"
-        " a window of 16, 90 tokens. Made by `python tests/every_model_table.py`.",
+        f"Every model type of Transformers {transformers.__version__} with a causal language model and rotary positions "
+        "(and a few hybrids whose attention needs none), as a tiny random model in float64. The reference is "
+        "StreamingLLM's attention written from its definition, token by token (`tests/streamed_reference.py`); 4 "
+        "sinks, a window of 16, 90 tokens. Made by `python tests/every_model_table.py`.",
         "",
         f"{n_yes} of {len(rows)} stream exactly.",
         "",

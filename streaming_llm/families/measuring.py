@@ -134,7 +134,7 @@ def measure(model_class: type[nn.Module], config, table: Rotary | None = None) -
     positions = torch.tensor([p for p in POSITIONS if p < limit])
     notes = _run(model, modules, positions)
     stores = tuple(sorted(notes.keys))
-    if stores and stores[-1] >= config.num_hidden_layers:
+    if set(notes.sources) & set(stores):
         raise MeasuredOtherwiseError("it runs its layers several times for each token")
     if not notes.queries and config.model_type not in REWRITTEN_TYPES:
         raise MeasuredOtherwiseError("its attention layers do not go through Transformers' attention functions")
