@@ -97,7 +97,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None, **HEAD},
     "nanochat": {},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mamba", "attention"], "mamba_num_heads": 8}
-    | {"mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 128, "time_step_min": 0.0, **HEAD},
+    | {"mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 128, "time_step_min": 1e-6, **HEAD},
     "olmo3": MIXED,
     "olmo_hybrid": LINEAR,
     "phi": {"num_key_value_heads": 4},

@@ -1,7 +1,7 @@
 """Which models can stream, where each family keeps its rotation, and what else of it the library has to know."""
 
 from .family import UNROTATED, Family
-from .native_cache import native_cache
+from .native_cache import native_cache, uses_attention_functions
 from .parts import decoder_of, last_logits, lm_head, transformers_model
 from .recognition import family_of
 from .rotations import (
@@ -40,5 +40,6 @@ __all__ = [
     "supported_families",
     "text_config",
     "transformers_model",
+    "uses_attention_functions",
     "value_of",
 ]

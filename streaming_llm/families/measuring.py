@@ -9,7 +9,6 @@ keys that are the same at all positions have none; anything else is refused.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -30,7 +29,7 @@ from .family import (
     frequencies,
     rotary_modules_of,
 )
-from .native_cache import native_cache
+from .native_cache import native_cache, uses_attention_functions
 from .small import small_model
 from .table import LAYER_TYPES, REWRITTEN_TYPES
 
@@ -170,7 +169,7 @@ def _keeps_state(model: nn.Module) -> bool:
 def _run(model: nn.Module, modules: dict[str, nn.Module], positions: Tensor) -> Notes:
     notes, ids = Notes(), torch.ones(len(positions), 1, dtype=torch.int64)
     hooks = [x.register_forward_hook(notes.noting(path), with_kwargs=True) for path, x in modules.items()]
-    if hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
+    if uses_attention_functions(model):
         for module in model.modules():
             if "config" in vars(module):
                 module.config._attn_implementation_internal = MEASURING
