@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse_padding
+from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse_images, refuse_padding
 from .attention.kernel_choice import unwrapped
 from .attention.plan import ForwardAtHand
 from .attention.rewritten_layers import rewritten_forwards
@@ -118,9 +118,12 @@ class Attachment:
     # Every forward of the decoder begins and ends with its cache
 
     def _hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
-        decoder = decoder_of(self.model)
+        decoder, hooks = decoder_of(self.model), []
+        if decoder is not self.model.base_model:
+            hooks.append(self.model.register_forward_pre_hook(_refuse_images, with_kwargs=True))
         self._parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]  # without self
         return [
+            *hooks,
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
@@ -166,6 +169,11 @@ class Attachment:
             cache.abandon()
         else:
             cache.end()
+
+
+def _refuse_images(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    if hasattr(kwargs.get("past_key_values"), "take_plan"):
+        refuse_images(kwargs)
 
 
 @contextmanager

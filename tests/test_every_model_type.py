@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from every_model import model_types, tiny_model
+from every_model import model_types, tiny_config, tiny_model
 from every_model_table import DOCUMENT, IDS, LENGTH, N_SINK, allowed_error, in_blocks, largest_errors, table, verdict
 from streamed_reference import streamed_logits
 from transformers.models.llama import modeling_llama
@@ -199,3 +199,45 @@ def test_measuring_leaves_random_numbers_alone_and_is_done_once():
     family = family_of_model(model)
     assert torch.equal(torch.rand(3), expected)
     assert family_of_model(tiny_model("llama", max_position_embeddings=777)) is family
+
+
+# Language models inside multimodal ones
+
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "depth": 1}
+VISION |= {"image_size": 28, "patch_size": 14, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16}
+MULTIMODAL = {
+    "qwen3_vl": (
+        "qwen3_vl_text",
+        {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}, "head_dim": 8},
+    ),
+    "mistral3": ("mistral", {"sliding_window": None, "head_dim": 8}),
+    "qwen2_5_vl": ("qwen2_5_vl_text", {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}),
+}
+"""Model type -> the type of its language model, and what its configuration needs."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", sorted(MULTIMODAL))
+def test_the_language_model_of_a_multimodal_one_streams_over_text(model_type):
+    text_type, differences = MULTIMODAL[model_type]
+    if text_type not in transformers.CONFIG_MAPPING:
+        pytest.skip("this Transformers has no configuration of it")
+    text = tiny_config(text_type, **differences)
+    kind = transformers.CONFIG_MAPPING[model_type]
+    config = kind(text_config=text.to_dict(), vision_config=VISION, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval().double()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "language_model" in name:
+            parameter.normal_(std=0.15)
+    reference = streamed_logits(model, IDS, N_SINK, 16)
+    with StreamingLLMWrapper(model, N_SINK, 16) as stream:
+        logits = in_blocks(model, stream.new_cache(), (0, 33, 34, 35, 70, LENGTH))
+        assert (logits - reference).abs().max() < 1e-6 * reference.abs().max().clamp(min=1)
+        out = stream.generate(IDS[:, :40], max_new_tokens=5, do_sample=False, eos_token_id=None)
+        assert torch.equal(out[:, 40:], streamed_logits(model, out, N_SINK, 16)[:, 39:-1].argmax(-1))
+        pixels = torch.zeros(1, 3, 28, 28)
+        with pytest.raises(ValueError, match="a stream is of text, and pixel_values was given"):
+            stream.generate(IDS[:, :40], pixel_values=pixels, max_new_tokens=1)
+        with pytest.raises(ValueError, match="a stream is of text, and pixel_values was given"):
+            model(input_ids=IDS[:, :40], pixel_values=pixels, past_key_values=stream.new_cache())
