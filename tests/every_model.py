@@ -48,6 +48,9 @@ MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 LINEAR |= {"layer_types": ["linear_attention", "full_attention"] * 2, **HEAD}
 CONV = {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3, "block_multiple_of": 8}
+SCALED_QUERIES = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24}
+SCALED_QUERIES |= {"llama_4_scaling_beta": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0}
+SCALED_QUERIES |= {"mscale_all_dim": 1.0}
 VOCAB_PER_LAYER = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
 
 DIFFERENCES: dict[str, dict[str, Any]] = {
@@ -93,7 +96,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "minimax": HEAD | {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 16},
     "minimax_m2": HEAD | {"rotary_dim": 4},
     "ministral": HEAD | MIXED,
-    "ministral3": HEAD,
+    "ministral3": HEAD | {"rope_parameters": SCALED_QUERIES},
     "mistral": {"sliding_window": None, **HEAD},
     "nanochat": {},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mamba", "attention"], "mamba_num_heads": 8}

@@ -92,10 +92,16 @@ class ForwardAtHand:
 
     Attributes:
         cache: the streaming cache of the forward; ``None`` in a forward without one.
+        positions: of its tokens in the stream, ``[batch or 1, q_len]``, where the model is given those in the cache.
     """
 
     def __init__(self) -> None:
         self.cache: Planner | None = None
+        self.positions: Tensor | None = None
+
+    def true_positions(self) -> Tensor | None:
+        """See ``positions``."""
+        return self.positions
 
     def is_streaming(self) -> bool:
         """Whether the forward has a streaming cache."""

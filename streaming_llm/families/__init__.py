@@ -14,7 +14,7 @@ from .rotations import (
     rotary_modules,
 )
 from .table import module_name, supported_families, text_config, value_of
-from .windows import bare_length, bare_refusal, changes_with_length, layer_layouts, layer_windows
+from .windows import bare_length, bare_refusal, changes_with_length, layer_layouts, layer_windows, scaled_from
 
 __all__ = [
     "UNROTATED",
@@ -37,6 +37,7 @@ __all__ = [
     "rotary_from_config",
     "rotary_from_model",
     "rotary_modules",
+    "scaled_from",
     "supported_families",
     "text_config",
     "transformers_model",

@@ -118,6 +118,14 @@ def constant_up_to(config) -> int | None:
     return min(lengths, default=None)
 
 
+def queries_scaled_from(config) -> int | None:
+    """The position from which on a language model scales its queries by their position (Llama 4, Ministral 3)."""
+    if getattr(config, "attn_temperature_tuning", False):
+        return config.floor_scale
+    scaled = [x for x in rope_parameters(config) if x.get("llama_4_scaling_beta")]
+    return scaled[0]["original_max_position_embeddings"] if scaled else None
+
+
 def rope_parameters(config) -> list[dict[str, Any]]:
     """The rotary parameters in a configuration, one for each kind of layer that has its own."""
     given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

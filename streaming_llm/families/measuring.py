@@ -28,6 +28,7 @@ from .family import (
     Place,
     constant_up_to,
     frequencies,
+    queries_scaled_from,
     rotary_modules_of,
 )
 from .native_cache import native_cache, uses_attention_functions
@@ -136,7 +137,7 @@ def measure(model_class: type[nn.Module], config, table: Rotary | None = None) -
     held = {(path, kind): rotary for path, x in modules.items() for kind, rotary in frequencies(x).items()}
     if table is not None:
         held["", None] = table
-    limits = constant_up_to(config), getattr(config, "max_position_embeddings", None)
+    limits = constant_up_to(config), queries_scaled_from(config), getattr(config, "max_position_embeddings", None)
     limit = min((n for n in limits if n), default=max(POSITIONS) + 1)
     positions = torch.tensor([p for p in POSITIONS if p < limit])
     notes = _run(model, modules, positions)
