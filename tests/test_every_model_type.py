@@ -224,7 +224,9 @@ def test_the_language_model_of_a_multimodal_one_streams_over_text(model_type):
         pytest.skip("this Transformers has no configuration of it")
     text = tiny_config(text_type, **differences)
     kind = transformers.CONFIG_MAPPING[model_type]
-    config = kind(text_config=text.to_dict(), vision_config=VISION, tie_word_embeddings=False)
+    config = kind(
+        text_config=text.to_dict(), vision_config=VISION, tie_word_embeddings=False, vision_start_token_id=100
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(config).eval().double()
     for name, parameter in model.named_parameters():

@@ -44,6 +44,6 @@ def native_cache(decoder: nn.Module, n_rows: int, device: torch.device | str, dt
     wanted = inspect.signature(own[0].__init__).parameters
     cache = own[0](**{name: value for name, value in known.items() if name in wanted})
     if not getattr(cache, "key_cache", True):  # Falcon-H1's, which counts as false while it holds no keys
-        cache.key_cache = [torch.empty(0) for _ in range(config.num_hidden_layers)]
+        cache.key_cache = [torch.empty(0, 0, 0, 0) for _ in range(config.num_hidden_layers)]
         cache.value_cache = list(cache.key_cache)
     return cache

@@ -74,6 +74,7 @@ def _narrowed(config) -> dict[str, Any]:
 def _of_recurrent_layers(config, hidden: int) -> dict[str, Any]:
     """Numbers of heads of recurrent layers, which have to fit the width."""
     values: dict[str, Any] = {"chunk_size": 2, "mamba_chunk_size": 2, "mamba_d_state": 2, "ssm_state_size": 2}
+    values["lru_width"] = hidden
     head_dim, expand = getattr(config, "mamba_d_head", None), getattr(config, "mamba_expand", None)
     if isinstance(head_dim, int) and expand:
         inner = -(-expand * hidden // head_dim) * head_dim
