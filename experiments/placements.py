@@ -22,8 +22,7 @@ from streaming_llm.attachment import attached
 from streaming_llm.blockwise import BlockScorer, in_blocks
 from streaming_llm.engines import make_engine
 from streaming_llm.engines.blocks import default_block_size, feed
-from streaming_llm.families import layer_windows, lm_head, rotaries_from_model, transformers_model
-from streaming_llm.families.rotations import UNROTATED
+from streaming_llm.families import UNROTATED, layer_windows, lm_head, rotaries_from_model, transformers_model
 
 
 def model_call_engine(engine: str) -> str:

@@ -270,7 +270,7 @@ class StreamingDecoder:
             ValueError: it is of another model or cache; the decoder's stream is then unchanged.
         """
         self._require_open()
-        self._cache.restore(state, device=layer_devices(self._inner, len(self._cache.layers)), dtype=dtype)
+        self._cache.restore(state, device=layer_devices(self._inner, self._cache.family.stores), dtype=dtype)
         logits, random = state.tensors.get(LOGITS), state.tensors.get(RANDOM)
         self._keep(None if logits is None else logits.to(output_device(self._inner), self._inner.dtype))
         self._generator = None

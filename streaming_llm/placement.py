@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -35,13 +37,18 @@ def output_device(model: nn.Module) -> torch.device:
     return input_device(model) if head is None or brought_back else _device_of(head)
 
 
-def layer_devices(model: nn.Module, num_layers: int) -> list[torch.device]:
-    """Where the keys of each decoder layer belong."""
+def layer_devices(model: nn.Module, stores: Sequence[int]) -> list[torch.device]:
+    """Where the keys of each decoder layer belong that stores some.
+
+    Args:
+        stores: their numbers.
+    """
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
     if not stacks:
-        return [input_device(model)] * num_layers
+        return [input_device(model)] * len(stores)
     attention = [next((m for m in layer.modules() if hasattr(m, "_hf_hook")), layer) for layer in stacks[0]]
-    return [_device_of(layer) for layer in attention]
+    return [_device_of(attention[index]) for index in stores]
 
 
 def is_split(model: nn.Module) -> bool:
