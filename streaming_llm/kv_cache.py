@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,7 +92,12 @@ class StreamingKVCache(SaveableCache):
         self.recurrent = RecurrentState() if self.family.has_state else None
         layouts = layer_layouts(model_config, self.streaming_config, self.family)
         rotary = rotaries_from_config(model_config) if rotary is None else rotary
-        rotations = sink_rotations([rotary] * len(layouts) if isinstance(rotary, Rotary) else rotary)
+        rotaries = [rotary] * len(layouts) if isinstance(rotary, Rotary) else list(rotary)
+        self._of_keys = sink_rotations(rotaries) if self.family.latents else []
+        if self.family.latents:  # what is stored is rotated from its first dimension on
+            stored = {id(rotary): replace(rotary, offset=0) for rotary in rotaries}
+            rotaries = [stored[id(rotary)] for rotary in rotaries]
+        rotations = sink_rotations(rotaries)
         self._rotations = set(rotations)
         super().__init__(
             layers=[
@@ -178,7 +184,12 @@ class StreamingKVCache(SaveableCache):
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
         slots = forward.slots(layer.layout, key_states.device)
-        keys, values, plan = layer.store(key_states, value_states, slots)
+        if self.family.latents:
+            values, keys, plan = layer.store(value_states, key_states, slots)
+            if isinstance(plan, BlockPlan):
+                values, keys, plan = plan.all_in_one(values, keys, self._of_keys[index])
+        else:
+            keys, values, plan = layer.store(key_states, value_states, slots)
         forward.stored(plan)
         if not forward.attached:
             if isinstance(plan, BlockPlan) and plan.previous:  # a sliding layer's own mask takes all of them
