@@ -187,10 +187,9 @@ def _ring_attention(
         if tl.atomic_add(arrived_ptr + program, 1, sem="acq_rel") == SPLITS - 1:  # the last puts the parts together
             for j in tl.static_range(SHARED):
                 group = chunk * SHARED + j
-                whole = _put_together(
-                    partial_ptr, program.to(tl.int64) * SPLITS * SHARED + j, tl.num_programs(0) * SPLITS * SHARED * DIM_P,
-                    SHARED, SPLITS, PARTS, DIM_P,
-                )  # fmt: skip
+                part = program.to(tl.int64) * SPLITS * SHARED + j
+                stats = tl.num_programs(0) * SPLITS * SHARED * DIM_P
+                whole = _put_together(partial_ptr, part, stats, SHARED, SPLITS, PARTS, DIM_P)
                 out = out_ptr + (row * HEADS + kv_head * GROUPS + group) * HEAD_DIM
                 tl.store(out + dims, whole.to(out_ptr.dtype.element_ty), inside & (group < GROUPS))
             tl.store(arrived_ptr + program, 0)
