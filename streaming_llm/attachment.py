@@ -11,18 +11,18 @@ import copy
 import inspect
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse_padding
+from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse_images, refuse_padding
 from .attention.kernel_choice import unwrapped
 from .attention.plan import ForwardAtHand
 from .attention.rewritten_layers import rewritten_forwards
-from .families import changes_with_length, decoder_of, rotary_modules, transformers_model
+from .families import changes_with_length, decoder_of, rotary_modules, scaled_from, transformers_model
 from .kv_cache import StreamingKVCache
 from .rope_utils import ExactRotaryEmbedding
 
@@ -101,7 +101,9 @@ class Attachment:
         stands_in = self._at_hand.is_streaming if changes_with_length(model.config) else None
         for found in rotary_modules(model):
             key = id(found.module)
-            exact[key] = exact.get(key) or ExactRotaryEmbedding(found.module, found.angles, found.layout, stands_in)
+            exact[key] = exact.get(key) or ExactRotaryEmbedding(
+                found.module, found.angles, found.layout, stands_in, self._at_hand.true_positions
+            )
             changes.append((found.parent, found.name, exact[key]))
         layers = {id(x): x for x in map(unwrapped, model.modules()) if "layer_idx" in vars(x)}
         return changes + [(layer, AT_HAND, self._at_hand) for layer in layers.values()]
@@ -109,6 +111,7 @@ class Attachment:
     def _copy_of_model(self, memo: dict) -> PreTrainedModel:
         """``copy.deepcopy(model)`` gives a model as it is without being attached."""
         changes, prefix = self._put_now, self._in_force
+        assert prefix is not None  # else the model would have its own way of copying
         self._undo.close()
         try:
             return copy.deepcopy(self.model, memo)
@@ -118,16 +121,19 @@ class Attachment:
     # Every forward of the decoder begins and ends with its cache
 
     def _hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
-        decoder = decoder_of(self.model)
+        decoder, hooks = decoder_of(self.model), []
+        if decoder is not self.model.base_model:
+            hooks.append(self.model.register_forward_pre_hook(_refuse_images, with_kwargs=True))
         self._parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]  # without self
         return [
+            *hooks,
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
-        cache = given.get("past_key_values")
+        cache: Any = given.get("past_key_values")
         if isinstance(cache, (tuple, list)):
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__} of keys and values, which Transformers no longer uses: "
@@ -136,14 +142,11 @@ class Attachment:
         self._at_hand.cache = cache if hasattr(cache, "take_plan") else None
         if self._at_hand.cache is None:
             return None
-        tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
         cache.begin(tokens.shape[1], attached=True)
         if not isinstance(cache, StreamingKVCache):
             return None
-        own: dict[str, Any] = {
-            "position_ids": None,
-            "cache_position": None,
-        }  # whatever was given
+        own: dict[str, Any] = {"position_ids": None, "cache_position": None}  # whatever was given
         if cache.recurrent is not None:
             own["past_key_values"] = cache.recurrent.native(decoder, cache, len(tokens), tokens.device)
             first = cache.progress.position  # some of these models would begin at 0 again
@@ -152,10 +155,17 @@ class Attachment:
         if not cache.progress.together:
             rows = cache.progress.of_rows(len(tokens))
             own["position_ids"] = torch.tensor([[seen + offset] for seen, offset in rows], device=tokens.device)
+        if scaled_from(self.model.config) is not None:  # queries grow with their position, which is that in the cache
+            first, n_tokens, last = cache.progress.position, tokens.shape[1], cache.streaming_config.cache_size
+            here = torch.arange(first, first + n_tokens, device=tokens.device).unsqueeze(0)
+            self._at_hand.positions = here if own["position_ids"] is None else own["position_ids"]
+            own["position_ids"] = (self._at_hand.positions - max(cache.progress.offset)).clamp(max=last)
+            own["cache_position"] = own["position_ids"].amax(0)
         return (), given | {name: value for name, value in own.items() if name in self._parameters}
 
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        cache, self._at_hand.cache = self._at_hand.cache, None
+        cache: Any = self._at_hand.cache
+        self._at_hand.cache = self._at_hand.positions = None
         if cache is None:
             return
         if getattr(cache, "recurrent", None) is not None:
@@ -166,6 +176,11 @@ class Attachment:
             cache.abandon()
         else:
             cache.end()
+
+
+def _refuse_images(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    if hasattr(kwargs.get("past_key_values"), "take_plan"):
+        refuse_images(kwargs)
 
 
 @contextmanager
@@ -239,7 +254,7 @@ def attached(model: nn.Module, prefix: str = STREAMING) -> Iterator[None]:
         attachment.leave(prefix)
 
 
-def maskless_attention(model: nn.Module):
+def maskless_attention(model: nn.Module) -> AbstractContextManager[None]:
     """The model's attention is causal and no mask is built or inspected, so a forward never waits for the GPU.
 
     For loops without padding, which is not checked: a two-dimensional ``attention_mask`` is not read. Several queries

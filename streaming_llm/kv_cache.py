@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class StreamingKVCache(SaveableCache):
 
     def __init__(
         self,
-        model_config,
+        model_config: Any,
         n_sink: int = 4,
         window_size: int = 1020,
         *,
@@ -91,7 +92,12 @@ class StreamingKVCache(SaveableCache):
         self.recurrent = RecurrentState() if self.family.has_state else None
         layouts = layer_layouts(model_config, self.streaming_config, self.family)
         rotary = rotaries_from_config(model_config) if rotary is None else rotary
-        rotations = sink_rotations([rotary] * len(layouts) if isinstance(rotary, Rotary) else rotary)
+        rotaries = [rotary] * len(layouts) if isinstance(rotary, Rotary) else list(rotary)
+        self._of_keys = sink_rotations(rotaries) if self.family.latents else []
+        if self.family.latents:  # what is stored is rotated from its first dimension on
+            stored = {id(rotary): replace(rotary, offset=0) for rotary in rotaries}
+            rotaries = [stored[id(rotary)] for rotary in rotaries]
+        rotations = sink_rotations(rotaries)
         self._rotations = set(rotations)
         super().__init__(
             layers=[
@@ -158,8 +164,8 @@ class StreamingKVCache(SaveableCache):
         value_states: Tensor,
         layer_idx: int,
         cache_kwargs: dict[str, Any] | None = None,
-        *args,
-        **kwargs,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, detached; see :meth:`StreamingLayer.store`.
 
@@ -178,7 +184,12 @@ class StreamingKVCache(SaveableCache):
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
         slots = forward.slots(layer.layout, key_states.device)
-        keys, values, plan = layer.store(key_states, value_states, slots)
+        if self.family.latents:
+            values, keys, plan = layer.store(value_states, key_states, slots)
+            if isinstance(plan, BlockPlan):
+                values, keys, plan = plan.all_in_one(values, keys, self._of_keys[index])
+        else:
+            keys, values, plan = layer.store(key_states, value_states, slots)
         forward.stored(plan)
         if not forward.attached:
             if isinstance(plan, BlockPlan) and plan.previous:  # a sliding layer's own mask takes all of them
@@ -310,10 +321,11 @@ class StreamingKVCache(SaveableCache):
         """Remembers the recurrent states of rows, which a step is not to change; what it returns puts them back."""
         if self.recurrent is None or not rows or not self.n_seen:
             return lambda: None
-        before = self.recurrent.value.select(lambda x: x[rows].clone())
+        recurrent, n_rows = self.recurrent, self.layers[0].batch_size
+        before = recurrent.value.select(lambda x: x[rows].clone())
 
         def put_back() -> None:
-            self.recurrent.value = self.recurrent.value.with_rows(rows, before, self.batch_size)
+            recurrent.value = recurrent.value.with_rows(rows, before, n_rows)
 
         return put_back
 
@@ -344,7 +356,7 @@ class StreamingKVCache(SaveableCache):
         """Take over ``part``'s rows as these of ``n_rows``; buffers that fit stay in place."""
         for layer, of_part in zip(self.layers, part.layers, strict=True):
             layer.put_rows(rows, of_part, n_rows)
-        if self.recurrent is not None:
+        if self.recurrent is not None and part.recurrent is not None:
             self.recurrent.value = self.recurrent.value.with_rows(rows, part.recurrent.value, n_rows)
         progress = self.progress.of_rows(n_rows)
         for row, of_row in zip(rows, part.progress.of_rows(len(rows)), strict=True):

@@ -112,7 +112,7 @@ class SaveableCache(Cache):
     def load(
         cls,
         path: str | os.PathLike,
-        model,
+        model: Any,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

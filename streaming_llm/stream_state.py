@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .config import StreamingConfig
+from .families import value_of
 from .positions import StreamLayout
 from .rope_utils import Rotary
 
@@ -75,10 +76,10 @@ def as_fact(values: Sequence[int]) -> int | list[int]:
     return values[0] if len(values) == 1 else list(values)
 
 
-def model_facts(config) -> dict[str, Any]:
+def model_facts(config: Any) -> dict[str, Any]:
     """What a Transformers configuration says about the shape of keys and values."""
     config = config.get_text_config(decoder=True)
-    return {name: value for name in MODEL_FACTS if (value := getattr(config, name, None)) is not None}
+    return {name: value for name in MODEL_FACTS if (value := value_of(config, name)) is not None}
 
 
 def identity(

@@ -13,7 +13,8 @@ from family_reference import family_reference_logits
 
 from personal_adapters.neox_flash import wrap_attention
 from streaming_llm import StreamingDecoder, score_stream
-from streaming_llm.fused import why_not_fused
+from streaming_llm.engines.recorder import GraphedCall
+from streaming_llm.fused import fused_forward, why_not_fused
 from streaming_llm.fused.family_recipes import NAMES
 
 pytestmark = [
@@ -23,6 +24,7 @@ pytestmark = [
 
 W, LENGTH = 28, 110  # the ring turns more than twice
 HALF = [torch.bfloat16, torch.float16]
+BACKENDS = ["math", "flash"]
 COVERED = [case for case in CASES if available(case)]
 
 
@@ -75,28 +77,65 @@ def test_steps_in_float32(case, batch, n_sink, prompt, engine):
     assert error(logits, exact(case, torch.float32, batch, n_sink)[:, prompt - 1 :]).max() < 1e-4
 
 
+def wrapped(case: str, dtype: torch.dtype, backend: str):
+    model = model_of(case, dtype).to(GPU)
+    require_covered(model, case)
+    if backend == "flash":
+        if dtype == torch.float32:
+            pytest.skip("flash takes half precision alone")
+        if getattr(model.config, "attn_logit_softcapping", None) is not None:
+            pytest.skip("flash does not soft-cap scores")
+    wrap_attention(model, backend)
+    return model
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 @pytest.mark.parametrize("case", COVERED)
-def test_steps_in_half_precision(case, dtype, batch):
-    model = model_of(case, dtype).to(GPU)
-    require_covered(model, case)
-    wrap_attention(model, "math")
+def test_steps_in_half_precision(case, dtype, batch, backend):
+    model = wrapped(case, dtype, backend)
     expected = exact(case, dtype, batch, 4)[:, 9:]
     errors = {name: error(stepped(model, name, batch, 4, 10), expected).mean().item()
               for name in ("eager", "fused", "fused-triton")}  # fmt: skip
     assert max(errors.values()) < 1.1 * errors["eager"], errors
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("case", COVERED)
+@torch.no_grad()
+def test_re_computation(case, dtype, backend):
+    """The last logits of dense forwards: no further from float64 than those of the model's own call."""
+    lengths = range(5, W + 1)
+    expected = family_reference_logits(model_of(case, dtype), ids_of(3)[:, :W], 0, W)
+    own = model_of(case, dtype).to(GPU)
+    forwards = {"own": lambda ids: own(ids).logits[:, -1], "fused": fused_forward(wrapped(case, dtype, backend))}
+    errors = {}
+    for name, forward in forwards.items():
+        parts = [error(forward(ids_of(3)[:, :n].to(GPU)).cpu(), expected[:, n - 1]) for n in lengths]
+        errors[name] = torch.stack(parts).mean().item()
+    assert errors["fused"] < 1.1 * errors["own"], errors
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=name_of)
 @pytest.mark.parametrize("case", COVERED)
-def test_blocks(case, dtype):
-    model = model_of(case, dtype).to(GPU)
-    require_covered(model, case)
-    wrap_attention(model, "math")
+def test_blocks(case, dtype, backend):
+    model = wrapped(case, dtype, backend)
     ids, errors = ids_of(3), {}
     expected = F.cross_entropy(exact(case, dtype, 3, 4)[:, :-1].mT, ids[:, 1:], reduction="none")
     for engine in ("eager", "fused"):
         nll = score_stream(model, ids, 4, W, block_size=37, engine=engine)
         errors[engine] = error(nll, expected).mean().item()
     assert max(errors.values()) < max(1.1 * errors["eager"], 1e-5), errors
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt_neox", "gemma3"])
+def test_a_recorded_re_computation(case):
+    """Nothing of it comes from the host, so that it can be recorded."""
+    model, ids = wrapped(case, torch.bfloat16, "math"), ids_of(1)[:, :W].to(GPU)
+    forward = fused_forward(model)
+    with torch.no_grad():
+        expected = forward(ids)
+        assert torch.equal(GraphedCall(forward, ids.flip(1))(ids), expected)

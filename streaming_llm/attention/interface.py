@@ -7,6 +7,7 @@ model's own one still does the work of a single query.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,9 @@ DELEGATES = ("sdpa", "eager")
 
 FORCES_MASK = ("falcon",)
 """Model types that ask for a mask in every forward, though their attention is plainly causal."""
+
+OF_IMAGES = re.compile("pixel|image|video|audio|input_features")
+"""What arguments for images, videos and sound are called."""
 
 AT_HAND = "forward_at_hand"
 """Attribute of the attention layers of an attached model: a :class:`ForwardAtHand` that they share."""
@@ -138,7 +142,9 @@ def _own_window(window: int, q_len: int, kv_len: int) -> BlockPlan:
     return BlockPlan(StreamLayout(StreamingConfig(0, window - 1)), 0, kv_len - q_len)
 
 
-def _explicit(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **unused):
+def _explicit(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **unused: Any
+) -> tuple[Tensor, Tensor]:
     """Eager attention of a layer whose model file has no function of it."""
     key, value = repeat_heads(query, key, "math"), repeat_heads(query, value, "math")
     out, weights = explicit_attention(query, key, value, scaling)
@@ -157,7 +163,7 @@ def _attention_function(delegate: str) -> Callable[..., Attended]:
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
-        **rest,
+        **rest: Any,
     ) -> Attended:
         """Attention of ``query`` ``[batch, num_heads, q_len, head_dim]`` over keys from a cache or a plain forward."""
         require_no_mask(attention_mask)
@@ -168,7 +174,7 @@ def _attention_function(delegate: str) -> Callable[..., Attended]:
             return call.without_stream(key, value)
         plan = at_hand.cache.take_plan(module.layer_idx)
         if isinstance(plan, BlockPlan):
-            return call.block(key, value, plan)
+            return call.block(*plan.split(key, value))
         assert isinstance(plan, StepPlan)
         if plan.lengths is None:
             return call.one_query(key, value)
@@ -187,8 +193,22 @@ def refuse_padding(attention_mask: Tensor | None) -> None:
         )
 
 
+def refuse_images(kwargs: dict[str, Any]) -> None:
+    """Raise ``ValueError`` if a forward is given images, videos or sound, whose tokens are not plainly causal."""
+    given = [name for name, value in kwargs.items() if isinstance(value, Tensor) and OF_IMAGES.search(name)]
+    if given:
+        raise ValueError(
+            f"a stream is of text, and {', '.join(given)} was given: leave images, videos and sound out, or give "
+            "their embeddings among those of the text as inputs_embeds"
+        )
+
+
 def _no_mask(
-    *args, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, config=None, **sizes
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    config: Any = None,
+    **sizes: Any,
 ) -> None:
     """The mask function of attached models: none, after making sure that none is needed.
 
@@ -206,7 +226,7 @@ def _no_mask(
 
 
 def _has_unwritten_keys(
-    q_length: int | None = None, q_offset=0, kv_length: int = 0, kv_offset: int = 0, **other
+    q_length: int | None = None, q_offset: int | Tensor = 0, kv_length: int = 0, kv_offset: int = 0, **other: Any
 ) -> bool:
     """Whether a cache has more slots than tokens: a static one, which newer Transformers does not announce."""
     if q_length is None:  # older Transformers, which does

@@ -8,13 +8,13 @@ from its table, so that a stream has no end. Nothing is changed here: see :mod:`
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..families import decoder_of, rotary_from_model
+from ..families import decoder_of, rotary_from_model, uses_attention_functions
 from ..rope_utils import Rotary, rotate
 from .kernel_choice import unwrapped
 
@@ -23,7 +23,7 @@ def attend(
     layer: nn.Module,
     implementation: str,
     states: tuple[Tensor, Tensor, Tensor],
-    layer_past,
+    layer_past: Any,
     scaling: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
@@ -69,16 +69,17 @@ class _GPTJ:
             if self.rotary.inv_freq.device != positions.device:
                 self.rotary = self.rotary.to(positions.device)
             self._last = (positions, *self.rotary.cos_sin(positions))
-        return self._last[1:]
+        _, cos, sin = self._last
+        return cos, sin
 
     def __call__(
         self,
         layer: nn.Module,
         hidden_states: Tensor,
-        layer_past=None,
+        layer_past: Any = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **unused,
+        position_ids: Any = None,
+        **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         require_no_mask(attention_mask)
         query, key, value = (
@@ -104,10 +105,10 @@ class _Falcon:
         alibi: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        layer_past=None,
-        *args,
+        layer_past: Any = None,
+        *args: Any,
         position_embeddings: tuple[Tensor, Tensor],
-        **unused,
+        **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         require_no_mask(attention_mask)
         query, key, value = self._split(layer, layer.query_key_value(hidden_states))
@@ -140,10 +141,10 @@ class _StableLm:
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
-        *args,
+        past_key_values: Any = None,
+        *args: Any,
         position_embeddings: tuple[Tensor, Tensor],
-        **unused,
+        **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         require_no_mask(attention_mask)
         query, key, value = (
@@ -178,11 +179,6 @@ def _attention_layers(model: nn.Module, name: str) -> list[nn.Module]:
     return [layer for layer in layers if any(kind.__name__ == name for kind in type(layer).__mro__)]
 
 
-def uses_attention_functions(model: nn.Module) -> bool:
-    """Whether the model's file goes through Transformers' table of attention functions."""
-    return hasattr(sys.modules[type(decoder_of(model)).__module__], "ALL_ATTENTION_FUNCTIONS")
-
-
 def rewritten_forwards(
     model: nn.Module, check_mask: Callable[[Tensor | None], None]
 ) -> list[tuple[nn.Module, str, Callable]]:
@@ -198,7 +194,7 @@ def rewritten_forwards(
         ValueError: the layers of this family cannot be replaced under the installed Transformers.
     """
 
-    def update_causal_mask(attention_mask: Tensor | None, *args, **kwargs) -> None:
+    def update_causal_mask(attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> None:
         check_mask(attention_mask)
 
     changes: list[tuple[nn.Module, str, Callable]] = [
@@ -206,7 +202,7 @@ def rewritten_forwards(
         for module in model.modules()
         if hasattr(type(module), "_update_causal_mask")
     ]
-    if uses_attention_functions(model):
+    if uses_attention_functions(decoder_of(model)):
         return changes
     model_type = model.config.model_type
     if model_type not in REWRITTEN:

@@ -190,9 +190,11 @@ def recipe_of(model: nn.Module) -> Recipe:
     config, decoder = text_config(model.config), decoder_of(model)
     layers = getattr(decoder, names.layers)
     _require_own(layers, names, module_name(type(config)))
-    per_layer = zip(layers, rotaries_from_model(model), layer_windows(model.config), strict=True)
     table = model.get_input_embeddings()
     embedding = table.weight
+    rotaries = rotaries_from_model(model)
+    here = {id(rotary): rotary.to(embedding.device) for rotary in rotaries}  # layers that rotate alike share one
+    per_layer = zip(layers, (here[id(rotary)] for rotary in rotaries), layer_windows(model.config), strict=True)
     scale = names.embedding_scale(config)
     if names.plus_one:  # Gemma's, rounded as its forward rounds it
         scale = torch.tensor(scale, dtype=embedding.dtype).item()
