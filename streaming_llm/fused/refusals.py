@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from ..attention.kernel_choice import OWN_MODULES
-from .family_recipes import NotCoveredError, recipe_of
+from .family_recipes import recipe_of
+from .model_parts import NotCoveredError
 from .recipe import Recipe
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
