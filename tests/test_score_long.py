@@ -364,7 +364,7 @@ def interrupt_at(monkeypatch, token: int, act) -> None:
     monkeypatch.setattr(blockwise.BlockScorer, "score", score)
 
 
-def test_ctrl_c_leaves_a_checkpoint(world, monkeypatch, capsys):
+def test_ctrl_c_leaves_a_checkpoint(world, monkeypatch, capsys, ctrl_c):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 640, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert score_long.main(arguments(world, "out.json")) == 130
@@ -379,7 +379,7 @@ def test_ctrl_c_leaves_a_checkpoint(world, monkeypatch, capsys):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["math", "flash"])
-def test_on_a_gpu_and_resumed_there(world, monkeypatch, backend):
+def test_on_a_gpu_and_resumed_there(world, monkeypatch, backend, ctrl_c):
     given = ["--device", GPU, "--dtype", "bfloat16", "--attn-backend", backend, "--save-token-nll"]
     with monkeypatch.context() as patch:
         interrupt_at(patch, 640, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -392,7 +392,7 @@ def test_on_a_gpu_and_resumed_there(world, monkeypatch, backend):
 
 
 @pytest.fixture
-def interrupted(world, monkeypatch, capsys):
+def interrupted(world, monkeypatch, capsys, ctrl_c):
     """A world with the checkpoint of a run that was interrupted."""
     with monkeypatch.context() as patch:
         interrupt_at(patch, 640, lambda: os.kill(os.getpid(), signal.SIGINT))
