@@ -16,7 +16,7 @@ from .config import StreamingConfig, require_int
 from .endings import Criterion, generate_until
 from .engines import make_engine, resolve_block_engine, resolve_engine
 from .engines.blocks import block_forward, feed
-from .families import lm_head, transformers_model
+from .families import last_logits, transformers_model
 from .kv_cache import StreamingKVCache
 from .placement import layer_devices, output_device
 from .rows import feed_rows, rows_of
@@ -136,7 +136,7 @@ class StreamingDecoder:
         else:
             rows = rows_of(input_ids, attention_mask)
             hidden = feed_rows(self._inner, self._cache, rows, block_size, self._forward)
-        return self._keep(lm_head(self._inner, hidden)[:, -1])
+        return self._keep(last_logits(self._inner, hidden))
 
     @torch.no_grad()
     def step(self, token_ids: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ class StreamingDecoder:
             ValueError: it is of another model or cache; the decoder's stream is then unchanged.
         """
         self._require_open()
-        self._cache.restore(state, device=layer_devices(self._inner, len(self._cache.layers)), dtype=dtype)
+        self._cache.restore(state, device=layer_devices(self._inner, self._cache.family.stores), dtype=dtype)
         logits, random = state.tensors.get(LOGITS), state.tensors.get(RANDOM)
         self._keep(None if logits is None else logits.to(output_device(self._inner), self._inner.dtype))
         self._generator = None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention.interface import refuse_images
 from .kv_cache import StreamingKVCache
 
 
@@ -135,6 +136,7 @@ def refuse_arguments(model: nn.Module, cache: Any, continues: bool, kwargs: dict
         raise ValueError(
             f"past_key_values must be a StreamingKVCache (stream.new_cache()), got {type(cache).__name__}"
         )
+    refuse_images(kwargs)
     for name in ("position_ids", "cache_position"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} must not be given: positions are the cache's")
@@ -150,6 +152,11 @@ def refuse_arguments(model: nn.Module, cache: Any, continues: bool, kwargs: dict
         raise ValueError(
             f"guidance_scale={guidance} would run a second stream in an ordinary cache, which forgets nothing and "
             "grows: leave it out"
+        )
+    if cache.recurrent is not None and is_drafting(model, kwargs):
+        raise ValueError(
+            "drafted tokens cannot be taken back from the state of this model's recurrent layers: generate without "
+            "assistant_model and prompt_lookup_num_tokens"
         )
     if kwargs.get("inputs_embeds") is not None and is_drafting(model, kwargs):
         raise ValueError("assisted decoding needs ids, got inputs_embeds")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +24,17 @@ from .bare_cache import BareChecks
 from .cache_forward import BROKEN, CacheForward
 from .cache_layer import StreamingLayer
 from .config import StreamingConfig, require_int
-from .families import layer_layouts, rotaries_from_config, rotaries_from_model, transformers_model
+from .families import (
+    Family,
+    family_of,
+    family_of_model,
+    layer_layouts,
+    rotaries_from_config,
+    rotaries_from_model,
+    transformers_model,
+)
 from .positions import Progress
+from .recurrent import RecurrentState
 from .rope_utils import Rotary
 from .saved_cache import SaveableCache
 from .sinks import MovingSinks, sink_rotations
@@ -55,6 +65,7 @@ class StreamingKVCache(SaveableCache):
         n_sink, window_size: see :class:`~streaming_llm.StreamingConfig`, or
         config: both in one.
         rotary: the rotation of each layer, or of all; read from ``model_config`` when not given.
+        family: what is known of the model's family; measured when not given.
 
     Attributes:
         streaming_config: sinks and window.
@@ -72,12 +83,21 @@ class StreamingKVCache(SaveableCache):
         *,
         config: StreamingConfig | None = None,
         rotary: Rotary | Sequence[Rotary] | None = None,
+        family: Family | None = None,
     ) -> None:
         self.streaming_config = StreamingConfig.given(n_sink, window_size, config)
         self.progress = Progress()
-        layouts = layer_layouts(model_config, self.streaming_config)
+        self.family = family_of(model_config) if family is None else family
+        self._index = {layer_idx: index for index, layer_idx in enumerate(self.family.stores)}
+        self.recurrent = RecurrentState() if self.family.has_state else None
+        layouts = layer_layouts(model_config, self.streaming_config, self.family)
         rotary = rotaries_from_config(model_config) if rotary is None else rotary
-        rotations = sink_rotations([rotary] * len(layouts) if isinstance(rotary, Rotary) else rotary)
+        rotaries = [rotary] * len(layouts) if isinstance(rotary, Rotary) else list(rotary)
+        self._of_keys = sink_rotations(rotaries) if self.family.latents else []
+        if self.family.latents:  # what is stored is rotated from its first dimension on
+            stored = {id(rotary): replace(rotary, offset=0) for rotary in rotaries}
+            rotaries = [stored[id(rotary)] for rotary in rotaries]
+        rotations = sink_rotations(rotaries)
         self._rotations = set(rotations)
         super().__init__(
             layers=[
@@ -85,7 +105,7 @@ class StreamingKVCache(SaveableCache):
                 for layout, rotation in zip(layouts, rotations, strict=True)
             ]
         )
-        self._bare = BareChecks(model_config, self.streaming_config)
+        self._bare = BareChecks(model_config, self.streaming_config, self.family)
         self.model_facts = model_facts(model_config)
         self._forward: CacheForward | None = None
         self._pending: tuple[int, Tensor | None] = (0, None)  # the progress's version, and ids
@@ -102,7 +122,8 @@ class StreamingKVCache(SaveableCache):
     ) -> StreamingKVCache:
         """A cache with the frequencies that ``model`` holds, also where they were rounded with the weights."""
         model = transformers_model(model)
-        return cls(model.config, n_sink, window_size, config=config, rotary=rotaries_from_model(model))
+        family, rotary = family_of_model(model), rotaries_from_model(model)
+        return cls(model.config, n_sink, window_size, config=config, rotary=rotary, family=family)
 
     # A forward
 
@@ -120,6 +141,11 @@ class StreamingKVCache(SaveableCache):
         """
         if self.is_broken:
             raise RuntimeError(BROKEN)
+        if n_tokens > 1 and self.n_seen and not self.family.blocks_continue:
+            raise ValueError(
+                "recurrent layers of this model take several tokens at the beginning of a stream alone, under the "
+                "installed Transformers: feed the others one by one, as stream.generate() and prefill() do"
+            )
         if n_tokens > 1 and not self.progress.together:
             raise ValueError("rows that are not equally far take single tokens together, and blocks one by one")
         if not attached:
@@ -146,18 +172,24 @@ class StreamingKVCache(SaveableCache):
         Raises:
             RuntimeError: an earlier forward ended before its last layer, or its attention did not know of streams.
         """
-        layer, n_tokens = self.layers[layer_idx], key_states.shape[2]
-        if layer_idx == 0 and (self._forward is None or self._forward.layers_done):
+        index, n_tokens = self._index[layer_idx], key_states.shape[2]
+        layer = self.layers[index]
+        if index == 0 and (self._forward is None or self._forward.layers_done):
             self._bare.require_angles(layer, cache_kwargs)
             self.begin(n_tokens)
         forward = self._forward
         if forward is None:
             raise RuntimeError(BROKEN)
-        forward.require_turn(layer_idx, n_tokens)
+        forward.require_turn(index, n_tokens)
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
         slots = forward.slots(layer.layout, key_states.device)
-        keys, values, plan = layer.store(key_states, value_states, slots)
+        if self.family.latents:
+            values, keys, plan = layer.store(value_states, key_states, slots)
+            if isinstance(plan, BlockPlan):
+                values, keys, plan = plan.all_in_one(values, keys, self._of_keys[index])
+        else:
+            keys, values, plan = layer.store(key_states, value_states, slots)
         forward.stored(plan)
         if not forward.attached:
             if isinstance(plan, BlockPlan) and plan.previous:  # a sliding layer's own mask takes all of them
@@ -170,7 +202,10 @@ class StreamingKVCache(SaveableCache):
         """How the tokens that a layer has just stored attend; see :meth:`CacheForward.take_plan`."""
         if self._forward is None:
             raise RuntimeError(BROKEN)
-        return self._forward.take_plan(layer_idx)
+        source = self.family.sources.get(layer_idx)
+        if source is not None:
+            return self._forward.plan_again(self._index[source])
+        return self._forward.take_plan(self._index[layer_idx])
 
     def end(self) -> None:
         """End a forward: its tokens have been seen.
@@ -211,13 +246,15 @@ class StreamingKVCache(SaveableCache):
         if self._forward is None:  # of an unmodified model, which makes its masks before any layer stores
             n_tokens = cache_position if isinstance(cache_position, int) else len(cache_position)
             self._bare.require_positions(self.progress, n_tokens)
-        return self.layers[layer_idx].get_mask_sizes(cache_position)
+        return self.layers[self._index.get(layer_idx, 0)].get_mask_sizes(cache_position)
 
     # Whole-stream operations
 
     def reset(self) -> None:
         """Forget the streams; the tensors stay allocated."""
         self._changed()
+        if self.recurrent is not None:
+            self.recurrent = RecurrentState()
         self.progress.set((0,), (0,))
         self._bare.forget_angles()
 
@@ -268,11 +305,28 @@ class StreamingKVCache(SaveableCache):
         self.take_back([seen - length] * (self.batch_size or 1))
 
     def take_back(self, n_tokens: Sequence[int]) -> None:
-        """Forget the last ``n_tokens`` of each row; what they had overwritten has to be there again."""
+        """Forget the last ``n_tokens`` of each row; what they had overwritten has to be there again.
+
+        Raises:
+            ValueError: the model has recurrent layers, whose state cannot go back.
+        """
+        if self.recurrent is not None and any(n_tokens):
+            raise ValueError("tokens cannot be taken back: the state of the model's recurrent layers has gone on")
         for layer in self.layers:
             layer.put_sinks_back()
         self._changed()
         self.progress.take_back(n_tokens)
+
+    def states_of(self, rows: list[int]) -> Callable[[], None]:
+        """Remembers the recurrent states of rows, which a step is not to change; what it returns puts them back."""
+        if self.recurrent is None or not rows or not self.n_seen:
+            return lambda: None
+        before = self.recurrent.value.select(lambda x: x[rows].clone())
+
+        def put_back() -> None:
+            self.recurrent.value = self.recurrent.value.with_rows(rows, before, self.batch_size)
+
+        return put_back
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(lambda x: x.index_select(0, beam_idx.to(x.device)), lambda rows: beam_idx.tolist())
@@ -290,6 +344,9 @@ class StreamingKVCache(SaveableCache):
         part = copy.copy(self)
         part._forward, part.progress = None, Progress()
         part.layers = [layer.take_rows(rows, part.progress) for layer in self.layers]
+        if self.recurrent is not None:
+            part.recurrent = RecurrentState()
+            part.recurrent.value = self.recurrent.value.select(lambda x: x[rows])
         progress = self.progress.of_rows(n_rows)
         part.progress.set(*zip(*(progress[row] for row in rows), strict=True))
         return part
@@ -298,6 +355,8 @@ class StreamingKVCache(SaveableCache):
         """Take over ``part``'s rows as these of ``n_rows``; buffers that fit stay in place."""
         for layer, of_part in zip(self.layers, part.layers, strict=True):
             layer.put_rows(rows, of_part, n_rows)
+        if self.recurrent is not None:
+            self.recurrent.value = self.recurrent.value.with_rows(rows, part.recurrent.value, n_rows)
         progress = self.progress.of_rows(n_rows)
         for row, of_row in zip(rows, part.progress.of_rows(len(rows)), strict=True):
             progress[row] = of_row
@@ -310,6 +369,8 @@ class StreamingKVCache(SaveableCache):
             self.progress.select(of_rows(range(n_rows)), n_rows)
         for layer in self.layers:
             layer.select(of_tensor)
+        if self.recurrent is not None:
+            self.recurrent.value = self.recurrent.value.select(of_tensor)
         self._changed()
         self.progress.version += 1
 

@@ -16,7 +16,11 @@ from .config import StreamingConfig
 from .families import transformers_model
 from .placement import layer_devices
 from .positions import Progress
+from .recurrent import RecurrentState, States
 from .stream_state import StreamState, as_fact, differences, identity, layer_tensors
+
+RECURRENT = "recurrent."
+"""What the names of recurrent layers' states begin with."""
 
 
 class SaveableCache(Cache):
@@ -26,6 +30,7 @@ class SaveableCache(Cache):
     streaming_config: StreamingConfig
     progress: Progress
     model_facts: dict[str, Any]
+    recurrent: RecurrentState | None
 
     def _identity(self) -> dict[str, Any]:
         rotaries = [layer.rotation.rotary for layer in self.layers]
@@ -50,6 +55,10 @@ class SaveableCache(Cache):
             "slots": [layer.keys.shape[2] if n_seen else 0 for layer in self.layers],
         }
         tensors = {f"{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.state().items()}
+        if self.recurrent is not None:
+            states = self.recurrent.value
+            facts["recurrent"] = states.marks
+            tensors |= {f"{RECURRENT}{name}": x for name, x in states.tensors.items()}
         if self.pending is not None:
             tensors["pending"] = self.pending
         return StreamState(facts, tensors)
@@ -78,6 +87,10 @@ class SaveableCache(Cache):
         self.reset()
         for layer, of_layer, n_slots, where in zip(self.layers, tensors, state.facts["slots"], devices, strict=True):
             layer.restore(n_slots, of_layer, where, dtype)
+        if self.recurrent is not None:
+            own = {name.removeprefix(RECURRENT): x for name, x in state.tensors.items() if name.startswith(RECURRENT)}
+            own = {name: x.to(devices[0], dtype, copy=True) for name, x in own.items()}
+            self.recurrent.value = States(own, state.facts.get("recurrent", {}))
         self.progress.set(state.seen, state.offset)
         self.set_pending(state.tensors.get("pending"))
 
@@ -124,7 +137,7 @@ class SaveableCache(Cache):
             model = transformers_model(model)
             require_dtype(path, model, state.facts["dtype"], dtype)
             cache = cls.from_model(model, config=state.streaming_config)
-            where = layer_devices(model, len(cache.layers)) if device is None else device
+            where = layer_devices(model, cache.family.stores) if device is None else device
         else:
             cache = cls(model, config=state.streaming_config)
         try:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .config import StreamingConfig
+from .families import value_of
 from .positions import StreamLayout
 from .rope_utils import Rotary
 
@@ -78,7 +79,7 @@ def as_fact(values: Sequence[int]) -> int | list[int]:
 def model_facts(config) -> dict[str, Any]:
     """What a Transformers configuration says about the shape of keys and values."""
     config = config.get_text_config(decoder=True)
-    return {name: value for name in MODEL_FACTS if (value := getattr(config, name, None)) is not None}
+    return {name: value for name in MODEL_FACTS if (value := value_of(config, name)) is not None}
 
 
 def identity(
@@ -103,7 +104,10 @@ def identity(
 
 def _rotation_facts(rotary: Rotary) -> dict[str, Any]:
     values = {"inv_freq": rotary.inv_freq.tolist()}  # JSON keeps every bit of a float64
-    return values | {name: value for name, value in vars(rotary).items() if not isinstance(value, Tensor)}
+    others = {name: value for name, value in vars(rotary).items() if not isinstance(value, Tensor)}
+    if not rotary.offset:  # as in files from before there was one
+        del others["offset"]
+    return values | others
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:

@@ -109,6 +109,8 @@ class DeviceCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Store one layer's token; see :meth:`DeviceLayer.update`."""
+        if self.source.family.latents:
+            return self.layers[layer_idx].update(value_states, key_states)[::-1]
         return self.layers[layer_idx].update(key_states, value_states)
 
 
@@ -125,8 +127,8 @@ class DeviceLayer(CacheLayerMixin):
         self.keys, self.values = layer.keys, layer.values
         self.n_sink = layer.layout.config.n_sink if layer.sinks_turn else 0
         rotary = layer.rotation.on(layer.device)
-        self.rotary, self.rotary_dim = rotary, rotary.rotary_dim
-        rotated = layer.sinks[..., : self.rotary_dim]
+        self.rotary = rotary
+        rotated = layer.sinks[..., rotary.span]
         self.turned = torch.zeros_like(rotated, dtype=compute_dtype(self.keys.dtype))
         self.quarter = torch.zeros_like(self.turned)
 
@@ -135,7 +137,7 @@ class DeviceLayer(CacheLayerMixin):
 
     def load(self) -> None:
         """Take the sinks as first rotated from the layer."""
-        self.turned.copy_(self.layer.sinks[..., : self.rotary_dim])
+        self.turned.copy_(self.layer.sinks[..., self.rotary.span])
         self.quarter.copy_(self.rotary.quarter_turn(self.turned))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -146,7 +148,7 @@ class DeviceLayer(CacheLayerMixin):
         if self.n_sink:
             cos, sin = self.cache.turn(self.layer)
             moved = torch.addcmul(self.turned * cos, self.quarter, sin)
-            self.keys[:, :, : self.n_sink, : self.rotary_dim] = moved.to(self.keys.dtype)
+            self.keys[:, :, : self.n_sink, self.rotary.span] = moved.to(self.keys.dtype)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:

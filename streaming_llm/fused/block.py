@@ -134,7 +134,7 @@ class _Angles:
     def of(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """``[length, rotary_dim / 2]`` each, float32, with the rotation's factor."""
         if id(rotary) not in self._of:
-            angle = self.positions.double()[:, None] * rotary.inv_freq.to(self.positions.device)
+            angle = self.positions.double()[:, None] * rotary.inv_freq
             self._of[id(rotary)] = tuple((x * rotary.scaling).float() for x in (angle.cos(), angle.sin()))
         return self._of[id(rotary)]
 
@@ -161,8 +161,10 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> 
     kernel = kernel_for(query, attention.softcap)
     key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
     if attention.softcap is None:
-        causal = query.shape[2] > 1
-        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=attention.scale)
+        causal, shared = query.shape[2] > 1, query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=causal, scale=attention.scale, enable_gqa=shared
+        )
     return causal_attention(query, key, value, attention.scale, kernel, attention.softcap).to(query.dtype)
 
 
