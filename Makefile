@@ -3,11 +3,15 @@
 # make test      install, run the tests (test-slow: those that take long)
 # make test-matrix  the core tests under every version of Transformers from 4.56 on (installs each, takes long)
 #
+# Tests run in TEST_WORKERS processes (default 2), a file in one of them: `make test TEST_WORKERS=8`.
+#
 # Uses the virtual environment that is active, else makes one in .venv.
 
 PYTHON ?= python3
 ENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(ENV)/bin
+TEST_WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 # Says which checkout was installed into the environment last, and when.
 INSTALLED := $(ENV)/.streaming-llm-installed
 ifneq ($(shell cat $(INSTALLED) 2>/dev/null),$(CURDIR))
@@ -38,16 +42,16 @@ figures: $(INSTALLED)
 	$(BIN)/python experiments/plot_all.py --runs project
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-matrix: $(INSTALLED)
 	$(BIN)/python scripts/test_matrix.py $(MATRIX)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
