@@ -1,6 +1,8 @@
 """Command lines: options from the fields of `ExperimentConfig`, and how a command ends: messages and exit codes."""
 
 import argparse
+import difflib
+import re
 import shlex
 import shutil
 import sys
@@ -39,6 +41,9 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(**about, formatter_class=_WideHelp, allow_abbrev=False)
 
     def error(self, message: str):
+        for word in re.findall(r"(--[\w-]+)", message.partition("unrecognized arguments: ")[2])[:1]:
+            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            message += f" (did you mean {near[0]}?)" if near else ""
         print(f"error: {message} (--help lists the options)", file=sys.stderr)
         raise SystemExit(EXIT_SETUP)
 
@@ -64,6 +69,8 @@ def add_options(
             details |= {"type": number, "metavar": item.metadata.get("metavar", "NAME")}
             if item.metadata.get("many") and name not in one:
                 details["nargs"] = "+"
+            elif isinstance(item.default, tuple):
+                details["default"] = item.default[0]
         details |= changes.get(name, {})
         group.add_argument(*details.pop("flags", flags), **details)
     return group
