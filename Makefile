@@ -3,15 +3,14 @@
 # make test      install, run the tests (test-slow: those that take long)
 # make test-matrix  the core tests under every version of Transformers from 4.56 on (installs each, takes long)
 #
-# Tests run in TEST_WORKERS processes (default 2), a file in one of them: `make test TEST_WORKERS=8`.
-#
 # Uses the virtual environment that is active, else makes one in .venv.
 
 PYTHON ?= python3
 ENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(ENV)/bin
-TEST_WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+# Files of tests go to this many processes of one thread each; one process where a GPU is to be shared: make test WORKERS=0
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Says which checkout was installed into the environment last, and when.
 INSTALLED := $(ENV)/.streaming-llm-installed
 ifneq ($(shell cat $(INSTALLED) 2>/dev/null),$(CURDIR))

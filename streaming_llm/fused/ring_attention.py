@@ -264,12 +264,15 @@ class RingAttention:
 
     def __call__(
         self, attention: Attention, qkv: Tensor, layer: StreamingLayer, out: Tensor, *, pdl: bool = False
-    ) -> None:
+    ) -> Tensor:
         """Store the token of ``qkv`` ``[batch, attention.width]`` in a layer's ring, and attend.
 
         Args:
             layer: with room for all slots; its first copies of the sinks are written too while these come.
-            out: ``[batch, num_heads * head_dim]``.
+            out: ``[batch, num_heads * head_dim]``, where the result may go.
+
+        Returns:
+            The result, of the shape of ``out``.
         """
         state, places = self.state, attention.places
         norms = attention.query_norm, attention.key_norm
@@ -288,3 +291,4 @@ class RingAttention:
             SPLITS=self.splits, PARTS=self.parts, SPLIT_LEN=self.split_len, BLOCK=self.block,
             num_warps=self.warps, pdl=pdl,
         )  # fmt: skip
+        return out
