@@ -19,8 +19,10 @@ def rows_of(tokens: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
         attention_mask: ``[batch, length]``, 0 at padding; left or right.
 
     Raises:
-        ValueError: a mask of another shape, or a row without a token.
+        ValueError: ids of another shape, a mask of another, or a row without a token.
     """
+    if tokens.dim() not in (2, 3) or not tokens.numel():
+        raise ValueError(f"input_ids must be [batch, length >= 1], got {list(tokens.shape)}")
     if attention_mask is None:
         return list(tokens)
     if attention_mask.shape != tokens.shape[:2]:

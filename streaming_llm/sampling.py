@@ -101,3 +101,11 @@ class Ending:
         is_end = self.ends(tokens)
         first = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1])
         return torch.where(self.active, first, 0).tolist()
+
+
+def generator_at(state: Tensor | None, device: torch.device) -> torch.Generator | None:
+    """A generator of random numbers that goes on from ``state``; none where that is of another kind of device."""
+    generator = torch.Generator(device)
+    if state is None or state.shape != generator.get_state().shape:
+        return None
+    return generator.set_state(state.cpu())

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ def read(path: str | os.PathLike) -> StreamState:
     """
     header, tensors = _read(path, with_tensors=True)
     return StreamState(_facts(path, header), tensors)
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """What is raised about a state says which file it is from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:

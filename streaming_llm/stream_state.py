@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .config import StreamingConfig
@@ -138,6 +139,17 @@ def _pair(theirs: dict[str, Any], ours: dict[str, Any], name: str) -> str:
     if isinstance(a, list) and isinstance(b, list):
         return f"{len(a)} there, {len(b)} here"
     return f"{a} there, {b} here"
+
+
+def require_dtype(state: StreamState, own: torch.dtype, wanted: torch.dtype | None) -> None:
+    """Raise ``ValueError`` where a state, converted to ``wanted``, is not in the model's ``own`` dtype."""
+    saved = state.facts["dtype"]
+    name, here = (str(dtype).removeprefix("torch.") for dtype in (wanted or saved, own))
+    if saved is not None and name != here:
+        raise ValueError(
+            f"dtype: {name} there, {here} here; pass dtype=torch.{here} to convert (the outputs will not be the same "
+            "to the bit)"
+        )
 
 
 def layer_tensors(state: StreamState, index: int, layout: StreamLayout) -> dict[str, Tensor]:

@@ -67,8 +67,6 @@ def feed(
     Returns:
         The final hidden state of the last token, ``[batch, 1, hidden]``.
     """
-    if tokens.dim() not in (2, 3) or not tokens.numel():
-        raise ValueError(f"input_ids must be [batch, length >= 1], got {list(tokens.shape)}")
     if block_size is None:
         block_size = default_block_size(cache.streaming_config.window_size, model)
     require_int("block_size", block_size, 1)

@@ -1,0 +1,299 @@
+"""A cache's stream between forwards: how large it is, moved, taken back, its rows chosen, saved and restored."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from . import saving
+from .cache_forward import BROKEN, CacheForward
+from .cache_layer import StreamingLayer
+from .config import StreamingConfig, require_int
+from .families import transformers_model
+from .placement import layer_devices
+from .positions import Progress
+from .stream_state import StreamState, as_fact, differences, identity, layer_tensors, require_dtype
+
+
+class CachedStream(Cache):
+    """What :class:`~streaming_llm.StreamingKVCache` does with its stream as a whole.
+
+    Args:
+        layers: of the cache, all with ``progress``.
+        streaming_config: sinks and window.
+        progress: how far the streams are.
+        model_facts: see :func:`~streaming_llm.stream_state.model_facts`.
+    """
+
+    layers: list[StreamingLayer]
+
+    def __init__(
+        self,
+        layers: list[StreamingLayer],
+        streaming_config: StreamingConfig,
+        progress: Progress,
+        model_facts: dict[str, Any],
+    ) -> None:
+        super().__init__(layers=layers)
+        self.streaming_config, self.progress, self.model_facts = streaming_config, progress, model_facts
+        self._forward: CacheForward | None = None
+        self._pending: tuple[int, Tensor | None] = (0, None)  # the progress's version, and ids
+
+    # Sizes
+
+    @property
+    def n_seen(self) -> int:
+        """Tokens that have been fed, to the row that has most."""
+        return self.progress.n_seen
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every row holds, in every layer, as many tokens as the next one attends to."""
+        return min(self.progress.seen) >= max(layer.layout.config.cache_size for layer in self.layers)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows; ``None`` before the first forward."""
+        first = self.layers[0]
+        return first.batch_size if first.is_initialized else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that are held now (slots allocated ahead not counted)."""
+        return sum(
+            layer.n_stored * x.shape[0] * x.shape[1] * x.shape[3] * x.element_size()
+            for layer in self.layers
+            if layer.is_initialized
+            for x in (layer.keys, layer.values)
+        )
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a forward is half done: its layers hold different tokens."""
+        return self._forward is not None and self._forward.layers_done > 0
+
+    # Changed as a whole
+
+    def reset(self) -> None:
+        """Forget the streams; the tensors stay allocated."""
+        self._changed()
+        self.progress.set((0,), (0,))
+
+    def _changed(self) -> None:
+        """Forget what was derived from the tensors or their places."""
+        self._forward = None
+
+    def move_to(self, position: int) -> None:
+        """Go on as if ``position`` tokens had been seen: the next token (of the furthest row) gets that position.
+
+        Every stored key is re-rotated once, so this is for tests and experiments, not for every step.
+
+        Raises:
+            ValueError: ``position`` is smaller than the number of tokens that the cache holds.
+        """
+        require_int("position", position, min(self.n_seen, self.streaming_config.cache_size + 1))
+        distance = position - self.progress.position
+        for layer in self.layers:
+            layer.move(distance)
+        self._changed()
+        self.progress.move(distance)
+
+    def crop(self, max_length: int) -> None:
+        """Forget the last tokens: as many as the cache has not evicted others for, and one in any case.
+
+        Transformers has changed what it passes from the length that remains to the number of tokens to remove, as a
+        negative number or zero. Both are understood: zero removes none, and :meth:`reset` forgets them all.
+
+        Args:
+            max_length: positive: so many tokens remain seen; otherwise: its magnitude is the number to forget.
+
+        Raises:
+            ValueError: the tokens that would come back into the window have been evicted, or rows are not equally far.
+        """
+        max_length = int(max_length)  # some versions pass a tensor
+        if not self.progress.together:
+            raise ValueError("rows that are not equally far cannot be cropped together")
+        seen, offset = self.progress.seen[0], self.progress.offset[0]
+        length = max_length - offset if max_length > 0 else seen + max_length
+        if length >= seen:
+            return
+        # What the last token overwrote had just left the window, so that one step back is always exact.
+        has_evicted = seen - length > 1 and any(seen > layer.layout.capacity for layer in self.layers)
+        if length < 0 or has_evicted:
+            raise ValueError(
+                f"cannot go back from {seen} to {length} tokens: a streaming cache has evicted the tokens "
+                "that would be in the window then"
+            )
+        self.take_back([seen - length] * (self.batch_size or 1))
+
+    def take_back(self, n_tokens: Sequence[int]) -> None:
+        """Forget the last ``n_tokens`` of each row; what they had overwritten has to be there again."""
+        for layer in self.layers:
+            layer.put_sinks_back()
+        self._changed()
+        self.progress.take_back(n_tokens)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)), lambda rows: beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(
+            lambda x: x.repeat_interleave(repeats, dim=0), lambda rows: [row for row in rows for _ in range(repeats)]
+        )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(lambda x: x[indices.to(x.device)], lambda rows: torch.tensor(list(rows))[indices.cpu()].tolist())
+
+    def take_rows(self, rows: list[int], n_rows: int) -> Self:
+        """A cache of copies of these of its ``n_rows`` rows; an empty one, where nothing has been fed."""
+        part = copy.copy(self)
+        part._forward, part.progress = None, Progress()
+        part.layers = [layer.take_rows(rows, part.progress) for layer in self.layers]
+        progress = self.progress.of_rows(n_rows)
+        part.progress.set(*zip(*(progress[row] for row in rows), strict=True))
+        return part
+
+    def put_rows(self, rows: list[int], part: Self, n_rows: int) -> None:
+        """Take over ``part``'s rows as these of ``n_rows``; buffers that fit stay in place."""
+        for layer, of_part in zip(self.layers, part.layers, strict=True):
+            layer.put_rows(rows, of_part, n_rows)
+        progress = self.progress.of_rows(n_rows)
+        for row, of_row in zip(rows, part.progress.of_rows(len(rows)), strict=True):
+            progress[row] = of_row
+        self._changed()
+        self.progress.set(*zip(*progress, strict=True))
+
+    def _select(self, of_tensor: Callable[[Tensor], Tensor], of_rows: Callable[[range], list[int]]) -> None:
+        if not self.progress.together:
+            n_rows = len(self.progress.seen)
+            self.progress.select(of_rows(range(n_rows)), n_rows)
+        for layer in self.layers:
+            layer.select(of_tensor)
+        self._changed()
+        self.progress.version += 1
+
+    # The token between two calls of generate()
+
+    @property
+    def pending(self) -> Tensor | None:
+        """Ids ``[batch]`` that the last ``generate`` returned at its end and did not feed; ``None`` if not known.
+
+        Any other use of the cache forgets them.
+        """
+        version, ids = self._pending
+        return ids if version == self.progress.version else None
+
+    def set_pending(self, token_ids: Tensor | None) -> None:
+        """Remember ids ``[batch]`` as :attr:`pending`."""
+        self._pending = self.progress.version, token_ids
+
+    # As a value, and in a file
+
+    def _identity(self) -> dict[str, Any]:
+        rotaries = [layer.rotation.rotary for layer in self.layers]
+        return identity(self.model_facts, self.streaming_config, rotaries, [layer.layout for layer in self.layers])
+
+    def state(self) -> StreamState:
+        """Where the stream is, as a value; its tensors are views of the cache, for use before the next forward.
+
+        Raises:
+            RuntimeError: a forward ended before its last layer.
+        """
+        if self.is_broken:
+            raise RuntimeError(BROKEN)
+        first, n_seen = self.layers[0], self.progress.n_seen
+        facts = {
+            **self._identity(),
+            "n_seen": as_fact(self.progress.seen),
+            "position_offset": as_fact(self.progress.offset),
+            "dtype": str(first.keys.dtype).removeprefix("torch.") if n_seen else None,
+            "slots": [layer.keys.shape[2] if n_seen else 0 for layer in self.layers],
+        }
+        tensors = {f"{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.state().items()}
+        if self.pending is not None:
+            tensors["pending"] = self.pending
+        return StreamState(facts, tensors)
+
+    def restore(
+        self,
+        state: StreamState,
+        *,
+        device: torch.device | str | list[torch.device],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Go on where ``state`` was taken, by a cache of the same model and size; buffers that fit stay in place.
+
+        Args:
+            device: where keys and values go, for all layers or for each.
+            dtype: what keys and values are converted to; as saved when ``None``.
+
+        Raises:
+            ValueError: ``state`` is of another model or size, or not whole; this cache is then unchanged.
+        """
+        differing = differences(state.facts, self._identity())
+        if differing:
+            raise ValueError("it is a stream of another model or cache: " + "; ".join(differing))
+        tensors = [layer_tensors(state, index, layer.layout) for index, layer in enumerate(self.layers)]
+        devices = device if isinstance(device, list) else [torch.device(device)] * len(self.layers)
+        self.reset()
+        for layer, of_layer, n_slots, where in zip(self.layers, tensors, state.facts["slots"], devices, strict=True):
+            layer.restore(n_slots, of_layer, where, dtype)
+        self.progress.set(state.seen, state.offset)
+        self.set_pending(state.tensors.get("pending"))
+
+    def save(self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the stream to a safetensors file, from which it goes on with the same bits; see :meth:`load`.
+
+        Only what is stored is written. An existing file is replaced whole or not at all.
+
+        Args:
+            metadata: strings to keep with it; :func:`streaming_llm.read_metadata` gives them back.
+
+        Raises:
+            OSError: the file cannot be written.
+            RuntimeError: a forward ended before its last layer.
+        """
+        saving.write(path, self.state(), metadata)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        model,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A cache that goes on where a saved one was, with ``n_sink`` and ``window_size`` as saved.
+
+        Weights are not compared: that they are the same is the caller's to know.
+
+        Args:
+            model: the model, streaming or not, or its configuration alone (frequencies and dtype are then taken to be
+                those of a freshly loaded model).
+            device: where keys and values go; when ``None``, where the model's layers are, or the CPU.
+            dtype: convert keys and values, for a model loaded in another dtype; the outputs are then not the same.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no saved stream, or of a model of other layers, heads, frequencies or dtype.
+        """
+        state = saving.read(path)
+        where: Any = "cpu" if device is None else device
+        if isinstance(model, nn.Module):
+            model = transformers_model(model)
+            with saving.naming(path):
+                require_dtype(state, model.dtype, dtype)
+            cache = cls.from_model(model, config=state.streaming_config)
+            where = layer_devices(model, len(cache.layers)) if device is None else device
+        else:
+            cache = cls(model, config=state.streaming_config)
+        with saving.naming(path):
+            cache.restore(state, device=where, dtype=dtype)
+        return cache
