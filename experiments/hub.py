@@ -1,11 +1,13 @@
-"""Access to the Hugging Face hub that fails fast, and says in one line what was tried and what to do instead.
+"""Access to the hub and its package `datasets`: fails fast, saying in one line what was tried and what to do instead.
 
 One quick request tells whether the hub answers; where it does not (or HF_HUB_OFFLINE is set), only what is already
 on this machine is used. Without it, a machine without network waits through many retries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 
 from experiments.config import SetupError
 
@@ -47,13 +49,36 @@ def ask_hub(repo: str, kind: str) -> HubAnswer:
         return HubAnswer(None, f"{type(error).__name__}: {error}")
 
 
+def datasets_library(name: str) -> ModuleType:
+    """The package `datasets`, which reads all but plain text; raises SetupError where it is not installed."""
+    try:
+        import datasets
+    except ImportError:
+        raise SetupError(
+            f"data set {name}: all but plain text is read by the package datasets, which is not installed: "
+            "pip install datasets, or pass a .txt file (plain or compressed)"
+        ) from None
+    return datasets
+
+
+@contextmanager
+def quiet(datasets: ModuleType) -> Iterator[None]:
+    """Without what `datasets` logs, which is also what it raises."""
+    log = datasets.utils.logging
+    before = log.get_verbosity()
+    log.set_verbosity(log.CRITICAL)
+    try:
+        yield
+    finally:
+        log.set_verbosity(before)
+
+
 def hub_rows(name: str, repo: str, config: str | None, split: str | None) -> tuple[Sequence[dict], str]:
     """The records of a data set's split, from the hub or from this machine's copy of it, and the split's name.
 
     `split` None: the first of test, validation and train that there is. `name`: what the errors call it.
     """
-    import datasets
-
+    datasets = datasets_library(name)
     answer = ask_hub(repo, "dataset")
     offline = answer.commit is None
     before = datasets.config.HF_HUB_OFFLINE

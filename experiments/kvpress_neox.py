@@ -21,7 +21,7 @@ from kvpress import DecodingPress, KeyRerotationPress, ScorerPress
 
 from experiments.kvpress_support import PRESSES
 from personal_adapters.neox_flash import NeoXFlashAttentionAdapter
-from streaming_llm.families import family_of, layer_windows, rotaries_from_model
+from streaming_llm.families import layer_windows, rotaries_from_model
 
 
 class _PartialKeyRerotationPress(KeyRerotationPress):
@@ -120,14 +120,14 @@ def build_press(name: str, cache_size: int, n_sink: int) -> DecodingPress:
 
 def _not_rerotated(model) -> str | None:
     """Why kvpress would re-rotate or keep other keys than the model's attention means; None if it does neither."""
-    family = family_of(model.config)
+    rotaries = rotaries_from_model(model)
     if not hasattr(model.base_model, "layers"):
         return "it finds no layers under the names that it knows"
-    if family.interleaved:
+    if any(rotary.interleaved for rotary in rotaries):
         return "it re-rotates halves of a head, and this family rotates pairs of neighbours"
     if any(layer_windows(model.config)):
         return "layers have sliding windows of their own, and its cache is cut by slot"
-    if len(set(map(id, rotaries_from_model(model)))) > 1:
+    if len(set(map(id, rotaries))) > 1:
         return "it re-rotates the keys of all layers alike, and those of this model differ"
     return None
 

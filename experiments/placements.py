@@ -22,8 +22,7 @@ from streaming_llm.attachment import attached
 from streaming_llm.blockwise import BlockScorer, in_blocks
 from streaming_llm.engines import make_engine
 from streaming_llm.engines.blocks import default_block_size, feed
-from streaming_llm.families import layer_windows, lm_head, rotaries_from_model, transformers_model
-from streaming_llm.families.rotations import UNROTATED
+from streaming_llm.families import UNROTATED, layer_windows, lm_head, rotaries_from_model, transformers_model
 
 
 def model_call_engine(engine: str) -> str:
@@ -178,9 +177,10 @@ class _ShiftedLayer(CacheLayerMixin):
         self.slots_of_values: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.slots_of_keys, self.slots_of_values = (
-            x.new_zeros((*x.shape[:2], self.cache_size + 1, x.shape[3])) for x in (key_states, value_states)
-        )
+        with torch.inference_mode(False):  # steps that are recorded outside of it write to these too
+            self.slots_of_keys, self.slots_of_values = (
+                x.new_zeros((*x.shape[:2], self.cache_size + 1, x.shape[3])) for x in (key_states, value_states)
+            )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:

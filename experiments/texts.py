@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from experiments.config import SetupError, unknown_name
-from experiments.hub import hub_rows
+from experiments.hub import datasets_library, hub_rows, quiet
 
 ASSETS = Path(__file__).resolve().parent / "assets" / "texts"
 RANDOM_TOKENS = "random_tokens"
@@ -243,14 +243,13 @@ def _characters(path: Path) -> Iterator[str]:
 
 def _record_file(path: Path, text_key: str) -> Iterator[str]:
     """The texts of a file's records, as `datasets` reads them."""
-    import datasets
-
+    datasets = datasets_library(str(path))
     if not path.stat().st_size:
         return
     reader, options = _RECORDS[_kind(path)]
     if reader == "csv":  # pandas would read "NA" as a missing value and "3" as a number
         options = {**options, "converters": {text_key: str}, "keep_default_na": False}
-    with _readable(path, is_json_lines=_kind(path) in (".jsonl", ".ndjson")):
+    with quiet(datasets), _readable(path, is_json_lines=_kind(path) in (".jsonl", ".ndjson")):
         rows = datasets.load_dataset(reader, data_files=[str(path)], split="train", streaming=True, **options)
         yield from record_texts(rows, text_key, str(path))
 
@@ -272,11 +271,6 @@ def record_texts(rows: Iterable[dict], text_key: str, source: str) -> Iterator[s
 @contextmanager
 def _readable(path: Path, is_json_lines: bool = False) -> Iterator[None]:
     """Turn what a reader raises (each has its own errors) into a SetupError that says where the file is wrong."""
-    import datasets
-
-    log = datasets.utils.logging
-    before = log.get_verbosity()
-    log.set_verbosity(log.CRITICAL)  # it would also log what it raises
     try:
         yield
     except SetupError:
@@ -285,8 +279,6 @@ def _readable(path: Path, is_json_lines: bool = False) -> Iterator[None]:
         where = _wrong_line(path) if is_json_lines else ""
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise SetupError(f"data set {path}: cannot be read: {where or first}") from None
-    finally:
-        log.set_verbosity(before)
 
 
 def _wrong_line(path: Path) -> str:

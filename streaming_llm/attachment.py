@@ -22,7 +22,7 @@ from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse
 from .attention.kernel_choice import unwrapped
 from .attention.plan import ForwardAtHand
 from .attention.rewritten_layers import rewritten_forwards
-from .families import decoder_of, family_of, module_angles, rotary_modules, transformers_model
+from .families import changes_with_length, decoder_of, rotary_modules, transformers_model
 from .kv_cache import StreamingKVCache
 from .rope_utils import ExactRotaryEmbedding
 
@@ -96,10 +96,13 @@ class Attachment:
         if prefix != STREAMING:
             return changes
         self._at_hand = ForwardAtHand()
-        family = family_of(model.config)
+        exact: dict[int, ExactRotaryEmbedding] = {}
+        # Where frequencies change with the length, a forward that is no stream's has the model's own.
+        stands_in = self._at_hand.is_streaming if changes_with_length(model.config) else None
         for found in rotary_modules(model):
-            exact = ExactRotaryEmbedding(found.module, module_angles(found, family))
-            changes.append((found.parent, found.name, exact))
+            key = id(found.module)
+            exact[key] = exact.get(key) or ExactRotaryEmbedding(found.module, found.angles, found.layout, stands_in)
+            changes.append((found.parent, found.name, exact[key]))
         layers = {id(x): x for x in map(unwrapped, model.modules()) if "layer_idx" in vars(x)}
         return changes + [(layer, AT_HAND, self._at_hand) for layer in layers.values()]
 
@@ -137,7 +140,15 @@ class Attachment:
         cache.begin(tokens.shape[1], attached=True)
         if not isinstance(cache, StreamingKVCache):
             return None
-        own = {"position_ids": None, "cache_position": None}  # whatever was given: positions are the cache's
+        own: dict[str, Any] = {
+            "position_ids": None,
+            "cache_position": None,
+        }  # whatever was given
+        if cache.recurrent is not None:
+            own["past_key_values"] = cache.recurrent.native(decoder, cache, len(tokens), tokens.device)
+            first = cache.progress.position  # some of these models would begin at 0 again
+            own["cache_position"] = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+            own["position_ids"] = own["cache_position"].unsqueeze(0)
         if not cache.progress.together:
             rows = cache.progress.of_rows(len(tokens))
             own["position_ids"] = torch.tensor([[seen + offset] for seen, offset in rows], device=tokens.device)
@@ -147,6 +158,10 @@ class Attachment:
         cache, self._at_hand.cache = self._at_hand.cache, None
         if cache is None:
             return
+        if getattr(cache, "recurrent", None) is not None:
+            cache.recurrent.release()
+            if output is not None and getattr(output, "past_key_values", None) is not None:
+                output["past_key_values"] = cache
         if output is None:  # the forward raised an error
             cache.abandon()
         else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .cache_layer import StreamingLayer
 from .config import StreamingConfig
-from .families import bare_refusal, family_of
+from .families import Family, bare_length, bare_refusal
 from .positions import Progress
 
 
@@ -33,12 +33,13 @@ class BareChecks:
     Args:
         model_config: the model's configuration.
         streaming: sinks and window of the cache.
+        family: the model's.
     """
 
-    def __init__(self, model_config, streaming: StreamingConfig) -> None:
+    def __init__(self, model_config, streaming: StreamingConfig, family: Family) -> None:
         self._model_config = SharedReference(model_config)
-        self._streaming = streaming
-        self._table_length = family_of(model_config).table_length(model_config)
+        self._streaming, self._family = streaming, family
+        self._length = bare_length(model_config)
         self._exact_with: str | None = ""  # attention implementation last found exact
         self.forget_angles()
 
@@ -47,17 +48,22 @@ class BareChecks:
         self._next_angle_check = self._streaming.cache_size + 1
 
     def require_positions(self, progress: Progress, n_tokens: int) -> None:
-        """Raise ``ValueError`` where the model's table of rotations ends before these tokens do."""
+        """Raise ``ValueError`` where the model's rotation ends, or changes, before these tokens do."""
         end = progress.position + n_tokens
-        if self._table_length is not None and end > self._table_length:
+        if self._length is not None and end > self._length:
             raise ValueError(
-                f"position {end - 1} lies beyond the model's table of {self._table_length} rotations: "
+                f"position {end - 1} lies beyond the {self._length} for which the unmodified model has this rotation: "
                 "use `with StreamingLLMWrapper(model, ...) as stream:`, where a stream has no end"
             )
 
     def require_exact(self, progress: Progress, n_tokens: int) -> None:
         """Raise ``ValueError`` where the model's own attention computes otherwise than the stream's rule says."""
         self.require_positions(progress, n_tokens)
+        if self._family.has_state:
+            raise ValueError(
+                "the model has recurrent layers, whose state this cache cannot hold on an unmodified model: use "
+                "`with StreamingLLMWrapper(model, ...) as stream:`"
+            )
         capacity, n_seen = self._streaming.cache_size + 1, progress.n_seen
         if n_tokens > 1 and n_seen + n_tokens > capacity:
             raise ValueError(
@@ -73,7 +79,7 @@ class BareChecks:
         config = self._model_config.target
         implementation = getattr(config, "_attn_implementation", None)
         if config is not None and implementation != self._exact_with:
-            reason = bare_refusal(config, self._streaming)
+            reason = bare_refusal(config, self._streaming, self._family)
             if reason is not None:
                 raise ValueError(f"this cache would not be exact on the unmodified model: {reason}")
             self._exact_with = implementation

@@ -7,6 +7,7 @@ gives the logits of the token-by-token loop.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ from .attachment import attached
 from .config import StreamingConfig, require_int
 from .engines import resolve_block_engine
 from .engines.blocks import block_forward, default_block_size
+from .families import family_of_model, transformers_model
 from .kv_cache import StreamingKVCache
 from .losses import token_nll
 from .placement import input_device
@@ -160,6 +162,8 @@ def score_stream(
     if block_size is None:
         block_size = default_block_size(config.window_size, model)
     require_int("block_size", block_size, 1)
+    if not family_of_model(transformers_model(model)).blocks_continue:
+        block_size = sys.maxsize  # recurrent layers take one block, at the beginning
     if isinstance(input_ids, Tensor):
         _require_ids(input_ids)
     if return_hidden and on_block is not None:

@@ -29,6 +29,7 @@ class CacheForward:
         self.layers_done = 0
         self._progress = progress
         self._plan: Plan | None = None
+        self._taken: dict[int, Plan] = {}
         self._slots: dict[tuple[StreamLayout, torch.device], Tensor] = {}
 
     @property
@@ -60,7 +61,12 @@ class CacheForward:
         if self._plan is None or self.layers_done != layer_idx + 1:
             raise RuntimeError(f"layer {layer_idx} attends without having stored its keys in the stream's cache")
         plan, self._plan = self._plan, None
+        self._taken[layer_idx] = plan
         return plan
+
+    def plan_again(self, layer_idx: int) -> Plan:
+        """The plan that a layer has taken, for one that attends to the same keys."""
+        return self._taken[layer_idx]
 
     def slots(self, layout: StreamLayout, device: torch.device) -> Tensor | None:
         """Where each row's token goes, ``[batch]``; ``None`` where all rows are equally far."""

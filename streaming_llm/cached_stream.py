@@ -1,47 +1,41 @@
-"""A cache's stream between forwards: how large it is, moved, taken back, its rows chosen, saved and restored."""
+"""What a cache does with its stream between forwards: how large it is, moved, taken back, its rows chosen."""
 
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
-from . import saving
-from .cache_forward import BROKEN, CacheForward
+from .cache_forward import CacheForward
 from .cache_layer import StreamingLayer
 from .config import StreamingConfig, require_int
-from .families import transformers_model
-from .placement import layer_devices
+from .families import Family
 from .positions import Progress
-from .stream_state import StreamState, as_fact, differences, identity, layer_tensors, require_dtype
+from .recurrent import RecurrentState
 
 
 class CachedStream(Cache):
-    """What :class:`~streaming_llm.StreamingKVCache` does with its stream as a whole.
+    """The stream of a :class:`~streaming_llm.StreamingKVCache` as a whole.
 
     Args:
         layers: of the cache, all with ``progress``.
         streaming_config: sinks and window.
         progress: how far the streams are.
-        model_facts: see :func:`~streaming_llm.stream_state.model_facts`.
+        family: what is known of the model's family.
     """
 
     layers: list[StreamingLayer]
 
     def __init__(
-        self,
-        layers: list[StreamingLayer],
-        streaming_config: StreamingConfig,
-        progress: Progress,
-        model_facts: dict[str, Any],
+        self, layers: list[StreamingLayer], streaming_config: StreamingConfig, progress: Progress, family: Family
     ) -> None:
         super().__init__(layers=layers)
-        self.streaming_config, self.progress, self.model_facts = streaming_config, progress, model_facts
+        self.streaming_config, self.progress, self.family = streaming_config, progress, family
+        self.recurrent = RecurrentState() if family.has_state else None
         self._forward: CacheForward | None = None
         self._pending: tuple[int, Tensor | None] = (0, None)  # the progress's version, and ids
 
@@ -83,6 +77,8 @@ class CachedStream(Cache):
     def reset(self) -> None:
         """Forget the streams; the tensors stay allocated."""
         self._changed()
+        if self.recurrent is not None:
+            self.recurrent = RecurrentState()
         self.progress.set((0,), (0,))
 
     def _changed(self) -> None:
@@ -133,11 +129,28 @@ class CachedStream(Cache):
         self.take_back([seen - length] * (self.batch_size or 1))
 
     def take_back(self, n_tokens: Sequence[int]) -> None:
-        """Forget the last ``n_tokens`` of each row; what they had overwritten has to be there again."""
+        """Forget the last ``n_tokens`` of each row; what they had overwritten has to be there again.
+
+        Raises:
+            ValueError: the model has recurrent layers, whose state cannot go back.
+        """
+        if self.recurrent is not None and any(n_tokens):
+            raise ValueError("tokens cannot be taken back: the state of the model's recurrent layers has gone on")
         for layer in self.layers:
             layer.put_sinks_back()
         self._changed()
         self.progress.take_back(n_tokens)
+
+    def states_of(self, rows: list[int]) -> Callable[[], None]:
+        """Remembers the recurrent states of rows, which a step is not to change; what it returns puts them back."""
+        if self.recurrent is None or not rows or not self.n_seen:
+            return lambda: None
+        before = self.recurrent.value.select(lambda x: x[rows].clone())
+
+        def put_back() -> None:
+            self.recurrent.value = self.recurrent.value.with_rows(rows, before, self.batch_size)
+
+        return put_back
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(lambda x: x.index_select(0, beam_idx.to(x.device)), lambda rows: beam_idx.tolist())
@@ -155,6 +168,9 @@ class CachedStream(Cache):
         part = copy.copy(self)
         part._forward, part.progress = None, Progress()
         part.layers = [layer.take_rows(rows, part.progress) for layer in self.layers]
+        if self.recurrent is not None:
+            part.recurrent = RecurrentState()
+            part.recurrent.value = self.recurrent.value.select(lambda x: x[rows])
         progress = self.progress.of_rows(n_rows)
         part.progress.set(*zip(*(progress[row] for row in rows), strict=True))
         return part
@@ -163,6 +179,8 @@ class CachedStream(Cache):
         """Take over ``part``'s rows as these of ``n_rows``; buffers that fit stay in place."""
         for layer, of_part in zip(self.layers, part.layers, strict=True):
             layer.put_rows(rows, of_part, n_rows)
+        if self.recurrent is not None:
+            self.recurrent.value = self.recurrent.value.with_rows(rows, part.recurrent.value, n_rows)
         progress = self.progress.of_rows(n_rows)
         for row, of_row in zip(rows, part.progress.of_rows(len(rows)), strict=True):
             progress[row] = of_row
@@ -175,6 +193,8 @@ class CachedStream(Cache):
             self.progress.select(of_rows(range(n_rows)), n_rows)
         for layer in self.layers:
             layer.select(of_tensor)
+        if self.recurrent is not None:
+            self.recurrent.value = self.recurrent.value.select(of_tensor)
         self._changed()
         self.progress.version += 1
 
@@ -192,108 +212,3 @@ class CachedStream(Cache):
     def set_pending(self, token_ids: Tensor | None) -> None:
         """Remember ids ``[batch]`` as :attr:`pending`."""
         self._pending = self.progress.version, token_ids
-
-    # As a value, and in a file
-
-    def _identity(self) -> dict[str, Any]:
-        rotaries = [layer.rotation.rotary for layer in self.layers]
-        return identity(self.model_facts, self.streaming_config, rotaries, [layer.layout for layer in self.layers])
-
-    def state(self) -> StreamState:
-        """Where the stream is, as a value; its tensors are views of the cache, for use before the next forward.
-
-        Raises:
-            RuntimeError: a forward ended before its last layer.
-        """
-        if self.is_broken:
-            raise RuntimeError(BROKEN)
-        first, n_seen = self.layers[0], self.progress.n_seen
-        facts = {
-            **self._identity(),
-            "n_seen": as_fact(self.progress.seen),
-            "position_offset": as_fact(self.progress.offset),
-            "dtype": str(first.keys.dtype).removeprefix("torch.") if n_seen else None,
-            "slots": [layer.keys.shape[2] if n_seen else 0 for layer in self.layers],
-        }
-        tensors = {f"{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.state().items()}
-        if self.pending is not None:
-            tensors["pending"] = self.pending
-        return StreamState(facts, tensors)
-
-    def restore(
-        self,
-        state: StreamState,
-        *,
-        device: torch.device | str | list[torch.device],
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """Go on where ``state`` was taken, by a cache of the same model and size; buffers that fit stay in place.
-
-        Args:
-            device: where keys and values go, for all layers or for each.
-            dtype: what keys and values are converted to; as saved when ``None``.
-
-        Raises:
-            ValueError: ``state`` is of another model or size, or not whole; this cache is then unchanged.
-        """
-        differing = differences(state.facts, self._identity())
-        if differing:
-            raise ValueError("it is a stream of another model or cache: " + "; ".join(differing))
-        tensors = [layer_tensors(state, index, layer.layout) for index, layer in enumerate(self.layers)]
-        devices = device if isinstance(device, list) else [torch.device(device)] * len(self.layers)
-        self.reset()
-        for layer, of_layer, n_slots, where in zip(self.layers, tensors, state.facts["slots"], devices, strict=True):
-            layer.restore(n_slots, of_layer, where, dtype)
-        self.progress.set(state.seen, state.offset)
-        self.set_pending(state.tensors.get("pending"))
-
-    def save(self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the stream to a safetensors file, from which it goes on with the same bits; see :meth:`load`.
-
-        Only what is stored is written. An existing file is replaced whole or not at all.
-
-        Args:
-            metadata: strings to keep with it; :func:`streaming_llm.read_metadata` gives them back.
-
-        Raises:
-            OSError: the file cannot be written.
-            RuntimeError: a forward ended before its last layer.
-        """
-        saving.write(path, self.state(), metadata)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike,
-        model,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """A cache that goes on where a saved one was, with ``n_sink`` and ``window_size`` as saved.
-
-        Weights are not compared: that they are the same is the caller's to know.
-
-        Args:
-            model: the model, streaming or not, or its configuration alone (frequencies and dtype are then taken to be
-                those of a freshly loaded model).
-            device: where keys and values go; when ``None``, where the model's layers are, or the CPU.
-            dtype: convert keys and values, for a model loaded in another dtype; the outputs are then not the same.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: it is no saved stream, or of a model of other layers, heads, frequencies or dtype.
-        """
-        state = saving.read(path)
-        where: Any = "cpu" if device is None else device
-        if isinstance(model, nn.Module):
-            model = transformers_model(model)
-            with saving.naming(path):
-                require_dtype(state, model.dtype, dtype)
-            cache = cls.from_model(model, config=state.streaming_config)
-            where = layer_devices(model, len(cache.layers)) if device is None else device
-        else:
-            cache = cls(model, config=state.streaming_config)
-        with saving.naming(path):
-            cache.restore(state, device=where, dtype=dtype)
-        return cache

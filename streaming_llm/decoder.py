@@ -16,7 +16,7 @@ from .config import StreamingConfig, require_int
 from .endings import Criterion, generate_until
 from .engines import make_engine, resolve_block_engine, resolve_engine
 from .engines.blocks import block_forward
-from .families import lm_head, transformers_model
+from .families import last_logits, transformers_model
 from .kv_cache import StreamingKVCache
 from .placement import layer_devices, output_device
 from .rows import feed_rows, rows_of
@@ -127,7 +127,7 @@ class StreamingDecoder:
         self._require_open()
         rows = rows_of(input_ids, attention_mask)
         hidden = feed_rows(self._inner, self.cache, rows, block_size, self._forward)
-        return self._keep(lm_head(self._inner, hidden)[:, -1])
+        return self._keep(last_logits(self._inner, hidden))
 
     @torch.no_grad()
     def step(self, token_ids: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ class StreamingDecoder:
         The state of a cache alone has no logits: feed a token before scoring or generating.
         """
         self._require_open()
-        self.cache.restore(state, device=layer_devices(self._inner, len(self.cache.layers)), dtype=dtype)
+        self.cache.restore(state, device=layer_devices(self._inner, self.cache.family.stores), dtype=dtype)
         logits, device = state.tensors.get(LOGITS), output_device(self._inner)
         self._keep(None if logits is None else logits.to(device, self._inner.dtype))
         self._generator = generator_at(state.tensors.get(RANDOM), device)

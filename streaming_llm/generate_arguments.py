@@ -150,6 +150,11 @@ def refuse_arguments(model: nn.Module, cache: Any, continues: bool, kwargs: dict
             f"guidance_scale={guidance} would run a second stream in an ordinary cache, which forgets nothing and "
             "grows: leave it out"
         )
+    if cache.recurrent is not None and is_drafting(model, kwargs):
+        raise ValueError(
+            "drafted tokens cannot be taken back from the state of this model's recurrent layers: generate without "
+            "assistant_model and prompt_lookup_num_tokens"
+        )
     if kwargs.get("inputs_embeds") is not None and is_drafting(model, kwargs):
         raise ValueError("assisted decoding needs ids, got inputs_embeds")
     n_returned = setting(model, kwargs, "num_return_sequences") or 1

@@ -20,11 +20,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attachment import changed
 from .engines.blocks import BlockForward
 from .engines.pool import EnginePool
-from .families import lm_head
+from .families import last_logits
 from .generate_arguments import Prompt
 from .kv_cache import StreamingKVCache
 from .rows import feed_rows
 from .speculative import OverwrittenSlots
+from .warpers import joined
 
 OF_EVERY_FORWARD = (
     "input_ids",
@@ -120,6 +121,9 @@ class GenerationForwards:
             "forward": (self._run, self._forward),
             "prepare_inputs_for_generation": (self._prepare, self._prepare_inputs),
         }
+        if hasattr(self.model, "_get_logits_processor"):
+            processors = self.model._get_logits_processor
+            own["_get_logits_processor"] = (lambda *args, **kwargs: joined(processors(*args, **kwargs)), processors)
         changes = [(self.model, n, functools.update_wrapper(functools.partial(f), old)) for n, (f, old) in own.items()]
         self._changed = changed(changes)
         self._changed.__enter__()
@@ -171,7 +175,7 @@ class GenerationForwards:
             unseen, self.view.columns = self.prompt.unseen(), self.prompt.length
         if self.expand_size == 1 and not self.drafts and not self._more_than_logits(kwargs):
             hidden = feed_rows(self.model, self.cache, unseen, forward=self._block)
-            return self._output(lm_head(self.model, hidden))
+            return self._output(last_logits(self.model, hidden).unsqueeze(1))
         before = [row[:-1] for row in unseen]
         if max(map(len, before)):
             feed_rows(self.model, self.cache, before, forward=self._block)

@@ -20,16 +20,24 @@ from .attention.wide_copies import joined
 from .bare_cache import BareChecks
 from .cache_forward import BROKEN, CacheForward
 from .cache_layer import StreamingLayer
-from .cached_stream import CachedStream
 from .config import StreamingConfig
-from .families import layer_layouts, rotaries_from_config, rotaries_from_model, transformers_model
+from .families import (
+    Family,
+    family_of,
+    family_of_model,
+    layer_layouts,
+    rotaries_from_config,
+    rotaries_from_model,
+    transformers_model,
+)
 from .positions import Progress
 from .rope_utils import Rotary
+from .saved_cache import SaveableCache
 from .sinks import MovingSinks, sink_rotations
 from .stream_state import model_facts
 
 
-class StreamingKVCache(CachedStream):
+class StreamingKVCache(SaveableCache):
     """A cache of constant size for endless streams: attention sinks and a window of recent tokens.
 
     Works on an unmodified model: ``model(ids[:, t:t+1], past_key_values=cache, use_cache=True)`` is exact token by
@@ -53,6 +61,7 @@ class StreamingKVCache(CachedStream):
         n_sink, window_size: see :class:`~streaming_llm.StreamingConfig`, or
         config: both in one.
         rotary: the rotation of each layer, or of all; read from ``model_config`` when not given.
+        family: what is known of the model's family; measured when not given.
 
     Attributes:
         streaming_config: sinks and window.
@@ -70,9 +79,11 @@ class StreamingKVCache(CachedStream):
         *,
         config: StreamingConfig | None = None,
         rotary: Rotary | Sequence[Rotary] | None = None,
+        family: Family | None = None,
     ) -> None:
         streaming, progress = StreamingConfig.given(n_sink, window_size, config), Progress()
-        layouts = layer_layouts(model_config, streaming)
+        family = family_of(model_config) if family is None else family
+        layouts = layer_layouts(model_config, streaming, family)
         rotary = rotaries_from_config(model_config) if rotary is None else rotary
         rotations = sink_rotations([rotary] * len(layouts) if isinstance(rotary, Rotary) else rotary)
         self._rotations = set(rotations)
@@ -80,8 +91,10 @@ class StreamingKVCache(CachedStream):
             StreamingLayer(layout, rotation, progress, is_sliding=layout.config != streaming)
             for layout, rotation in zip(layouts, rotations, strict=True)
         ]
-        super().__init__(layers, streaming, progress, model_facts(model_config))
-        self._bare = BareChecks(model_config, streaming)
+        super().__init__(layers, streaming, progress, family)
+        self.model_facts = model_facts(model_config)
+        self._index = {layer_idx: index for index, layer_idx in enumerate(family.stores)}
+        self._bare = BareChecks(model_config, streaming, family)
         self._moving: MovingSinks | None = None  # derived from the layers' tensors; None once these have changed
 
     @classmethod
@@ -95,7 +108,8 @@ class StreamingKVCache(CachedStream):
     ) -> StreamingKVCache:
         """A cache with the frequencies that ``model`` holds, also where they were rounded with the weights."""
         model = transformers_model(model)
-        return cls(model.config, n_sink, window_size, config=config, rotary=rotaries_from_model(model))
+        family, rotary = family_of_model(model), rotaries_from_model(model)
+        return cls(model.config, n_sink, window_size, config=config, rotary=rotary, family=family)
 
     # A forward
 
@@ -113,6 +127,11 @@ class StreamingKVCache(CachedStream):
         """
         if self.is_broken:
             raise RuntimeError(BROKEN)
+        if n_tokens > 1 and self.n_seen and not self.family.blocks_continue:
+            raise ValueError(
+                "recurrent layers of this model take several tokens at the beginning of a stream alone, under the "
+                "installed Transformers: feed the others one by one, as stream.generate() and prefill() do"
+            )
         if n_tokens > 1 and not self.progress.together:
             raise ValueError("rows that are not equally far take single tokens together, and blocks one by one")
         if not attached:
@@ -139,14 +158,15 @@ class StreamingKVCache(CachedStream):
         Raises:
             RuntimeError: an earlier forward ended before its last layer, or its attention did not know of streams.
         """
-        layer, n_tokens = self.layers[layer_idx], key_states.shape[2]
-        if layer_idx == 0 and (self._forward is None or self._forward.layers_done):
+        index, n_tokens = self._index[layer_idx], key_states.shape[2]
+        layer = self.layers[index]
+        if index == 0 and (self._forward is None or self._forward.layers_done):
             self._bare.require_angles(layer, cache_kwargs)
             self.begin(n_tokens)
         forward = self._forward
         if forward is None:
             raise RuntimeError(BROKEN)
-        forward.require_turn(layer_idx, n_tokens)
+        forward.require_turn(index, n_tokens)
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
         slots = forward.slots(layer.layout, key_states.device)
@@ -163,7 +183,10 @@ class StreamingKVCache(CachedStream):
         """How the tokens that a layer has just stored attend; see :meth:`CacheForward.take_plan`."""
         if self._forward is None:
             raise RuntimeError(BROKEN)
-        return self._forward.take_plan(layer_idx)
+        source = self.family.sources.get(layer_idx)
+        if source is not None:
+            return self._forward.plan_again(self._index[source])
+        return self._forward.take_plan(self._index[layer_idx])
 
     def end(self) -> None:
         """End a forward: its tokens have been seen.
@@ -199,7 +222,7 @@ class StreamingKVCache(CachedStream):
         if self._forward is None:  # of an unmodified model, which makes its masks before any layer stores
             n_tokens = cache_position if isinstance(cache_position, int) else len(cache_position)
             self._bare.require_positions(self.progress, n_tokens)
-        return self.layers[layer_idx].get_mask_sizes(cache_position)
+        return self.layers[self._index.get(layer_idx, 0)].get_mask_sizes(cache_position)
 
     # When the stream is changed between forwards
 

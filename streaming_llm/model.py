@@ -13,7 +13,7 @@ from .config import StreamingConfig
 from .engines import resolve_block_engine, resolve_engine
 from .engines.blocks import block_forward, feed
 from .engines.pool import EnginePool
-from .families import lm_head, transformers_model
+from .families import last_logits, transformers_model
 from .generate_arguments import Prompt, expand_size_of, is_drafting, refuse_arguments, setting, take_prompt
 from .generation import GenerationForwards
 from .kv_cache import StreamingKVCache
@@ -112,7 +112,7 @@ class StreamingLLMWrapper:
         self._require_entered()
         rows = rows_of(input_ids, attention_mask)
         hidden = feed_rows(self.model, cache, rows, block_size, self._block)
-        return lm_head(transformers_model(self.model), hidden)[:, -1]
+        return last_logits(transformers_model(self.model), hidden)
 
     def generate(self, inputs: Tensor | None = None, *, continues: bool = False, **kwargs):
         """``model.generate`` on a streaming cache: prompts of any length, as many new tokens as one likes.

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 
+def _hooks(module: nn.Module) -> tuple:
+    """Accelerate's hooks on a module, which bring tensors from device to device."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))  # one hook, or a sequence of them
+
+
 def _device_of(module: nn.Module) -> torch.device:
     """Where a module computes: where its weights are, or, with Accelerate's offloading, where they are brought."""
-    hook = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", (hook,))  # one hook, or a sequence of them
-    for device in (getattr(h, "execution_device", None) for h in hooks if h is not None):
+    for device in (getattr(hook, "execution_device", None) for hook in _hooks(module)):
         if device is not None:
             return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     parameter = next(module.parameters(), None)
@@ -25,18 +31,24 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def output_device(model: nn.Module) -> torch.device:
-    """Where a model's logits come from."""
+    """Where a model's logits come from: its output layer, or, spread by Accelerate, back where its ids were."""
     head = model.get_output_embeddings()
-    return input_device(model) if head is None else _device_of(head)
+    brought_back = any(getattr(hook, "io_same_device", False) for hook in _hooks(model))
+    return input_device(model) if head is None or brought_back else _device_of(head)
 
 
-def layer_devices(model: nn.Module, num_layers: int) -> list[torch.device]:
-    """Where the keys of each decoder layer belong."""
+def layer_devices(model: nn.Module, stores: Sequence[int]) -> list[torch.device]:
+    """Where the keys of each decoder layer belong that stores some.
+
+    Args:
+        stores: their numbers.
+    """
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
     if not stacks:
-        return [input_device(model)] * num_layers
+        return [input_device(model)] * len(stores)
     attention = [next((m for m in layer.modules() if hasattr(m, "_hf_hook")), layer) for layer in stacks[0]]
-    return [_device_of(layer) for layer in attention]
+    return [_device_of(attention[index]) for index in stores]
 
 
 def is_split(model: nn.Module) -> bool:

@@ -7,7 +7,8 @@ how far into it one is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +22,27 @@ class Rotary:
         inv_freq: angle per position, ``[rotary_dim / 2]``, float64, with the values that the model itself uses.
         interleaved: rotates neighbours ``(0, 1), (2, 3), ...`` (GPT-J) instead of halves ``(i, i + rotary_dim / 2)``.
         scaling: factor that the model puts on cosine and sine (YaRN); part of a key, not of a re-rotation.
+        offset: first dimension of a head that is rotated (DeepSeek rotates the last ones).
     """
 
     inv_freq: Tensor
     interleaved: bool = False
     scaling: float = 1.0
+    offset: int = 0
 
     @property
     def rotary_dim(self) -> int:
         """Dimensions of a head that are rotated; the others pass."""
         return 2 * self.inv_freq.shape[0]
 
+    @property
+    def span(self) -> slice:
+        """Where in a head the rotated dimensions are."""
+        return slice(self.offset, self.offset + self.rotary_dim)
+
     def to(self, device: torch.device) -> Rotary:
         """The same rotation with its frequencies on ``device``."""
-        return Rotary(self.inv_freq.to(device), self.interleaved, self.scaling)
+        return replace(self, inv_freq=self.inv_freq.to(device))
 
     def cos_sin(self, positions: Tensor | int) -> tuple[Tensor, Tensor]:
         """Unscaled cosine and sine for integer ``positions`` of any shape ``[...]``.
@@ -65,7 +73,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate the first ``rotary_dim`` dimensions of ``x`` by the given angles.
+    """Rotate the dimensions ``rotary.span`` of ``x`` by the given angles.
 
     Args:
         x: ``[..., head_dim]``.
@@ -75,34 +83,71 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
         A new tensor of the shape and dtype of ``x``; the arithmetic is in float32 or better.
     """
     dtype = compute_dtype(x.dtype)
-    turned, passed = x[..., : rotary.rotary_dim].to(dtype), x[..., rotary.rotary_dim :]
+    turned = x[..., rotary.span].to(dtype)
     turned = turned * cos.to(dtype) + rotary.quarter_turn(turned) * sin.to(dtype)
-    return torch.cat((turned.to(x.dtype), passed), dim=-1)
+    return torch.cat((x[..., : rotary.offset], turned.to(x.dtype), x[..., rotary.span.stop :]), dim=-1)
+
+
+@dataclass(frozen=True)
+class AngleLayout:
+    """How a rotary module lays out what it returns.
+
+    Args:
+        kind: ``halves`` (all angles twice), ``pairs`` (each angle twice in a row), ``once``, or ``complex`` (one
+            complex number for each angle instead of cosine and sine).
+        one_axis: whether positions of several axes (of images: time, height, width) are merged into one.
+    """
+
+    kind: str = "halves"
+    one_axis: bool = False
+
+    def of(self, angles: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor] | Tensor:
+        """What a module returns for ``angles`` ``[..., rotary_dim / 2]``, in their dtype."""
+        if self.kind == "complex":
+            return torch.polar(torch.full_like(angles, scaling), angles)
+        if self.kind == "halves":
+            angles = torch.cat((angles, angles), dim=-1)
+        elif self.kind == "pairs":
+            angles = angles.repeat_interleave(2, dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        return (cos * scaling, sin * scaling) if scaling != 1.0 else (cos, sin)
 
 
 class ExactRotaryEmbedding(nn.Module):
     """Stands in for a model's rotary module and computes its angles in float64.
 
-    Takes and returns what the replaced module does: ``forward(x, position_ids) -> (cos, sin)``, each
+    Takes and returns what the replaced module does: ``forward(x, position_ids) -> (cos, sin)``, in most models each
     ``[batch, q_len, rotary_dim]`` in the dtype of ``x``.
 
     Args:
         replaced: the model's module.
-        rotary: its rotation, laid out as the module lays out its result; or, for a module that is asked with a
-            ``layer_type``, one rotation for each.
+        rotary: its rotation, or, for a module that is asked with a ``layer_type``, one for each.
+        layout: of what the module returns.
+        stands_in: whether it does, in the forward at hand; always when ``None``.
     """
 
-    def __init__(self, replaced: nn.Module, rotary: Rotary | dict[str | None, Rotary]) -> None:
+    def __init__(
+        self,
+        replaced: nn.Module,
+        rotary: Rotary | dict[str | None, Rotary],
+        layout: AngleLayout | None = None,
+        stands_in: Callable[[], bool] | None = None,
+    ) -> None:
         super().__init__()
-        self.replaced = replaced
+        self.replaced, self.layout, self.stands_in = replaced, layout or AngleLayout(), stands_in
         self.rotaries = rotary if isinstance(rotary, dict) else {None: rotary}
 
     @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        if self.stands_in is not None and not self.stands_in():
+            return self.replaced(x, position_ids) if layer_type is None else self.replaced(x, position_ids, layer_type)
         rotary = self.rotaries[layer_type]
         if rotary.inv_freq.device != x.device:
             rotary = self.rotaries[layer_type] = rotary.to(x.device)
-        cos, sin = rotary.cos_sin(position_ids)
-        if rotary.scaling != 1.0:
-            cos, sin = cos * rotary.scaling, sin * rotary.scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
+        if self.layout.one_axis and position_ids.dim() == 3:
+            position_ids = position_ids[0]  # of text, all axes have the same
+        angles = position_ids.to(torch.float64).unsqueeze(-1) * rotary.inv_freq
+        found = self.layout.of(angles, rotary.scaling)
+        return found.to(torch.complex64) if isinstance(found, Tensor) else (found[0].to(x.dtype), found[1].to(x.dtype))

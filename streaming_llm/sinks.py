@@ -113,10 +113,10 @@ class _Alike:
 
     def __init__(self, layers: list[LayerWithSinks]) -> None:
         self.rotation, self.layout = layers[0].rotation, layers[0].layout
-        rotary_dim, n_sink = self.rotation.rotary.rotary_dim, self.layout.config.n_sink
-        turned = torch.stack([layer.sinks[..., :rotary_dim] for layer in layers])
+        span, n_sink = self.rotation.rotary.span, self.layout.config.n_sink
+        turned = torch.stack([layer.sinks[..., span] for layer in layers])
         with torch.inference_mode(False):
-            self._slots = [layer.keys[:, :, :n_sink, :rotary_dim] for layer in layers]
+            self._slots = [layer.keys[:, :, :n_sink, span] for layer in layers]
         self._dtype = turned.dtype
         self._max_ahead = max(1, min(MAX_POSITIONS_AHEAD, MAX_BYTES_AHEAD // max(1, turned.nbytes)))
         self._turned = turned.to(compute_dtype(turned.dtype))

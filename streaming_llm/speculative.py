@@ -16,6 +16,8 @@ from .kv_cache import StreamingKVCache
 
 def most_taken_back(cache: StreamingKVCache) -> int:
     """How many tokens at once overwrite none of their own, and so can be taken back."""
+    if cache.recurrent is not None:
+        return 1
     return min(layer.layout.config.window_size for layer in cache.layers) + 1
 
 

@@ -104,7 +104,10 @@ def identity(
 
 def _rotation_facts(rotary: Rotary) -> dict[str, Any]:
     values = {"inv_freq": rotary.inv_freq.tolist()}  # JSON keeps every bit of a float64
-    return values | {name: value for name, value in vars(rotary).items() if not isinstance(value, Tensor)}
+    others = {name: value for name, value in vars(rotary).items() if not isinstance(value, Tensor)}
+    if not rotary.offset:  # as in files from before there was one
+        del others["offset"]
+    return values | others
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:

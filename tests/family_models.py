@@ -43,6 +43,9 @@ def scaled(rope_type: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_scaling": parameters, "rope_theta": 10_000.0}
 
 
+ORIGINAL = 120
+"""Length up to which the frequencies of longrope are constant."""
+
 LLAMA3 = scaled("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=40)
 YARN = scaled("yarn", factor=4.0, original_max_position_embeddings=40)
 
@@ -54,6 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("Llama", {**GQA, **scaled("linear", factor=4.0)}),
     "llama-llama3": ("Llama", {**GQA, **LLAMA3}),
     "llama-yarn": ("Llama", {**GQA, **YARN}),
+    "llama-dynamic": ("Llama", {**GQA, **scaled("dynamic", factor=2.0)}),
     "mistral": ("Mistral", {**GQA, "sliding_window": SLIDING}),
     "qwen2": ("Qwen2", GQA),
     "qwen2-sliding": (
@@ -81,6 +85,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("Phi", {**GQA, "partial_rotary_factor": 0.5, "hidden_act": "gelu_new"}),
     "phi-normed": ("Phi", {"qk_layernorm": True, "partial_rotary_factor": 0.5, "hidden_act": "gelu_new"}),
     "phi3": ("Phi3", {**GQA, "sliding_window": SLIDING}),
+    "phi3-longrope": (
+        "Phi3",
+        {
+            **GQA,
+            "sliding_window": None,
+            "original_max_position_embeddings": ORIGINAL,
+            **scaled("longrope", short_factor=[1.0, 1.5, 2.0, 3.0], long_factor=[2.0] * 4),
+        },
+    ),
     "gemma": ("Gemma", {**MQA, **WIDE}),
     "gemma2": (
         "Gemma2",

@@ -91,6 +91,10 @@ def frequencies(config, layer_type: str, dim: int) -> tuple[Tensor, float]:
         ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
         frequency = ramp * frequency / scale + (1 - ramp) * frequency
         factor = 0.1 * math.log(scale) + 1
+    elif kind == "longrope":  # of a stream no longer than the original length
+        length = config.original_max_position_embeddings
+        frequency = frequency / torch.tensor(given["short_factor"], dtype=torch.float64)
+        factor = math.sqrt(1 + math.log(config.max_position_embeddings / length) / math.log(length))
     return frequency.float().double(), factor
 
 

@@ -50,6 +50,12 @@ def test_a_run_prints_a_table_and_writes_its_files(world, capsys):
     assert "--attn-backend-list math flash" in command
 
 
+def test_plain_text_is_evaluated_without_the_package_datasets(world, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert final(world) == 0
+    assert eval_streaming_llm.main([*subject(world), "--output", str(world.base / "x.json")]) == 0
+
+
 def test_the_comparison_honours_the_environment_and_writes_where_it_is_told(world, capsys, monkeypatch):
     monkeypatch.setenv("FLASH_SDPA", "1")
     target = world.base / "sub" / "x.json"

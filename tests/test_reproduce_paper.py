@@ -173,7 +173,7 @@ def test_the_smallest_run_writes_results_figures_and_the_page_and_goes_on(tmp_pa
     command = [
         "--model", str(make_model_folder(tmp_path / "tiny")), "--datasets", str(make_text(tmp_path / "text.txt")),
         "--output-dir", str(tmp_path / "out"), "--n-sink", "2", *SMALL, "--questions", str(questions),
-        "--only", "methods", "line-breaks", "attention", "stream-eval", "questions", "positions",
+        "--only", "methods", "line-breaks", "attention", "long", "stream-eval", "questions", "positions",
     ]  # fmt: skip
     assert main([*command, "--dry-run"]) == 0
     assert not (root / "tiny").exists()
@@ -186,6 +186,8 @@ def test_the_smallest_run_writes_results_figures_and_the_page_and_goes_on(tmp_pa
     assert all(result["status"] == "ok" for result in results.values())
     rows = {row["method"]: row for row in results["methods"]["rows"]}
     assert rows["dense"]["tokens"] == 300
+    caches = [(row["method"], row.get("cache_size"), row["tokens"]) for row in results["long"]["rows"]]
+    assert caches == [("streaming", 32, 300), ("streaming", 24, 300), ("window", 32, 300), ("dense", None, 64)]
     assert results["positions"]["rows"][2]["drift"] < 1e-3 < results["positions"]["rows"][1]["drift"]
     page = (root / "index.html").read_text()
     assert page.count("<svg") == len(results)

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ RECORDS = [{"text": "one"}, {"text": "two"}]
 JSON_LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
 
 
+@pytest.fixture
+def datasets():
+    """The package that reads all but plain text; tests of such texts skip where it is not installed."""
+    return pytest.importorskip("datasets")
+
+
+needs_datasets = pytest.mark.usefixtures("datasets")
+
+
 def text_of(*documents: str) -> Text:
     sha256 = hashlib.sha256("\x1c".join(documents).encode()).hexdigest()
     return Text("key", "Key", "key", lambda: iter(documents), sha256)
@@ -35,6 +45,7 @@ def documents_of(path: Path, **options) -> list[str]:
 # --- what is read ------------------------------------------------------------------------------------------------
 
 
+@needs_datasets
 def test_records_hold_texts_under_their_key(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(RECORDS))
     (tmp_path / "b.jsonl").write_text(JSON_LINES.replace("\n", "\n\n", 1))
@@ -48,15 +59,14 @@ def test_records_hold_texts_under_their_key(tmp_path):
     }  # fmt: skip
 
 
+@needs_datasets
 def test_records_may_differ_in_all_but_the_text(tmp_path):
     lines = ['{"text": "a", "m": 1}', '{"m": "x", "text": "b"}', '{"text": "c", "m": {"z": [1, "k"]}, "more": null}']
     (tmp_path / "mixed.jsonl").write_text("\n".join(lines))
     assert documents_of(tmp_path / "mixed.jsonl") == ["a", "b", "c"]
 
 
-def test_parquet_and_another_key(tmp_path):
-    import datasets
-
+def test_parquet_and_another_key(tmp_path, datasets):
     table = datasets.Dataset.from_dict({"content": ["one", "two"], "text": [1, 2]})
     table.to_parquet(tmp_path / "a.parquet")
     assert documents_of(tmp_path / "a.parquet", text_key="content") == ["one", "two"]
@@ -69,14 +79,16 @@ def test_parquet_and_another_key(tmp_path):
 )
 def test_compressed_files(tmp_path, suffix, compress):
     (tmp_path / f"book.txt{suffix}").write_bytes(compress(b"\xef\xbb\xbfOne.\r\nTwo.\x1cThree \xc3\xa9."))
-    (tmp_path / f"book.jsonl{suffix}").write_bytes(compress(JSON_LINES.encode()))
     (tmp_path / f"book{suffix}").write_bytes(compress(b"plain"))
     assert documents_of(tmp_path / f"book.txt{suffix}") == ["One.\r\nTwo.", "Three é."]
-    assert documents_of(tmp_path / f"book.jsonl{suffix}") == ["one", "two"]
     assert documents_of(tmp_path / f"book{suffix}") == ["plain"]
     assert load_texts([str(tmp_path / f"book.txt{suffix}")])[0].key == "book"
+    pytest.importorskip("datasets")
+    (tmp_path / f"book.jsonl{suffix}").write_bytes(compress(JSON_LINES.encode()))
+    assert documents_of(tmp_path / f"book.jsonl{suffix}") == ["one", "two"]
 
 
+@needs_datasets
 def test_line_separators_of_unicode_may_stand_in_a_record(tmp_path):
     line, paragraph, next_line = "\u2028", "\u2029", "\x85"
     text = f"a{line}b{paragraph}c{next_line}d"
@@ -84,6 +96,7 @@ def test_line_separators_of_unicode_may_stand_in_a_record(tmp_path):
     assert documents_of(tmp_path / "a.jsonl") == [text, "e"]
 
 
+@needs_datasets
 def test_a_folder_is_read_with_all_that_is_below_it_and_what_is_skipped_is_named(tmp_path):
     for name in ("b.txt", "a/deep/c.txt", "a/d.TXT"):
         (tmp_path / "shelf" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +113,7 @@ def test_a_folder_is_read_with_all_that_is_below_it_and_what_is_skipped_is_named
         load_texts([str(tmp_path / "empty")])
 
 
+@needs_datasets
 def test_several_data_sets_as_one(tmp_path):
     make_text(tmp_path / "a.txt", "one\x1c\x1ctwo\x1c")
     (tmp_path / "b.jsonl").write_text('{"text": "three"}')
@@ -109,9 +123,7 @@ def test_several_data_sets_as_one(tmp_path):
     assert text.sha256 == hashlib.sha256(b"one\x1ctwo\x1cthree").hexdigest()
 
 
-def test_data_sets_of_the_hub(monkeypatch):
-    import datasets
-
+def test_data_sets_of_the_hub(monkeypatch, datasets):
     from experiments.hub import HubAnswer
 
     asked = []
@@ -133,6 +145,7 @@ def test_data_sets_of_the_hub(monkeypatch):
         load_texts(names[:1])
 
 
+@needs_datasets
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("someone/books", "wikitext"):
@@ -185,12 +198,24 @@ def test_the_bundled_texts_are_there():
     ],
 )
 def test_a_file_that_is_no_text_is_refused(tmp_path, name, content, words, caplog, capfd):
+    if ".txt" not in name and ".pdf" not in name:
+        pytest.importorskip("datasets")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SetupError, match=words) as caught:
         load_texts([str(tmp_path / name)])
     assert "\n" not in str(caught.value)
     assert not caplog.records
     assert capfd.readouterr() == ("", "")
+
+
+def test_without_the_package_datasets_plain_text_is_read_and_all_else_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "book.txt.xz").write_bytes(lzma.compress(b"plain"))
+    (tmp_path / "a.jsonl").write_text(JSON_LINES)
+    assert documents_of(tmp_path / "book.txt.xz") == ["plain"]
+    for name in (str(tmp_path / "a.jsonl"), "someone/books", "wikitext"):
+        with pytest.raises(SetupError, match=r"package datasets, which is not installed: pip install datasets, or"):
+            load_texts([name])
 
 
 def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path):

@@ -5,7 +5,7 @@ import statistics
 import numpy as np
 
 from experiments.paper.pieces import Found, Piece
-from experiments.paper.setting import Setting, curve, perplexity
+from experiments.paper.setting import Setting, curve, doubling, perplexity
 
 
 class _Always:
@@ -41,19 +41,29 @@ class Curves(_Always):
 
 
 class Long(_Always):
-    """Perplexity along as many tokens as there are."""
+    """Perplexity along as many tokens as there are, with two cache sizes; dense attention up to its context."""
 
     name, title, reference = "long", "Perplexity along millions of tokens", "Fig. 5"
 
     def pieces(self, setting: Setting) -> list[Piece]:
-        return [setting.losses("streaming", "streaming", setting.lengths.large_cache, setting.lengths.longest)]
+        lengths, context = setting.lengths, setting.info.context_length
+        caches = dict.fromkeys((lengths.large_cache, lengths.cache))
+        pieces = [setting.losses(f"streaming {cache}", "streaming", cache, lengths.longest) for cache in caches]
+        pieces.append(setting.losses(f"window {lengths.large_cache}", "window", lengths.large_cache, lengths.longest))
+        return [*pieces, setting.losses("dense", "dense", context, min(lengths.longest, context))]
 
     def result(self, setting: Setting, found: dict[str, Found]) -> dict:
-        one = found["streaming"]
-        speed = one.values["tokens"] / one.values["seconds"]
-        rows = [_row(one, method="streaming", tokens_per_sec=speed)]
-        return {"cache_size": setting.lengths.large_cache, "n_sink": setting.n_sink, "rows": rows,
-                "curves": {"streaming": curve(one.arrays["nll"], 200)}}  # fmt: skip
+        rows, curves, starts, context = [], {}, {}, setting.info.context_length
+        for name, one in found.items():
+            method, _, cache = name.partition(" ")
+            nll, speed = one.arrays["nll"], one.values["tokens"] / one.values["seconds"]
+            row = {"method": method} | ({"cache_size": int(cache)} if cache else {})
+            rows.append(_row(one, **row, within_context=perplexity(nll[: context - 1]), tokens_per_sec=speed))
+            starts[name] = doubling(nll)
+            if cache:
+                curves[name] = curve(nll, min(200, max(2, len(nll) // 400)))
+        return {"cache_size": setting.lengths.large_cache, "n_sink": setting.n_sink, "rows": rows, "curves": curves,
+                "starts": starts, "context_length": context}  # fmt: skip
 
 
 class LineBreaks(_Always):

@@ -231,6 +231,13 @@ def curve(nll: np.ndarray, n_points: int = 100) -> dict[str, list]:
     return {"token": [int(end) for end in ends[1:]], "perplexity": [perplexity(part) for part in parts]}
 
 
+def doubling(nll: np.ndarray, first: int = 256) -> dict[str, list]:
+    """Perplexity of stretches each as long as all before it, as `curve` gives it: to token 256, 512, 1,024, ..."""
+    ends = [first << n for n in range(64) if first << n < len(nll)] + [len(nll)]
+    parts = [nll[a:b] for a, b in itertools.pairwise([0, *ends])]
+    return {"token": ends, "perplexity": [perplexity(part) for part in parts]}
+
+
 def free(setting: Setting) -> None:
     """Let go of the model."""
     setting._loaded = None

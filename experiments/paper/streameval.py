@@ -50,7 +50,7 @@ def make_stream(tokenizer, front: list[int], n_queries: int, distance: int, seed
 class StreamEval:
     """Accuracy along the stream by method, and by distance."""
 
-    name, title, reference = "stream-eval", "StreamEval: facts asked for within a stream", "Fig. 9, Table 7"
+    name, title, reference = "stream-eval", "StreamEval: facts in a stream", "Fig. 9, Table 7"
 
     def why_not(self, setting: Setting) -> str | None:
         return None

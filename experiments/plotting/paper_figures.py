@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import Normal, Stroke
 
 from . import style
 from .lines import number_axis
 from .page import new_page
 
 PANEL_IN = 1.75
+RECOMPUTED = "Baseline: a sliding window with re-computation"
 MODEL_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
@@ -50,7 +52,7 @@ def _curves(ax, curves: dict[str, dict], key: str, looks: dict[str, dict]) -> No
 def methods(result: dict) -> Figure:
     """Perplexity along the text by method."""
     looks = {method: _look(method) for method in result["curves"]}
-    figure, (ax,) = _page(result, list(looks.values()), more=[_size(result)])
+    figure, (ax,) = _page(result, list(looks.values()), more=[_size(result), RECOMPUTED])
     _curves(ax, result["curves"], "perplexity", looks)
     values = np.concatenate([one["perplexity"] for one in result["curves"].values()])
     number_axis(ax, "y", values, log_ratio=20)
@@ -58,14 +60,40 @@ def methods(result: dict) -> Figure:
     return figure
 
 
-def long(results: Sequence[dict]) -> Figure:
-    """Perplexity along very long texts, a line for each model."""
+def long(result: dict) -> Figure:
+    """Perplexity along a very long text: its first part on a log axis, and all of it."""
+    looks = {}
+    for row in result["rows"]:
+        name, cache = row["method"], row.get("cache_size")
+        kept = "" if cache is None else f", {result['n_sink']} + {cache - result['n_sink']}"
+        kept = f", {cache}" if name == "window" else kept
+        is_smaller = name == "streaming" and cache != result["cache_size"]
+        look = _look(name) | {"label": style.METHODS[name].label + kept, "linestyle": ":" if is_smaller else "-"}
+        look |= {"zorder": 2 + (name == "streaming"), "marker": style.METHODS[name].marker, "markersize": 2.4}
+        looks[name if cache is None else f"{name} {cache}"] = look
+    books = "Left: stretches each as long as all before it. Texts follow each other, and perplexity differs between "
+    books += "them. Dashed: the model's context"
+    figure, axes = _page(result, list(looks.values()), columns=2, more=[books], sharey=True)
+    _curves(axes[0], result["starts"], "perplexity", looks)
+    _curves(axes[1], result["curves"], "perplexity", {name: look | {"marker": ""} for name, look in looks.items()})
+    drawn = [one for part in ("starts", "curves") for one in result[part].values()]
+    number_axis(axes[0], "x", [token for one in result["starts"].values() for token in one["token"]], log_ratio=2)
+    number_axis(axes[1], "x", [token for one in result["curves"].values() for token in one["token"]])
+    number_axis(axes[0], "y", [value for one in drawn for value in one["perplexity"]], log_ratio=20)
+    for ax, title in zip(axes, ("perplexity, log axis", "perplexity, all of it"), strict=True):
+        ax.axvline(result["context_length"], color=style.QUIET, linewidth=0.8, linestyle="--")
+        ax.set_title(title)
+    return figure
+
+
+def models(results: Sequence[dict]) -> Figure:
+    """Perplexity along very long texts with StreamingLLM's larger cache, a line for each model."""
     lines, looks = [], []
     for i, result in enumerate(results):
-        name = result["model"].rsplit("/", 1)[-1]
+        name, n_sink = result["model"].rsplit("/", 1)[-1], result["n_sink"]
         colour = MODEL_COLOURS[i % len(MODEL_COLOURS)]
-        looks.append({"color": colour, "label": f"{name}, {result['n_sink']} + {result['cache_size'] - 4}"})
-        lines.append(result["curves"]["streaming"])
+        looks.append({"color": colour, "label": f"{name}, {n_sink} + {result['cache_size'] - n_sink}"})
+        lines.append(result["curves"][f"streaming {result['cache_size']}"])
     figure, (ax,) = _page(results[0], looks, more=["Books follow each other: perplexity differs between them"])
     for one, look in zip(lines, looks, strict=True):
         ax.plot(one["token"], one["perplexity"], linewidth=0.9, **look)
@@ -85,8 +113,9 @@ def sizes(result: dict) -> Figure:
     y = [row["perplexity"] for row in result["rows"]]
     ax.plot(x, y, **look)
     for place, value in zip(x, y, strict=True):
-        ax.annotate(f"{value:.2f}", (place, value), (0, 4), textcoords="offset points", ha="center",
-                    size=style.SIZE_VALUE)  # fmt: skip
+        text = ax.annotate(f"{value:.2f}", (place, value), (0, 5), textcoords="offset points", ha="center",
+                           size=style.SIZE_VALUE)  # fmt: skip
+        text.set_path_effects([Stroke(linewidth=2.5, foreground="white"), Normal()])
     ax.set_xticks(x, [f"{row[key]}" for row in result["rows"]])
     number_axis(ax, "y", y, log_ratio=20, room=0.12)
     ax.set_xlabel(label)
@@ -118,14 +147,17 @@ def latency(result: dict) -> Figure:
     names = list(dict.fromkeys(row["method"] for row in result["rows"]))
     looks = {name: _look(name) | {"marker": style.METHODS[name].marker, "markersize": 3.4} for name in names}
     engines = "; ".join(f"{style.METHODS[row['method']].label}: {row['engine']}" for row in result["rows"][:2])
-    figure, axes = _page(result, list(looks.values()), columns=2, more=[f"Engines: {engines}"])
+    figure, axes = _page(result, list(looks.values()), columns=2, more=[f"Engines: {engines}", RECOMPUTED])
+    sizes = sorted({row["cache_size"] for row in result["rows"]})
     for ax, key, title in zip(axes, ("tpot_ms", "peak_memory_mb"), ("ms per token", "peak memory, MB"), strict=True):
         drawn = []
         for name in names:
             rows = [row for row in result["rows"] if row["method"] == name and row[key] is not None]
             ax.plot([row["cache_size"] for row in rows], [row[key] for row in rows], **looks[name])
             drawn += [row[key] for row in rows]
-        number_axis(ax, "x", [row["cache_size"] for row in result["rows"]], log_ratio=2)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sizes, sizes)
+        ax.minorticks_off()
         if drawn:
             number_axis(ax, "y", drawn, log_ratio=8)
         ax.set_xlabel("cache size, tokens")
@@ -163,10 +195,7 @@ def attention(result: dict) -> Figure:
     handles = [Line2D([], [], **look) for look in (*looks.values(), recent)]
     maps = result["maps"]
     title = f"{result['title']} ({result['reference']})"
-    note = (
-        "Above: attention of 16 tokens to each other, mean over heads and texts, white 0.001 to black 1 (log scale). "
-    )
-    note += "Below right: share on the sinks by layer and head"
+    note = "Above: attention of 16 tokens to each other, mean over heads and texts, white 0.001 to black 1 (log scale)"
     figure, axes = new_page(2, max(len(maps), 2), 1.2, title=title, handles=handles, width_in=6.8,
                             caption=_caption(result, _size(result), note))  # fmt: skip
     for ax, (layer, values) in zip(axes[0], maps.items(), strict=False):
@@ -191,6 +220,7 @@ def attention(result: dict) -> Figure:
     shown = right.imshow(np.transpose(result["heads"]["streaming"]), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     right.set_xlabel("layer")
     right.set_ylabel("head")
+    right.set_title("share on the sinks, by head")
     right.grid(visible=False)
     figure.colorbar(shown, ax=right)
     return figure
@@ -199,6 +229,7 @@ def attention(result: dict) -> Figure:
 def positions(result: dict) -> Figure:
     """Perplexity along the stream, and drift from the exact losses."""
     looks = {method: _look(method) for method in result["curves"]}
+    looks["streaming"] |= {"linewidth": 2.4, "zorder": 2}  # others may lie on it
     figure, axes = _page(result, list(looks.values()), columns=2, more=[_size(result)])
     _curves(axes[0], result["curves"], "perplexity", looks)
     values = [value for one in result["curves"].values() for value in one["perplexity"]]
@@ -216,7 +247,7 @@ DRAW: dict[str, Callable[[dict], Figure]] = {
     "line-breaks": bars,
     "sinks": sizes,
     "attention": attention,
-    "long": lambda result: long([result]),
+    "long": long,
     "cache-sizes": sizes,
     "latency": latency,
     "stream-eval": asked,

@@ -10,14 +10,14 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from . import style
 from .page import render, save
 from .paper_facts import CITATION, REPORTED
-from .paper_figures import DRAW, long
+from .paper_figures import DRAW, models
 
 _SHOWN = {
     "methods": ("method", "perplexity", "beyond_cache", "tokens"),
     "line-breaks": ("sinks", "n_sink", "window_size", "perplexity"),
     "sinks": ("n_sink", "window_size", "perplexity", "tokens"),
     "attention": (),
-    "long": ("tokens", "perplexity", "tokens_per_sec"),
+    "long": ("method", "cache_size", "tokens", "within_context", "perplexity", "tokens_per_sec"),
     "cache-sizes": ("cache_size", "n_sink", "window_size", "perplexity"),
     "latency": ("cache_size", "method", "engine", "tpot_ms", "speedup", "peak_memory_mb", "kv_cache_mb"),
     "stream-eval": ("method", "distance_lines", "distance_tokens", "accuracy", "questions", "stream_tokens"),
@@ -25,6 +25,7 @@ _SHOWN = {
     "positions": ("method", "perplexity", "drift", "tpot_ms", "engine"),
 }
 _HEADS = {
+    "within_context": "perplexity within the context",
     "beyond_cache": "perplexity beyond the cache", "n_sink": "sinks kept", "window_size": "window",
     "drift": "drift, nats", "tokens_per_sec": "tokens/s", "cache_size": "cache", "tpot_ms": "ms per token",
     "peak_memory_mb": "peak memory, MB", "kv_cache_mb": "KV cache, MB", "distance_lines": "lines back",
@@ -83,10 +84,10 @@ def write_pages(root: Path) -> Iterable[Path]:
             drawn = [result for result in results if result["rows"] and result["status"] == "ok"]
             for result in drawn:
                 written += save(DRAW[name](result), name, result["folder"], ["png"])
-            together = long(drawn) if name == "long" and len(drawn) > 1 else None
+            together = models(drawn) if name == "long" and len(drawn) > 1 else None
             if together is not None:
                 written += save(together, name, root, ["png"])
-            models = [
+            found = [
                 {
                     "name": result["model"].rsplit("/", 1)[-1],
                     "table": _table(result),
@@ -96,9 +97,9 @@ def write_pages(root: Path) -> Iterable[Path]:
                 }
                 for result in results
             ]
-            if models:
+            if found:
                 about = {"name": name, "title": results[0]["title"], "reported": REPORTED[name]}
-                sections.append(about | {"models": models, "together": _svg(together) if together else ""})
+                sections.append(about | {"models": found, "together": _svg(together) if together else ""})
     if sections:
         page = Environment(
             loader=PackageLoader(__package__, ""), autoescape=select_autoescape(["j2"]), trim_blocks=True

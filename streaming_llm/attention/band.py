@@ -23,7 +23,7 @@ from ..rope_utils import rotate
 from .kernel_choice import kernel_for
 from .math_kernel import band_math
 from .plan import BlockPlan
-from .torch_kernels import WITH_LSE, causal_attention, merge, repeat_heads, windowed_flash
+from .torch_kernels import WITH_LSE, causal_attention, join_learned, merge, repeat_heads, windowed_flash
 from .wide_copies import joined
 
 try:
@@ -33,7 +33,13 @@ except ImportError:  # no Triton: PyTorch's own operators do the same
 
 
 def block_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    softcap: float | None = None,
+    learned: Tensor | None = None,
 ) -> Tensor:
     """Attention of new tokens under the stream's rule (each its own window, sinks at ``min(t, S+W) - j``).
 
@@ -42,17 +48,17 @@ def block_attention(
         key, value: of the new tokens; those that ``plan.previous`` lacks precede them.
         plan: made by the cache.
         scale: factor on the scores.
-        softcap: bound of the scores, see :func:`explicit_attention`.
+        softcap, learned: see :func:`explicit_attention`.
 
     Returns:
-        ``[batch, num_heads, q_len, head_dim]`` in the dtype of ``query``.
+        ``[batch, num_heads, q_len, head_dim of value]`` in the dtype of ``query``.
     """
     kernel = kernel_for(query, softcap)
     # Under autocast a cache may hold another dtype.
     key, value, *previous = (repeat_heads(query, x.to(query.dtype), kernel) for x in (key, value, *plan.previous))
-    batch, num_heads, q_len, head_dim = query.shape
-    out = query.new_empty((batch, q_len, num_heads, head_dim))
-    window, given = plan.layout.config.window_size, (plan, scale, kernel, softcap)
+    batch, num_heads, q_len = query.shape[:3]
+    out = query.new_empty((batch, q_len, num_heads, value.shape[-1]))
+    window, given = plan.layout.config.window_size, (plan, scale, kernel, softcap, learned)
     if _continues(query, plan, kernel):  # only the first W queries see tokens of the blocks before
         early = (joined((x[:, :, -window:], new[:, :, :window]), dim=2)
                  for x, new in zip(previous, (key, value), strict=True))  # fmt: skip
@@ -66,7 +72,7 @@ def block_attention(
     if n_dense:
         kv_len = plan.first_query + n_dense - plan.first_key
         dense = (query[:, :, :n_dense], key[:, :, :kv_len], value[:, :, :kv_len])
-        out[:, :n_dense] = causal_attention(*dense, scale, kernel, softcap).transpose(1, 2)
+        out[:, :n_dense] = causal_attention(*dense, scale, kernel, softcap, learned).transpose(1, 2)
     if n_dense < q_len:
         first_query = plan.first_query + n_dense
         first_key = first_query - window - plan.first_key
@@ -95,14 +101,16 @@ def _streaming_band(
     scale: float,
     kernel: str,
     softcap: float | None,
+    learned: Tensor | None,
 ) -> None:
     """Attention of queries that are all past the cache size; keys begin ``W`` tokens before the first of them.
 
     Writes to ``out`` ``[batch, q_len, num_heads, head_dim]``.
     """
     config, rotation = plan.layout.config, plan.rotation  # no rotation: a sliding window of the model's own, no sinks
-    can_turn = not config.n_sink or rotation.rotary.rotary_dim > 0
-    if kernel != "math" and triton_kernels is not None and triton_kernels.available(query) and can_turn:
+    can_turn = not config.n_sink or (rotation.rotary.rotary_dim > 0 and not rotation.rotary.offset)
+    can_merge = can_turn and learned is None and query.shape[-1] == value.shape[-1]
+    if kernel != "math" and triton_kernels is not None and triton_kernels.available(query) and can_merge:
         _band_by_triton(query, key, value, out, first_query, plan, scale, kernel)
         return
     turned = None
@@ -110,11 +118,13 @@ def _streaming_band(
         turns = rotation.turns(config.cache_size - first_query, query.shape[2], query.device)
         turned = rotate(query, *turns, rotation.rotary)
     if kernel == "math":
-        found = band_math(query, turned, key, value, plan, scale, softcap)
+        found = band_math(query, turned, key, value, plan, scale, softcap, learned)
     else:
         found, lse = _band_fused(query, key, value, config.window_size, scale, kernel)
         if config.n_sink:
-            found = _merge_sinks(found, lse, turned, plan, scale)
+            found, lse = _merge_sinks(found, lse, turned, plan, scale)
+        if learned is not None:
+            found = join_learned(found, lse, learned)
     out.copy_(found.transpose(1, 2))
 
 
@@ -163,8 +173,8 @@ def _band_halves(
     return attend(*own, scale, causal=True), attend(*before, scale, causal=True)
 
 
-def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scale: float) -> Tensor:
-    """Add the sinks, a handful of keys, to the attention over the window."""
+def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """Add the sinks, a handful of keys, to the attention over the window and its log-sum-exp."""
     batch, num_heads, q_len, head_dim = turned.shape
     keys, values = plan.sink_keys, plan.sink_values
     grouped = (batch, keys.shape[1], -1, head_dim)  # [batch, num_kv_heads, groups * q_len, head_dim]
@@ -174,7 +184,7 @@ def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scal
     total = torch.logaddexp(lse, scores.logsumexp(-1))
     weights = (scores - total.unsqueeze(-1)).exp().view(batch, keys.shape[1], -1, keys.shape[2])
     from_sinks = (weights @ values.to(dtype)).view_as(out)
-    return torch.addcmul(from_sinks, out.to(dtype), (lse - total).exp().unsqueeze(-1))
+    return torch.addcmul(from_sinks, out.to(dtype), (lse - total).exp().unsqueeze(-1)), total
 
 
 def _band_fused(

@@ -19,7 +19,6 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config import StreamingConfig
-from ..families import FAMILIES
 from ..positions import StreamLayout
 from .band import block_attention
 from .kernel_choice import kernel_for
@@ -37,6 +36,9 @@ MASKLESS = "maskless_"
 DELEGATES = ("sdpa", "eager")
 """Attention implementations of Transformers that can be attached."""
 
+FORCES_MASK = ("falcon",)
+"""Model types that ask for a mask in every forward, though their attention is plainly causal."""
+
 AT_HAND = "forward_at_hand"
 """Attribute of the attention layers of an attached model: a :class:`ForwardAtHand` that they share."""
 
@@ -52,6 +54,7 @@ class _Call:
         delegate: name of the model's own attention.
         query: ``[batch, num_heads, q_len, head_dim]``.
         window: sliding window of the model's own.
+        learned: a logit of each head in every softmax, ``[num_heads]``.
         rest: what the model's own attention takes beside.
     """
 
@@ -62,16 +65,23 @@ class _Call:
     window: int | None
     softcap: float | None
     dropout: float
+    learned: Tensor | None
     rest: dict[str, Any] = field(default_factory=dict)
 
     def one_query(self, key: Tensor, value: Tensor) -> Attended:
         """A single query over all keys, or a plain forward over itself: the model's own attention."""
         if self.softcap is not None and self.delegate != "eager":
             return self.causal(key, value)  # no kernel of PyTorch's caps scores
+        narrow = key.shape[-1] != value.shape[-1]  # DeepSeek's values, which PyTorch's flash kernel does not take
+        if self.delegate != "eager" and narrow and kernel_for(self.query, None) != "math":
+            return self.causal(key, value)
+        if self.learned is not None and (self.delegate != "eager" or kernel_for(self.query, None) != "math"):
+            return self.causal(key, value)
         if key.shape[1] != self.query.shape[1] and not hasattr(self.module, "num_key_value_groups"):
             key, value = repeat_heads(self.query, key, "math"), repeat_heads(self.query, value, "math")
-        capping = {} if self.softcap is None else {"softcap": self.softcap}
-        given = {"scaling": self.scale, "dropout": self.dropout, **capping, **self.rest}
+        optional = {"softcap": self.softcap, "s_aux": self.learned}
+        optional = {name: value for name, value in optional.items() if value is not None}
+        given = {"scaling": self.scale, "dropout": self.dropout, **optional, **self.rest}
         return self._own_function()(self.module, self.query, key, value, None, **given)
 
     def _own_function(self) -> Callable:
@@ -81,7 +91,8 @@ class _Call:
 
     def one_query_for_each_row(self, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Attended:
         """Rows that see different numbers of keys, those that see as many together: no kernel needs a mask."""
-        out = torch.empty_like(self.query).transpose(1, 2)
+        batch, num_heads, q_len, _ = self.query.shape
+        out = self.query.new_empty((batch, q_len, num_heads, value.shape[-1]))
         for length in sorted(set(lengths)):
             rows = torch.tensor([row for row, n in enumerate(lengths) if n == length], device=key.device)
             call = _Call(**{**vars(self), "query": self.query[rows]})
@@ -93,12 +104,12 @@ class _Call:
         self._refuse_dropout()
         kernel = kernel_for(self.query, self.softcap)
         key, value = repeat_heads(self.query, key, kernel), repeat_heads(self.query, value, kernel)
-        return self._result(causal_attention(self.query, key, value, self.scale, kernel, self.softcap))
+        return self._result(causal_attention(self.query, key, value, self.scale, kernel, self.softcap, self.learned))
 
     def block(self, key: Tensor, value: Tensor, plan: BlockPlan) -> Attended:
         """Several new tokens, each with a window of its own."""
         self._refuse_dropout()
-        return self._result(block_attention(self.query, key, value, plan, self.scale, self.softcap))
+        return self._result(block_attention(self.query, key, value, plan, self.scale, self.softcap, self.learned))
 
     def _refuse_dropout(self) -> None:
         if self.dropout:
@@ -145,12 +156,13 @@ def _attention_function(delegate: str) -> Callable[..., Attended]:
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **rest,
     ) -> Attended:
         """Attention of ``query`` ``[batch, num_heads, q_len, head_dim]`` over keys from a cache or a plain forward."""
         require_no_mask(attention_mask)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        call = _Call(module, delegate, query, scale, sliding_window, softcap, dropout, rest)
+        call = _Call(module, delegate, query, scale, sliding_window, softcap, dropout, s_aux, rest)
         at_hand: ForwardAtHand | None = getattr(module, AT_HAND, None)
         if at_hand is None or at_hand.cache is None:
             return call.without_stream(key, value)
@@ -185,8 +197,7 @@ def _no_mask(
             function of the caller's, a static cache).
     """
     refuse_padding(attention_mask)
-    family = FAMILIES.get(getattr(config, "model_type", None))
-    asks_for_one = not allow_is_causal_skip and not (family is not None and family.forces_mask)
+    asks_for_one = not allow_is_causal_skip and getattr(config, "model_type", None) not in FORCES_MASK
     if asks_for_one or _has_unwritten_keys(**sizes):
         raise ValueError(
             "packed sequences, mask functions and static caches need a mask, and a streaming model has none: use "

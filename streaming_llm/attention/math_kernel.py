@@ -25,12 +25,14 @@ def explicit_attention(
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    learned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, for what no kernel of PyTorch's computes.
 
     Args:
         mask: boolean, ``[q_len, kv_len]``, true where a query sees a key.
         softcap: scores ``s`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
+        learned: ``[num_heads]``, a logit of each head that takes part in every softmax and has no value (gpt-oss).
 
     Returns:
         Output like ``query``, and the weights ``[batch, num_heads, q_len, kv_len]`` in float32 or better.
@@ -40,13 +42,24 @@ def explicit_attention(
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(-1)
+    if learned is not None:
+        column = learned.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
     return weights.to(value.dtype) @ value, weights
 
 
-def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
-    if softcap is not None:
-        return explicit_attention(query, key, value, scale, mask, softcap)[0]
+def _masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None,
+    learned: Tensor | None,
+) -> Tensor:
+    if softcap is not None or learned is not None:
+        return explicit_attention(query, key, value, scale, mask, softcap, learned)[0]
     # The kernel itself: which kernels scaled_dot_product_attention may choose from is a setting of all threads.
     bias = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
     return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, bias, scale=scale)[0]
@@ -58,7 +71,14 @@ def _query_rows(query: Tensor, kv_len: int) -> int:
     return max(1, MATH_SCORES_BYTES // row_bytes)
 
 
-def causal_math(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None = None) -> Tensor:
+def causal_math(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    learned: Tensor | None = None,
+) -> Tensor:
     """Causal attention, last query to last key, for as many queries at a time as the scores' memory allows."""
     q_len, kv_len = query.shape[2], key.shape[2]
     step = _query_rows(query, kv_len)
@@ -68,7 +88,7 @@ def causal_math(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap
         visible = kv_len - q_len + start + n  # keys up to the last of these queries
         mask = torch.ones(n, visible, dtype=torch.bool, device=query.device).tril(visible - n)
         rows = (query[:, :, start : start + n], key[:, :, :visible], value[:, :, :visible])
-        out.append(_masked(*rows, mask, scale, softcap))
+        out.append(_masked(*rows, mask, scale, softcap, learned))
     return torch.cat(out, dim=2)
 
 
@@ -80,6 +100,7 @@ def band_math(
     plan: BlockPlan,
     scale: float,
     softcap: float | None = None,
+    learned: Tensor | None = None,
 ) -> Tensor:
     """Sinks and window in one softmax, for as many queries at a time as the scores' memory allows.
 
@@ -111,5 +132,5 @@ def band_math(
         if turned is not None:
             keys, values = torch.cat((sink_keys, keys), dim=2), torch.cat((sink_values, values), dim=2)
         visible = mask[:n, : n_sink + window + n]
-        out.append(_masked(query[:, :, start : start + n], keys, values, visible, scale, softcap))
+        out.append(_masked(query[:, :, start : start + n], keys, values, visible, scale, softcap, learned))
     return torch.cat(out, dim=2)

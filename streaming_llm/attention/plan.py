@@ -70,3 +70,7 @@ class ForwardAtHand:
 
     def __init__(self) -> None:
         self.cache: Planner | None = None
+
+    def is_streaming(self) -> bool:
+        """Whether the forward has a streaming cache."""
+        return self.cache is not None

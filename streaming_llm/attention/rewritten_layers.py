@@ -8,12 +8,13 @@ from its table, so that a stream has no end. Nothing is changed here: see :mod:`
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..families import family_of, rotary_from_model
+from ..families import decoder_of, rotary_from_model
 from ..rope_utils import Rotary, rotate
 from .kernel_choice import unwrapped
 
@@ -157,8 +158,12 @@ class _StableLm:
         return layer.o_proj(out), weights
 
 
-REWRITTEN: dict[str, Callable[[nn.Module], Callable]] = {"gptj": _GPTJ, "falcon": _Falcon, "stablelm": _StableLm}
-"""Model type -> what makes the forward of its attention layers, where its file does without attention functions."""
+REWRITTEN: dict[str, tuple[str, Callable[[nn.Module], Callable]]] = {
+    "gptj": ("GPTJAttention", _GPTJ),
+    "falcon": ("FalconAttention", _Falcon),
+    "stablelm": ("StableLmAttention", _StableLm),
+}
+"""Model type -> class of its attention layers, and what makes their forward where it does without those functions."""
 
 
 def require_no_mask(attention_mask: Tensor | None) -> None:
@@ -167,16 +172,15 @@ def require_no_mask(attention_mask: Tensor | None) -> None:
         raise ValueError("a mask was given: attention is causal here, over streams without padding, and takes none")
 
 
-def _attention_layers(model: nn.Module) -> list[nn.Module]:
+def _attention_layers(model: nn.Module, name: str) -> list[nn.Module]:
     """Attention layers of the model; where a kernel adapter has taken a layer's place, the layer in it."""
-    name = f"{family_of(model.config).prefix}Attention"
     layers = map(unwrapped, model.modules())
     return [layer for layer in layers if any(kind.__name__ == name for kind in type(layer).__mro__)]
 
 
 def uses_attention_functions(model: nn.Module) -> bool:
     """Whether the model's file goes through Transformers' table of attention functions."""
-    return hasattr(family_of(model.config).load_module(), "ALL_ATTENTION_FUNCTIONS")
+    return hasattr(sys.modules[type(decoder_of(model)).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def rewritten_forwards(
@@ -207,8 +211,9 @@ def rewritten_forwards(
     model_type = model.config.model_type
     if model_type not in REWRITTEN:
         raise ValueError(f"model type {model_type!r} can stream under Transformers 5.0 and later only")
-    forward = REWRITTEN[model_type](model)
-    for layer in _attention_layers(model):
+    class_name, make_forward = REWRITTEN[model_type]
+    forward = make_forward(model)
+    for layer in _attention_layers(model, class_name):
         # Accelerate keeps the forward that its hooks call under another name.
         name = "_old_forward" if "_old_forward" in layer.__dict__ else "forward"
         changes.append((layer, name, functools.partial(forward, layer)))

@@ -25,21 +25,40 @@ def repeat_heads(query: Tensor, x: Tensor, kernel: str) -> Tensor:
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, kernel: str, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    kernel: str,
+    softcap: float | None = None,
+    learned: Tensor | None = None,
 ) -> Tensor:
     """Causal attention whose last query sees the last key (SDPA's ``is_causal`` aligns the first ones).
+
+    ``softcap`` and ``learned`` are those of :func:`explicit_attention`.
 
     The result may be of higher precision than the query.
     """
     q_len, kv_len = query.shape[2], key.shape[2]
     if kernel == "math":
-        return causal_math(query, key, value, scale, softcap)
+        return causal_math(query, key, value, scale, softcap, learned)
     past = kv_len - q_len
     attend = WITH_LSE[kernel]
     out, lse = attend(query, key[:, :, past:], value[:, :, past:], scale, causal=True)
-    if not past:
-        return out
-    return merge(out, lse, *attend(query, key[:, :, :past], value[:, :, :past], scale, causal=False))[0]
+    if past:
+        out, lse = merge(out, lse, *attend(query, key[:, :, :past], value[:, :, :past], scale, causal=False))
+    return out if learned is None else join_learned(out, lse, learned)
+
+
+def join_learned(out: Tensor, lse: Tensor, learned: Tensor) -> Tensor:
+    """Attention whose softmax has one more logit of each head ``[num_heads]``, which has no value.
+
+    Args:
+        out, lse: attention without it and its log-sum-exp, ``[batch, num_heads, q_len, head_dim]`` and without the
+            last dimension.
+    """
+    share = torch.sigmoid(lse - learned.to(lse.dtype)[:, None])
+    return out * share.unsqueeze(-1)
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -49,11 +68,16 @@ def flash(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool)
         Output like ``query`` and the log-sum-exp of the scores ``[batch, num_heads, q_len]``, float32 or better.
     """
     if query.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, scale=scale
-        )
-        return out, lse
+        wide = _same_width(query, key, value)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide, 0.0, causal, scale=scale)
+        return out[..., : value.shape[-1]], lse
     return _cuda_flash(query, key, value, scale, causal)
+
+
+def _same_width(query: Tensor, key: Tensor, value: Tensor, multiple: int = 1) -> list[Tensor]:
+    """The same with zeros behind each head, as wide as the kernels want them: all alike, a multiple of a number."""
+    width = -(-max(query.shape[-1], value.shape[-1]) // multiple) * multiple
+    return [x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value)]
 
 
 def windowed_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
@@ -64,9 +88,8 @@ def windowed_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, wind
 def _cuda_flash(
     query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, **window: int
 ) -> tuple[Tensor, Tensor]:
-    head_dim = query.shape[-1]
-    if head_dim % 8:
-        query, key, value = (F.pad(x, (0, 8 - head_dim % 8)) for x in (query, key, value))
+    head_dim = value.shape[-1]
+    query, key, value = _same_width(query, key, value, 8)
     out, lse = torch.ops.aten._flash_attention_forward(
         *(x.transpose(1, 2) for x in (query, key, value)),
         None, None, query.shape[2], key.shape[2], 0.0, causal, False, scale=scale, **window,
@@ -76,9 +99,8 @@ def _cuda_flash(
 
 def cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """cuDNN's attention; arguments and results as of :func:`flash`."""
-    head_dim = query.shape[-1]
-    if head_dim % 8:
-        query, key, value = (F.pad(x, (0, 8 - head_dim % 8)) for x in (query, key, value))
+    head_dim = value.shape[-1]
+    query, key, value = _same_width(query, key, value, 8)
     out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query, key, value, None, True, 0.0, causal, False, scale=scale
     )[:2]

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from ..attention.kernel_choice import adapters
-from ..families import transformers_model
+from ..families import family_of_model, transformers_model
 from ..fused import why_not_fused
 from ..kv_cache import StreamingKVCache
 from ..placement import why_not_one_cuda_device
@@ -45,13 +45,20 @@ def _recorded(name: str, step: type) -> Callable[[nn.Module, StreamingKVCache], 
     return lambda model, cache: RecordedEngine(model, cache, name, step)
 
 
+def _why_not_recorded(model: nn.Module) -> str | None:
+    family = family_of_model(model)
+    if family.has_state:
+        return "the model has recurrent layers, whose state no recorded step holds"
+    return why_not_one_cuda_device(model)
+
+
 ENGINES: dict[str, EngineKind] = {
     "eager": EngineKind(EagerEngine, lambda model: None, "eager", "the plain model call"),
     "graph": EngineKind(
-        _recorded("graph", ModelCall), why_not_one_cuda_device, "eager", "a CUDA graph of the plain model call"
+        _recorded("graph", ModelCall), _why_not_recorded, "eager", "a CUDA graph of the plain model call"
     ),
     "graph+compile": EngineKind(
-        _recorded("graph+compile", CompiledModelCall), why_not_one_cuda_device, "eager", "the same after torch.compile"
+        _recorded("graph+compile", CompiledModelCall), _why_not_recorded, "eager", "the same after torch.compile"
     ),
     "fused": EngineKind(
         _recorded("fused", FusedStep),

@@ -65,8 +65,11 @@ class Engine(ABC):
                 logits = self.step(token)
             else:
                 token = torch.where(ending.active, token, ending.pad_token_id)
+                ended = (~ending.active).int().tolist()
+                put_back = self.cache.states_of([row for row, has_ended in enumerate(ended) if has_ended])
                 logits = torch.where(ending.active[:, None], self.step(token), logits)
-                self.cache.progress.take_back((~ending.active).int().tolist())
+                self.cache.progress.take_back(ended)
+                put_back()
                 ending.active &= ~ending.ends(token)
             tokens.append(token)
         return torch.stack(tokens, dim=1), logits

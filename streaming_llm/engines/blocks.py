@@ -49,6 +49,16 @@ def default_block_size(window_size: int, model: nn.Module) -> int:
     return max(1, -(-least // window_size)) * window_size
 
 
+def cut(tokens: Tensor, cache: StreamingKVCache, block_size: int) -> tuple[Tensor, ...]:
+    """Tokens ``[batch, length]`` in blocks that the model takes.
+
+    Where recurrent layers take no block after others, all go in at once at the beginning, and later one by one.
+    """
+    if cache.family.blocks_continue:
+        return tokens.split(block_size, dim=1)
+    return tokens.split(1, dim=1) if cache.n_seen else (tokens,)
+
+
 @torch.no_grad()
 def feed(
     model: nn.Module,
@@ -71,6 +81,6 @@ def feed(
         block_size = default_block_size(cache.streaming_config.window_size, model)
     require_int("block_size", block_size, 1)
     forward = block_forward(model, "eager") if forward is None else forward
-    for block in tokens.to(input_device(model)).split(block_size, dim=1):
+    for block in cut(tokens.to(input_device(model)), cache, block_size):
         hidden = forward(block, cache)
     return hidden[:, -1:]

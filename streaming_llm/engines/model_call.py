@@ -125,8 +125,8 @@ class DeviceLayer(CacheLayerMixin):
         self.keys, self.values = layer.keys, layer.values
         self.n_sink = layer.layout.config.n_sink if layer.sinks_turn else 0
         rotary = layer.rotation.on(layer.device)
-        self.rotary, self.rotary_dim = rotary, rotary.rotary_dim
-        rotated = layer.sinks[..., : self.rotary_dim]
+        self.rotary = rotary
+        rotated = layer.sinks[..., rotary.span]
         self.turned = torch.zeros_like(rotated, dtype=compute_dtype(self.keys.dtype))
         self.quarter = torch.zeros_like(self.turned)
 
@@ -135,7 +135,7 @@ class DeviceLayer(CacheLayerMixin):
 
     def load(self) -> None:
         """Take the sinks as first rotated from the layer."""
-        self.turned.copy_(self.layer.sinks[..., : self.rotary_dim])
+        self.turned.copy_(self.layer.sinks[..., self.rotary.span])
         self.quarter.copy_(self.rotary.quarter_turn(self.turned))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ class DeviceLayer(CacheLayerMixin):
         if self.n_sink:
             cos, sin = self.cache.turn(self.layer)
             moved = torch.addcmul(self.turned * cos, self.quarter, sin)
-            self.keys[:, :, : self.n_sink, : self.rotary_dim] = moved.to(self.keys.dtype)
+            self.keys[:, :, : self.n_sink, self.rotary.span] = moved.to(self.keys.dtype)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:

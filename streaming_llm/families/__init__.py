@@ -1,29 +1,37 @@
 """Which models can stream, where each family keeps its rotation, and what else of it the library has to know."""
 
-from .parts import decoder_of, lm_head, transformers_model
+from .family import UNROTATED, Family
+from .native_cache import native_cache
+from .parts import decoder_of, last_logits, lm_head, transformers_model
+from .recognition import family_of
 from .rotations import (
     RotaryModule,
-    module_angles,
+    family_of_model,
     rotaries_from_config,
     rotaries_from_model,
     rotary_from_config,
     rotary_from_model,
     rotary_modules,
 )
-from .table import FAMILIES, ModelFamily, family_of, supported_families, text_config
-from .windows import bare_refusal, layer_layouts, layer_windows
+from .table import module_name, supported_families, text_config
+from .windows import bare_length, bare_refusal, changes_with_length, layer_layouts, layer_windows
 
 __all__ = [
-    "FAMILIES",
-    "ModelFamily",
+    "UNROTATED",
+    "Family",
     "RotaryModule",
+    "bare_length",
     "bare_refusal",
+    "changes_with_length",
     "decoder_of",
     "family_of",
+    "family_of_model",
+    "last_logits",
     "layer_layouts",
     "layer_windows",
     "lm_head",
-    "module_angles",
+    "module_name",
+    "native_cache",
     "rotaries_from_config",
     "rotaries_from_model",
     "rotary_from_config",

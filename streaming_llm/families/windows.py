@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from ..config import StreamingConfig
 from ..positions import StreamLayout
-from .table import text_config
+from .family import Family, constant_up_to
+from .recognition import family_of
+from .table import table_length, text_config
 
 
-def layer_windows(config) -> tuple[int | None, ...]:
-    """Each layer's own sliding window in tokens, the current one included; ``None`` where it sees everything."""
+def layer_windows(config, family: Family | None = None) -> tuple[int | None, ...]:
+    """The own sliding window of each layer with keys, in tokens; ``None`` where it sees everything.
+
+    Args:
+        family: what is known of the model's family already.
+    """
     text = text_config(config)
+    stores = (family_of(config) if family is None else family).stores
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     types = getattr(text, "layer_types", None)
     if types is None:
         types = ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
-    return tuple(window if layer_type == "sliding_attention" else None for layer_type in types)
+    return tuple(window if types[index] == "sliding_attention" else None for index in stores)
 
 
 def _keeps_windows(windows: tuple[int | None, ...], streaming: StreamingConfig) -> bool:
@@ -24,17 +31,24 @@ def _keeps_windows(windows: tuple[int | None, ...], streaming: StreamingConfig) 
     return streaming.sliding_layers == "keep"
 
 
-def layer_layouts(config, streaming: StreamingConfig) -> list[StreamLayout]:
-    """Which tokens each layer keeps.
+def layer_layouts(config, streaming: StreamingConfig, family: Family | None = None) -> list[StreamLayout]:
+    """Which tokens each layer with keys keeps.
 
     Where some layers see everything and others have a window, the latter keep their window as the model has it,
     without sinks, and the stream's rule concerns the others. Where all layers have one, the rule holds in all of them.
     ``streaming.sliding_layers`` can force either.
 
     Raises:
-        ValueError: the rule would let a layer look further back among recent tokens than it was made for.
+        ValueError: the rule would let a layer look further back among recent tokens than it was made for, or the
+            cache is longer than the length up to which the model's rotation is constant (dynamic, longrope).
     """
-    windows, rule = layer_windows(config), StreamLayout(streaming)
+    windows, rule = layer_windows(config, family), StreamLayout(streaming)
+    constant = constant_up_to(text_config(config))
+    if constant is not None and streaming.cache_size >= constant:
+        raise ValueError(
+            f"the rotary frequencies of this model change beyond {constant} tokens, so that keys stored earlier would "
+            f"have to change: use n_sink + window_size < {constant}"
+        )
     if _keeps_windows(windows, streaming):
         return [StreamLayout(StreamingConfig(0, window - 1)) if window else rule for window in windows]
     own = [window for window in windows if window]
@@ -49,12 +63,23 @@ def layer_layouts(config, streaming: StreamingConfig) -> list[StreamLayout]:
     return [rule] * len(windows)
 
 
-def bare_refusal(config, streaming: StreamingConfig) -> str | None:
+def changes_with_length(config) -> bool:
+    """Whether the rotary frequencies change once a sequence is longer than the model's original length."""
+    return constant_up_to(text_config(config)) is not None
+
+
+def bare_length(config) -> int | None:
+    """The position at which an unmodified model's rotation ends or changes; ``None`` where it does not."""
+    text = text_config(config)
+    return min((n for n in (table_length(text), constant_up_to(text)) if n is not None), default=None)
+
+
+def bare_refusal(config, streaming: StreamingConfig, family: Family) -> str | None:
     """Why a cache on an unmodified model of this configuration would not be exact, or ``None`` if it is.
 
     The model's own attention then applies its own mask and scores, which a cache cannot change.
     """
-    windows = layer_windows(config)
+    windows = layer_windows(config, family)
     ruled = [] if _keeps_windows(windows, streaming) else [window for window in windows if window]
     if ruled and streaming.cache_size >= min(ruled):
         return (

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ..families import lm_head
+from ..families import last_logits
 from ..kv_cache import StreamingKVCache
 from ..placement import why_not_one_cuda_device
 from .family_recipes import recipe_of
@@ -67,4 +67,4 @@ def fused_forward(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
     if why_not_fused(model):
         return None
     forward = fused_blocks(model)
-    return lambda input_ids: lm_head(model, forward(input_ids)[:, -1])
+    return lambda input_ids: last_logits(model, forward(input_ids))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..attention.kernel_choice import unwrapped
-from ..families import decoder_of, family_of, layer_windows, rotaries_from_model, text_config
+from ..families import decoder_of, layer_windows, module_name, rotaries_from_model, text_config
 from ..rope_utils import Rotary
 from .recipe import MLP, Attention, HeadPlaces, Layer, Linear, Norm, Recipe
 
@@ -189,7 +189,7 @@ def recipe_of(model: nn.Module) -> Recipe:
         raise NotCoveredError(f"no recipe covers model type {model.config.model_type!r} (only {known})")
     config, decoder = text_config(model.config), decoder_of(model)
     layers = getattr(decoder, names.layers)
-    _require_own(layers, names, family_of(model.config).module_name)
+    _require_own(layers, names, module_name(type(config)))
     per_layer = zip(layers, rotaries_from_model(model), layer_windows(model.config), strict=True)
     table = model.get_input_embeddings()
     embedding = table.weight

@@ -1,0 +1,127 @@
+"""What is known of a model's family: the layers with keys and their rotations, and where a model keeps them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..rope_utils import AngleLayout, Rotary
+
+LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
+"""Kinds of rotary scaling whose frequencies change once a model's original length is passed."""
+
+LayerType = str | None
+"""A kind of layer with a rotation of its own; ``None`` stands for all that have none."""
+
+
+UNROTATED = Rotary(torch.empty(0, dtype=torch.float64))
+"""The rotation of a layer without positions."""
+
+
+class MeasuredOtherwiseError(ValueError):
+    """A model does something with positions that a stream cannot go on with."""
+
+
+Place = tuple[str, LayerType]
+"""Where below a decoder a rotary module is, and the kind of layer that it is asked for."""
+
+
+@dataclass(frozen=True)
+class LayerRotation:
+    """How a layer rotates keys and queries.
+
+    Args:
+        place: of the rotary module.
+        interleaved, offset: as of :class:`Rotary`.
+        sign: -1 where it turns the other way (nanochat).
+    """
+
+    place: Place
+    interleaved: bool
+    offset: int
+    sign: int = 1
+
+    def of(self, held: dict[Place, Rotary]) -> Rotary:
+        """The rotation itself, with the frequencies that the rotary modules hold."""
+        rotary = held[self.place]
+        return replace(rotary, inv_freq=self.sign * rotary.inv_freq, interleaved=self.interleaved, offset=self.offset)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What was found of a decoder's class and configuration.
+
+    Args:
+        stores: number of each layer that stores keys, in the order in which they do.
+        rotations: of each of them; ``None``: none.
+        held: the rotations that the rotary modules of a freshly built model hold.
+        sources: layers that attend to keys that another one stores -> that one.
+        layouts: of what each rotary module returns, by its place below the decoder.
+        has_state: whether layers keep a state of their own, which is no keys and values.
+        blocks_continue: whether their state takes a block of several tokens after others.
+    """
+
+    stores: tuple[int, ...]
+    rotations: tuple[LayerRotation | None, ...]
+    held: dict[Place, Rotary] = field(default_factory=dict)
+    sources: dict[int, int] = field(default_factory=dict)
+    layouts: dict[str, AngleLayout] = field(default_factory=dict)
+    has_state: bool = False
+    blocks_continue: bool = True
+
+
+def rotary_modules_of(decoder: nn.Module) -> dict[str, nn.Module]:
+    """The rotary modules of a decoder by their place below it; of an attached one, those that are stood in for."""
+    found = {}
+    for path, module in decoder.named_modules():
+        module = getattr(module, "replaced", module)
+        if "Rotary" in type(module).__name__ and not any(path.startswith(f"{other}.") for other in found):
+            found[path] = module
+    return found
+
+
+def frequencies(module: nn.Module) -> dict[LayerType, Rotary]:
+    """The rotations that a rotary module holds, by the layers that use them.
+
+    Raises:
+        MeasuredOtherwiseError: it holds no frequencies.
+    """
+    rope_type = getattr(module, "rope_type", "default")
+    kinds = rope_type if isinstance(rope_type, dict) else [None]
+    rotations = {}
+    for kind in kinds:
+        prefix = "" if kind is None else f"{kind}_"
+        inv_freq = getattr(module, f"{prefix}inv_freq", None)
+        if (rope_type[kind] if kind else rope_type) in LENGTH_DEPENDENT:  # whatever length the model has seen last
+            inv_freq = getattr(module, f"{prefix}original_inv_freq")
+        if inv_freq is None:
+            raise MeasuredOtherwiseError(f"its {type(module).__name__} has no frequencies (inv_freq)")
+        scaling = getattr(module, f"{prefix}attention_scaling", None)
+        rotations[kind] = Rotary(inv_freq.detach().to("cpu", torch.float64), False, float(scaling or 1.0))
+    return rotations
+
+
+def constant_up_to(config) -> int | None:
+    """The length up to which the frequencies are constant, where they depend on it at all."""
+    lengths = [
+        _original_length(config, given)
+        for given in rope_parameters(config)
+        if given.get("rope_type", given.get("type")) in LENGTH_DEPENDENT
+    ]
+    return min(lengths, default=None)
+
+
+def rope_parameters(config) -> list[dict[str, Any]]:
+    """The rotary parameters in a configuration, one for each kind of layer that has its own."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in given.values() if isinstance(value, dict)]
+    return nested or [given]
+
+
+def _original_length(config, given: dict[str, Any]) -> int:
+    names = "original_max_position_embeddings", "max_position_embeddings"
+    lengths = given.get(names[0]), *(getattr(config, name, None) for name in names)
+    return min(length for length in lengths if length)

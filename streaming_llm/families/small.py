@@ -1,0 +1,102 @@
+"""A small random model that rotates as the one of a configuration does: as many layers, heads of the same size."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+VOCAB = 8
+WIDTH = 16
+"""Of feed-forward layers and of whatever else has a width of its own."""
+
+WIDTHS = re.compile(r"(intermediate|ffn)\w*(size|dim)$|^n_inner$")
+EXPERTS = re.compile(r"^(moe_)?(num|n)_(local_|routed_)?experts$")
+CHOSEN = re.compile(r"^(num_experts_per_tok|moe_topk|moe_k|top_k_experts|num_experts_per_token)$")
+GROUPS = re.compile(r"^(n_group|topk_group)$")
+N_EXPERTS = 4
+TOKENS = re.compile(r"_token_id$")
+
+
+def decoder_class(config) -> type[nn.Module] | None:
+    """The class of the decoder of a language model's configuration; ``None`` if Transformers has none."""
+    try:
+        found = MODEL_MAPPING[type(config)]
+    except KeyError:
+        return None
+    return found[0] if isinstance(found, tuple) else found
+
+
+def small_config(config):
+    """The configuration of a language model, narrowed: what concerns positions, layers and heads' sizes stays."""
+    small = copy.deepcopy(config)
+    for name, value in _narrowed(small).items():
+        if name in _attributes(small):
+            setattr(small, name, value)
+    for name, value in _attributes(small).items():
+        if TOKENS.search(name) and value:
+            setattr(small, name, 0)
+        elif EXPERTS.search(name) and value:
+            setattr(small, name, [N_EXPERTS] * len(value) if isinstance(value, (list, tuple)) else N_EXPERTS)
+        elif CHOSEN.search(name) and value:
+            setattr(small, name, [1] * len(value) if isinstance(value, (list, tuple)) else 1)
+        elif GROUPS.search(name) and value:
+            setattr(small, name, 1)
+        elif WIDTHS.search(name) and value:
+            setattr(small, name, [WIDTH] * len(value) if isinstance(value, (list, tuple)) else WIDTH)
+    return small
+
+
+def _attributes(config) -> dict[str, Any]:
+    aliases = {alias: getattr(config, alias, None) for alias in config.attribute_map}
+    return dict(vars(config)) | aliases
+
+
+def _narrowed(config) -> dict[str, Any]:
+    n_heads = config.num_attention_heads
+    n_keys = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or n_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    n_small = 2 if isinstance(n_heads, int) else n_heads
+    shared = isinstance(n_keys, int) and n_keys < n_heads
+    hidden = 2 * head_dim
+    values = {
+        "hidden_size": hidden,
+        "num_attention_heads": n_small,
+        "num_key_value_heads": 1 if shared else n_small,
+        "num_kv_heads": 1 if shared else n_small,
+        "vocab_size": VOCAB,
+        "vocab_size_per_layer_input": VOCAB,
+    }
+    return values | _of_recurrent_layers(config, hidden)
+
+
+def _of_recurrent_layers(config, hidden: int) -> dict[str, Any]:
+    """Numbers of heads of recurrent layers, which have to fit the width."""
+    values: dict[str, Any] = {"chunk_size": 2, "mamba_chunk_size": 2, "mamba_d_state": 2, "ssm_state_size": 2}
+    head_dim, expand = getattr(config, "mamba_d_head", None), getattr(config, "mamba_expand", None)
+    if isinstance(head_dim, int) and expand:
+        inner = -(-expand * hidden // head_dim) * head_dim
+        values |= {"mamba_n_heads": inner // head_dim, "mamba_n_groups": 1}
+        if getattr(config, "mamba_d_ssm", None):
+            values["mamba_d_ssm"] = inner
+    if getattr(config, "mamba_head_dim", None):
+        values |= {"mamba_num_heads": 2, "n_groups": 1}
+    if getattr(config, "linear_num_value_heads", None):
+        values |= {"linear_num_value_heads": 2, "linear_num_key_heads": 1}
+    return values
+
+
+def small_model(model_class: type[nn.Module], config) -> nn.Module:
+    """A model of random weights in float32 on the CPU, always the same; leaves the caller's random numbers alone."""
+    small = small_config(config)
+    small._attn_implementation = "eager"
+    devices: list[int] = []
+    with torch.random.fork_rng(devices), torch.device("cpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        return model_class(small).eval().float()

@@ -1,0 +1,138 @@
+"""A cache whose stream is a value: taken, put back, written to a file and gone on with to the same bits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from . import saving
+from .cache_forward import BROKEN
+from .cached_stream import CachedStream
+from .families import transformers_model
+from .placement import layer_devices
+from .recurrent import States
+from .stream_state import StreamState, as_fact, differences, identity, layer_tensors, require_dtype
+
+RECURRENT = "recurrent."
+"""What the names of recurrent layers' states begin with."""
+
+
+class SaveableCache(CachedStream):
+    """What :class:`~streaming_llm.StreamingKVCache` can do with its stream as a whole."""
+
+    model_facts: dict[str, Any]
+
+    def _identity(self) -> dict[str, Any]:
+        rotaries = [layer.rotation.rotary for layer in self.layers]
+        return identity(self.model_facts, self.streaming_config, rotaries, [layer.layout for layer in self.layers])
+
+    def state(self) -> StreamState:
+        """Where the stream is, as a value; its tensors are views of the cache, for use before the next forward.
+
+        Raises:
+            RuntimeError: a forward ended before its last layer.
+        """
+        if self.is_broken:
+            raise RuntimeError(BROKEN)
+        first, n_seen = self.layers[0], self.progress.n_seen
+        facts = {
+            **self._identity(),
+            "n_seen": as_fact(self.progress.seen),
+            "position_offset": as_fact(self.progress.offset),
+            "dtype": str(first.keys.dtype).removeprefix("torch.") if n_seen else None,
+            "slots": [layer.keys.shape[2] if n_seen else 0 for layer in self.layers],
+        }
+        tensors = {f"{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.state().items()}
+        if self.recurrent is not None:
+            states = self.recurrent.value
+            facts["recurrent"] = states.marks
+            tensors |= {f"{RECURRENT}{name}": x for name, x in states.tensors.items()}
+        if self.pending is not None:
+            tensors["pending"] = self.pending
+        return StreamState(facts, tensors)
+
+    def restore(
+        self,
+        state: StreamState,
+        *,
+        device: torch.device | str | list[torch.device],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Go on where ``state`` was taken, by a cache of the same model and size; buffers that fit stay in place.
+
+        Args:
+            device: where keys and values go, for all layers or for each.
+            dtype: what keys and values are converted to; as saved when ``None``.
+
+        Raises:
+            ValueError: ``state`` is of another model or size, or not whole; this cache is then unchanged.
+        """
+        differing = differences(state.facts, self._identity())
+        if differing:
+            raise ValueError("it is a stream of another model or cache: " + "; ".join(differing))
+        tensors = [layer_tensors(state, index, layer.layout) for index, layer in enumerate(self.layers)]
+        devices = device if isinstance(device, list) else [torch.device(device)] * len(self.layers)
+        self.reset()
+        for layer, of_layer, n_slots, where in zip(self.layers, tensors, state.facts["slots"], devices, strict=True):
+            layer.restore(n_slots, of_layer, where, dtype)
+        if self.recurrent is not None:
+            own = {name.removeprefix(RECURRENT): x for name, x in state.tensors.items() if name.startswith(RECURRENT)}
+            own = {name: x.to(devices[0], dtype, copy=True) for name, x in own.items()}
+            self.recurrent.value = States(own, state.facts.get("recurrent", {}))
+        self.progress.set(state.seen, state.offset)
+        self.set_pending(state.tensors.get("pending"))
+
+    def save(self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the stream to a safetensors file, from which it goes on with the same bits; see :meth:`load`.
+
+        Only what is stored is written. An existing file is replaced whole or not at all.
+
+        Args:
+            metadata: strings to keep with it; :func:`streaming_llm.read_metadata` gives them back.
+
+        Raises:
+            OSError: the file cannot be written.
+            RuntimeError: a forward ended before its last layer.
+        """
+        saving.write(path, self.state(), metadata)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        model,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A cache that goes on where a saved one was, with ``n_sink`` and ``window_size`` as saved.
+
+        Weights are not compared: that they are the same is the caller's to know.
+
+        Args:
+            model: the model, streaming or not, or its configuration alone (frequencies and dtype are then taken to be
+                those of a freshly loaded model).
+            device: where keys and values go; when ``None``, where the model's layers are, or the CPU.
+            dtype: convert keys and values, for a model loaded in another dtype; the outputs are then not the same.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no saved stream, or of a model of other layers, heads, frequencies or dtype.
+        """
+        state = saving.read(path)
+        where: Any = "cpu" if device is None else device
+        if isinstance(model, nn.Module):
+            model = transformers_model(model)
+            with saving.naming(path):
+                require_dtype(state, model.dtype, dtype)
+            cache = cls.from_model(model, config=state.streaming_config)
+            where = layer_devices(model, cache.family.stores) if device is None else device
+        else:
+            cache = cls(model, config=state.streaming_config)
+        with saving.naming(path):
+            cache.restore(state, device=where, dtype=dtype)
+        return cache
