@@ -28,12 +28,12 @@ class CachedStream(Cache):
         family: what is known of the model's family.
     """
 
-    layers: list[StreamingLayer]
+    layers: list[StreamingLayer]  # type: ignore[assignment]
 
     def __init__(
         self, layers: list[StreamingLayer], streaming_config: StreamingConfig, progress: Progress, family: Family
     ) -> None:
-        super().__init__(layers=layers)
+        super().__init__(layers=layers)  # type: ignore[arg-type]
         self.streaming_config, self.progress, self.family = streaming_config, progress, family
         self.recurrent = RecurrentState() if family.has_state else None
         self._forward: CacheForward | None = None
@@ -143,12 +143,13 @@ class CachedStream(Cache):
 
     def states_of(self, rows: list[int]) -> Callable[[], None]:
         """Remembers the recurrent states of rows, which a step is not to change; what it returns puts them back."""
-        if self.recurrent is None or not rows or not self.n_seen:
+        recurrent = self.recurrent
+        if recurrent is None or not rows or not self.n_seen:
             return lambda: None
-        before = self.recurrent.value.select(lambda x: x[rows].clone())
+        before = recurrent.value.select(lambda x: x[rows].clone())
 
         def put_back() -> None:
-            self.recurrent.value = self.recurrent.value.with_rows(rows, before, self.batch_size)
+            recurrent.value = recurrent.value.with_rows(rows, before, self.layers[0].batch_size)
 
         return put_back
 
@@ -179,7 +180,7 @@ class CachedStream(Cache):
         """Take over ``part``'s rows as these of ``n_rows``; buffers that fit stay in place."""
         for layer, of_part in zip(self.layers, part.layers, strict=True):
             layer.put_rows(rows, of_part, n_rows)
-        if self.recurrent is not None:
+        if self.recurrent is not None and part.recurrent is not None:
             self.recurrent.value = self.recurrent.value.with_rows(rows, part.recurrent.value, n_rows)
         progress = self.progress.of_rows(n_rows)
         for row, of_row in zip(rows, part.progress.of_rows(len(rows)), strict=True):

@@ -78,7 +78,7 @@ class StreamingDecoder:
     def __enter__(self) -> StreamingDecoder:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     @property
@@ -228,7 +228,7 @@ class StreamingDecoder:
         up_to_date = version == self.cache.progress.version
         self.cache.move_to(position)
         if up_to_date:
-            self._keep(logits)
+            self._logits = self.cache.progress.version, logits
 
     @property
     def cache_nbytes(self) -> int:
@@ -255,16 +255,17 @@ class StreamingDecoder:
         self._require_open()
         self.cache.restore(state, device=layer_devices(self._inner, self.cache.family.stores), dtype=dtype)
         logits, device = state.tensors.get(LOGITS), output_device(self._inner)
-        self._keep(None if logits is None else logits.to(device, self._inner.dtype))
+        logits = None if logits is None else logits.to(device, self._inner.dtype)
+        self._logits = self.cache.progress.version, logits
         self._generator = generator_at(state.tensors.get(RANDOM), device)
 
-    def save(self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write the decoder's stream to a safetensors file; see :meth:`load` and :meth:`StreamingKVCache.save`."""
         saving.write(path, self.state(), metadata)
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike, model: nn.Module, engine: str = "auto", *, dtype: torch.dtype | None = None
+        cls, path: str | os.PathLike[str], model: nn.Module, engine: str = "auto", *, dtype: torch.dtype | None = None
     ) -> StreamingDecoder:
         """A decoder that goes on where a saved one was: with the same bits on the same device by the same engine.
 

@@ -73,7 +73,7 @@ class StreamingKVCache(SaveableCache):
 
     def __init__(
         self,
-        model_config,
+        model_config: Any,
         n_sink: int = 4,
         window_size: int = 1020,
         *,
@@ -150,8 +150,8 @@ class StreamingKVCache(SaveableCache):
         value_states: Tensor,
         layer_idx: int,
         cache_kwargs: dict[str, Any] | None = None,
-        *args,
-        **kwargs,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, detached; see :meth:`StreamingLayer.store`.
 

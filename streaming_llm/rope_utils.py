@@ -135,7 +135,7 @@ class ExactRotaryEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.replaced, self.layout, self.stands_in = replaced, layout or AngleLayout(), stands_in
-        self.rotaries = rotary if isinstance(rotary, dict) else {None: rotary}
+        self.rotaries: dict[str | None, Rotary] = rotary if isinstance(rotary, dict) else {None: rotary}
 
     @torch.no_grad()
     def forward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,16 +53,16 @@ def feed_rows(
         The final hidden state of each row's last token, ``[batch, 1, hidden]``.
     """
     n_rows, progress = len(rows), cache.progress.of_rows(len(rows))
-    alike: dict[tuple, list[int]] = {}
+    alike: dict[tuple[Any, ...], list[int]] = {}
     for index, row in enumerate(rows):
         alike.setdefault((len(row), *progress[index]), []).append(index)
     if len(alike) == 1:
         return feed(model, cache, torch.stack(list(rows)), block_size, forward)
-    hidden: list[Tensor | None] = [None] * n_rows
+    hidden: dict[int, Tensor] = {}
     for group in alike.values():
         part = cache.take_rows(group, n_rows)
         last = feed(model, part, torch.stack([rows[index] for index in group]), block_size, forward)
         cache.put_rows(group, part, n_rows)
         for index, state in zip(group, last, strict=True):
             hidden[index] = state
-    return torch.stack(hidden)
+    return torch.stack([hidden[index] for index in range(n_rows)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class Ending:
     """
 
     eos_token_ids: Tensor
-    pad_token_id: int | Tensor
+    pad_token_id: Any  # int or Tensor: a recorded step has a place for it
     active: Tensor
 
     @classmethod

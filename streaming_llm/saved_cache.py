@@ -86,7 +86,7 @@ class SaveableCache(CachedStream):
         self.progress.set(state.seen, state.offset)
         self.set_pending(state.tensors.get("pending"))
 
-    def save(self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write the stream to a safetensors file, from which it goes on with the same bits; see :meth:`load`.
 
         Only what is stored is written. An existing file is replaced whole or not at all.
@@ -103,8 +103,8 @@ class SaveableCache(CachedStream):
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike,
-        model,
+        path: str | os.PathLike[str],
+        model: Any,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -123,16 +123,17 @@ class SaveableCache(CachedStream):
             OSError: the file cannot be read.
             ValueError: it is no saved stream, or of a model of other layers, heads, frequencies or dtype.
         """
+        make: Any = cls  # a StreamingKVCache
         state = saving.read(path)
         where: Any = "cpu" if device is None else device
         if isinstance(model, nn.Module):
             model = transformers_model(model)
             with saving.naming(path):
                 require_dtype(state, model.dtype, dtype)
-            cache = cls.from_model(model, config=state.streaming_config)
+            cache = make.from_model(model, config=state.streaming_config)
             where = layer_devices(model, cache.family.stores) if device is None else device
         else:
-            cache = cls(model, config=state.streaming_config)
+            cache = make(model, config=state.streaming_config)
         with saving.naming(path):
             cache.restore(state, device=where, dtype=dtype)
         return cache

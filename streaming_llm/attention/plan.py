@@ -7,7 +7,7 @@ layer of every forward with a streaming cache, so that one that got lost is noti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class BlockPlan:
             of ``previous``, then those given to attention.
         first_query: token number of the first query.
         rotation: the turns of the sinks; ``None`` where there are none.
-        sink_keys, sink_values: ``[batch, num_kv_heads, n_sink, head_dim]``, the keys as first rotated; ``None``
+        sinks: keys as first rotated, and values, ``[batch, num_kv_heads, n_sink, head_dim]``; empty
             where no query is far enough into the stream to see a sink at other than its true distance.
         previous: keys and values ``[batch, num_kv_heads, n, head_dim]`` of tokens before those given to attention;
             empty where there are none.
@@ -46,30 +46,23 @@ class BlockPlan:
     first_key: int
     first_query: int
     rotation: SinkRotation | None = None
-    sink_keys: Tensor | None = None
-    sink_values: Tensor | None = None
+    sinks: tuple[Tensor, ...] = ()
     previous: tuple[Tensor, ...] = ()
 
 
 Plan = StepPlan | BlockPlan
 
 
-class Planner(Protocol):
-    """A cache that makes plans."""
-
-    def take_plan(self, layer_idx: int) -> Plan:
-        """The plan of the layer's attention in the forward at hand, once."""
-
-
 class ForwardAtHand:
     """What the attention layers of an attached model see of the forward that is running: its cache.
 
     Attributes:
-        cache: the streaming cache of the forward; ``None`` in a forward without one.
+        cache: the streaming cache of the forward, which has ``take_plan(layer_idx) -> Plan``; ``None`` in a forward
+            without one.
     """
 
     def __init__(self) -> None:
-        self.cache: Planner | None = None
+        self.cache: Any = None
 
     def is_streaming(self) -> bool:
         """Whether the forward has a streaming cache."""

@@ -7,11 +7,10 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 
 
-def native_cache(decoder: nn.Module, n_rows: int, device: torch.device | str, dtype: torch.dtype) -> Any:
+def native_cache(decoder: Any, n_rows: int, device: torch.device | str, dtype: torch.dtype) -> Any:
     """A new cache of the kind that a decoder uses by itself.
 
     Before Transformers had one for all, each family with recurrent layers had a cache class in its own file.
@@ -28,7 +27,7 @@ def native_cache(decoder: nn.Module, n_rows: int, device: torch.device | str, dt
     rows = dict.fromkeys(("batch_size", "max_batch_size"), n_rows)
     devices = [device] * config.num_hidden_layers
     known = {"config": config, "dtype": dtype, "device": device, "devices": devices, **rows}
-    wanted = inspect.signature(own[0].__init__).parameters
+    wanted = inspect.signature(own[0]).parameters
     cache = own[0](**{name: value for name, value in known.items() if name in wanted})
     if not getattr(cache, "key_cache", True):  # Falcon-H1's, which counts as false while it holds no keys
         cache.key_cache = [torch.empty(0) for _ in range(config.num_hidden_layers)]

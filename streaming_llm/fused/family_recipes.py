@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,7 @@ class Names:
     attention: str = "self_attn"
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     places: Callable[[int, int], HeadPlaces] = HeadPlaces.separate
-    kv_heads: Callable[[object], int] = lambda config: getattr(config, "num_key_value_heads", None)
+    kv_heads: Callable[[Any], Any] = lambda config: getattr(config, "num_key_value_heads", None)
     output: str = "o_proj"
     head_norms: tuple[str, str] = ("q_norm", "k_norm")
     norms_all_heads: bool = False
@@ -64,25 +65,25 @@ class Names:
     down: str = "down_proj"
     norms: tuple[tuple[str, ...], ...] = (("input_layernorm",), (), ("post_attention_layernorm",), ())
     plus_one: bool = False
-    parallel: Callable[[object], bool] = lambda config: False
+    parallel: Callable[[Any], bool] = lambda config: False
     final_norm: str = "norm"
-    embedding_scale: Callable[[object], float] = lambda config: 1.0
-    logit_scale: Callable[[object], float] = lambda config: 1.0
+    embedding_scale: Callable[[Any], float] = lambda config: 1.0
+    logit_scale: Callable[[Any], float] = lambda config: 1.0
 
 
 def _sandwich(*names: str) -> tuple[tuple[str, ...], ...]:
     return tuple((name,) if name else () for name in names)
 
 
-def _plain_mlp(up: str, down: str) -> dict:
+def _plain_mlp(up: str, down: str) -> dict[str, Any]:
     return {"gate": None, "up": up, "down": down}
 
 
-def _is_parallel(config) -> bool:
+def _is_parallel(config: Any) -> bool:
     return True
 
 
-def _residual_flag(config) -> bool:
+def _residual_flag(config: Any) -> bool:
     return config.use_parallel_residual
 
 
@@ -91,20 +92,20 @@ def _falcon_places(num_heads: int, num_kv_heads: int) -> HeadPlaces:
     return (HeadPlaces.separate if shared_by_all else HeadPlaces.by_kv_head)(num_heads, num_kv_heads)
 
 
-def _falcon_kv_heads(config) -> int:
+def _falcon_kv_heads(config: Any) -> int:
     if config.new_decoder_architecture:
         return config.num_kv_heads
     return 1 if config.multi_query else config.num_attention_heads
 
 
 _LLAMA = Names()
-_GEMMA = {"plus_one": True, "embedding_scale": lambda config: config.hidden_size**0.5}
+_GEMMA: dict[str, Any] = {"plus_one": True, "embedding_scale": lambda config: config.hidden_size**0.5}
 _GEMMA_SANDWICH = _sandwich(
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
 )
-_FUSED_GATE = {"gate": "gate_up_proj", "up": None}
+_FUSED_GATE: dict[str, Any] = {"gate": "gate_up_proj", "up": None}
 _COHERE = Names(parallel=_is_parallel, logit_scale=lambda config: config.logit_scale)
-_OF_TRANSFORMER = {"layers": "h", "final_norm": "ln_f", "parallel": _is_parallel}
+_OF_TRANSFORMER: dict[str, Any] = {"layers": "h", "final_norm": "ln_f", "parallel": _is_parallel}
 
 NAMES: dict[str, Names] = {
     "cohere": _COHERE,
@@ -176,7 +177,7 @@ NAMES: dict[str, Names] = {
 NAMES["olmo3"] = NAMES["olmo2"]
 
 
-def recipe_of(model: nn.Module) -> Recipe:
+def recipe_of(model: Any) -> Recipe:
     """The recipe of a causal language model of a family in the table.
 
     Raises:
@@ -208,7 +209,7 @@ def recipe_of(model: nn.Module) -> Recipe:
     )
 
 
-def _require_own(layers: nn.ModuleList, names: Names, module_name: str) -> None:
+def _require_own(layers: Any, names: Names, module_name: str) -> None:
     """Layers, attention and MLPs of other classes than the family's may compute anything."""
     for layer in layers:
         for part in (layer, layer.mlp, unwrapped(getattr(layer, names.attention))):
@@ -216,9 +217,9 @@ def _require_own(layers: nn.ModuleList, names: Names, module_name: str) -> None:
                 raise NotCoveredError(f"a {type(part).__name__} is in a layer, which is no class of {module_name}")
 
 
-def _layer(layer: nn.Module, names: Names, config, rotary: Rotary, window: int | None) -> Layer:
+def _layer(layer: Any, names: Names, config: Any, rotary: Rotary, window: int | None) -> Layer:
     found = [_first(layer, of_place) for of_place in names.norms]
-    norms = [norm and norm_of(norm, names.plus_one) for norm in found]
+    norms = [None if norm is None else norm_of(norm, names.plus_one) for norm in found]
     parallel = names.parallel(config)
     return Layer(
         attention=_attention(getattr(layer, names.attention), names, config, rotary, window),
@@ -232,11 +233,11 @@ def _layer(layer: nn.Module, names: Names, config, rotary: Rotary, window: int |
     )
 
 
-def _first(parent: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+def _first(parent: nn.Module, names: tuple[str, ...]) -> Any:
     return next((found for name in names if (found := getattr(parent, name, None)) is not None), None)
 
 
-def _attention(module: nn.Module, names: Names, config, rotary: Rotary, window: int | None) -> Attention:
+def _attention(module: nn.Module, names: Names, config: Any, rotary: Rotary, window: int | None) -> Attention:
     inner = unwrapped(module)
     num_heads = config.num_attention_heads
     num_kv_heads = names.kv_heads(config) or num_heads
@@ -263,18 +264,17 @@ def _attention(module: nn.Module, names: Names, config, rotary: Rotary, window: 
     )
 
 
-def _mlp(module: nn.Module, names: Names) -> MLP:
+def _mlp(module: Any, names: Names) -> MLP:
     function = _first(module, ("act_fn", "activation_fn", "act"))
     activation = ACTIVATION_OF.get(type(function).__name__)
     if activation is None:
         raise NotCoveredError(f"no kernel computes its activation {type(function).__name__}")
-    down, both = linear_of(getattr(module, names.down)), None
-    if names.up is None:
-        both = linear_of(getattr(module, names.gate))
-        gate, up = both.halves()
-    else:
-        gate, up = (name and linear_of(getattr(module, name)) for name in (names.gate, names.up))
-    return MLP(gate, up, down, activation, both)
+    down = linear_of(getattr(module, names.down))
+    gate: Any = None if names.gate is None else linear_of(getattr(module, names.gate))
+    if names.up is not None:
+        return MLP(gate, linear_of(getattr(module, names.up)), down, activation, None)
+    first, second = gate.halves()
+    return MLP(first, second, down, activation, gate)
 
 
 def linear_of(module: nn.Module) -> Linear:
@@ -299,11 +299,11 @@ def norm_of(module: nn.Module, plus_one: bool = False) -> Norm:
     )
 
 
-def head_norm_of(module: nn.Module, plus_one: bool) -> Norm:
+def head_norm_of(module: Any, plus_one: bool) -> Norm:
     """A norm of queries or keys; one of StableLM, which has a module for each head, as one with a row for each."""
     if not hasattr(module, "norms"):
         return norm_of(module, plus_one)
     parts = [norm_of(norm, plus_one) for norm in module.norms]
-    weight = torch.stack([part.weight for part in parts])
-    bias = None if parts[0].bias is None else torch.stack([part.bias for part in parts])
-    return Norm(weight, bias, parts[0].eps, centred=True)
+    weights, biases = ([x for part in parts if (x := getattr(part, name)) is not None] for name in ("weight", "bias"))
+    bias = torch.stack(biases) if biases else None
+    return Norm(torch.stack(weights), bias, parts[0].eps, centred=True)
