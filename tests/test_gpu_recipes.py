@@ -13,7 +13,7 @@ from family_reference import family_reference_logits
 
 from personal_adapters.neox_flash import wrap_attention
 from streaming_llm import StreamingDecoder, score_stream
-from streaming_llm.fused import why_not_fused
+from streaming_llm.fused import fused_forward, why_not_fused
 from streaming_llm.fused.family_recipes import NAMES
 
 pytestmark = [
@@ -23,6 +23,7 @@ pytestmark = [
 
 W, LENGTH = 28, 110  # the ring turns more than twice
 HALF = [torch.bfloat16, torch.float16]
+BACKENDS = ["math", "flash"]
 COVERED = [case for case in CASES if available(case)]
 
 
@@ -75,25 +76,44 @@ def test_steps_in_float32(case, batch, n_sink, prompt, engine):
     assert error(logits, exact(case, torch.float32, batch, n_sink)[:, prompt - 1 :]).max() < 1e-4
 
 
+def wrapped(case: str, dtype: torch.dtype, backend: str):
+    model = model_of(case, dtype).to(GPU)
+    require_covered(model, case)
+    if backend == "flash" and (dtype == torch.float32 or not takes_sdpa(case)):
+        pytest.skip("flash does not take it")
+    wrap_attention(model, backend)
+    return model
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 @pytest.mark.parametrize("case", COVERED)
-def test_steps_in_half_precision(case, dtype, batch):
-    model = model_of(case, dtype).to(GPU)
-    require_covered(model, case)
-    wrap_attention(model, "math")
+def test_steps_in_half_precision(case, dtype, batch, backend):
+    model = wrapped(case, dtype, backend)
     expected = exact(case, dtype, batch, 4)[:, 9:]
     errors = {name: error(stepped(model, name, batch, 4, 10), expected).mean().item()
               for name in ("eager", "fused", "fused-triton")}  # fmt: skip
     assert max(errors.values()) < 1.1 * errors["eager"], errors
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("case", COVERED)
+def test_re_computation(case, dtype, backend):
+    """The last logits of a dense forward: no further from float64 than those of the model's own call."""
+    model, ids = wrapped(case, dtype, backend), ids_of(3)[:, :W]
+    expected = family_reference_logits(model_of(case, dtype), ids, 0, W)[:, -1]
+    with torch.no_grad():
+        own = error(model(ids.to(GPU)).logits[:, -1].cpu(), expected).mean()
+        assert error(fused_forward(model)(ids.to(GPU)).cpu(), expected).mean() < 1.1 * own
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=name_of)
 @pytest.mark.parametrize("case", COVERED)
-def test_blocks(case, dtype):
-    model = model_of(case, dtype).to(GPU)
-    require_covered(model, case)
-    wrap_attention(model, "math")
+def test_blocks(case, dtype, backend):
+    model = wrapped(case, dtype, backend)
     ids, errors = ids_of(3), {}
     expected = F.cross_entropy(exact(case, dtype, 3, 4)[:, :-1].mT, ids[:, 1:], reduction="none")
     for engine in ("eager", "fused"):

@@ -164,8 +164,10 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> 
     kernel = kernel_for(query, attention.softcap)
     key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
     if attention.softcap is None:
-        causal = query.shape[2] > 1
-        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=attention.scale)
+        causal, shared = query.shape[2] > 1, query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=causal, scale=attention.scale, enable_gqa=shared
+        )
     return causal_attention(query, key, value, attention.scale, kernel, attention.softcap).to(query.dtype)
 
 
