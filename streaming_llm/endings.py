@@ -1,4 +1,4 @@
-"""Where generation ends: at a token, by a criterion, or after so many tokens; looked at once for several tokens.
+"""Where generation ends: at a token, by a criterion, or after so many tokens; the host checks once per several tokens.
 
 Rows that have ended are filled with padding, and their streams stay where they ended.
 """

@@ -1,9 +1,8 @@
-"""Rows of unequal length: each is a stream of its own, fed block by block with those that are as long."""
+"""Rows of unequal length: each is a stream of its own, fed block by block together with those of its length."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +36,14 @@ def rows_of(tokens: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
     return rows
 
 
+def alike(kinds: Iterable[Hashable]) -> list[list[int]]:
+    """Places of those that are equal, together."""
+    found: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(index)
+    return list(found.values())
+
+
 def feed_rows(
     model: nn.Module,
     cache: StreamingKVCache,
@@ -53,13 +60,11 @@ def feed_rows(
         The final hidden state of each row's last token, ``[batch, 1, hidden]``.
     """
     n_rows, progress = len(rows), cache.progress.of_rows(len(rows))
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for index, row in enumerate(rows):
-        alike.setdefault((len(row), *progress[index]), []).append(index)
-    if len(alike) == 1:
+    groups = alike([(len(row), *of_row) for row, of_row in zip(rows, progress, strict=True)])
+    if len(groups) == 1:
         return feed(model, cache, torch.stack(list(rows)), block_size, forward)
     hidden: dict[int, Tensor] = {}
-    for group in alike.values():
+    for group in groups:
         part = cache.take_rows(group, n_rows)
         last = feed(model, part, torch.stack([rows[index] for index in group]), block_size, forward)
         cache.put_rows(group, part, n_rows)

@@ -1,4 +1,4 @@
-"""A cache whose stream is a value: taken, put back, written to a file and gone on with to the same bits."""
+"""Saving and restoring a cache's stream, as a value or in a file: it continues bit for bit."""
 
 from __future__ import annotations
 

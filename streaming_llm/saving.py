@@ -1,4 +1,4 @@
-"""A stream in a file: paused, moved to another process or device, and gone on with to the same bits.
+"""A stream in a file: paused, and continued bit for bit, in another process if need be.
 
 The format is safetensors: the tensors of a :class:`~streaming_llm.stream_state.StreamState`, and its facts as JSON in
 the header. The weights are not in it, and are not compared.

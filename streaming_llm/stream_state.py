@@ -1,8 +1,8 @@
-"""A stream as a value: what everything to come depends on, and whether it fits a cache.
+"""The state of a stream as a value: all that its future depends on; and whether it fits a cache.
 
 That is the stored keys and values as they lie, the sinks as they were first rotated, and how far the rows are. A state
-also says of which model and cache it is: one that does not fit is refused, because it would give wrong tokens without
-a sign.
+also says of which model and cache it is: one that does not fit is refused, because it would silently give wrong
+tokens.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def block_attention(
         return out.transpose(1, 2)
     if previous:
         key, value = (joined(parts, dim=2) for parts in zip(previous, (key, value), strict=True))
-    # Queries up to token S + W have lost nothing yet: plain causal attention over every token so far.
+    # Up to token S + W nothing has been evicted: plain causal attention over every token so far.
     n_dense = min(max(plan.layout.config.cache_size + 1 - plan.first_query, 0), q_len)
     if n_dense:
         kv_len = plan.first_query + n_dense - plan.first_key
@@ -115,9 +115,8 @@ def _streaming_band(
         _band_by_triton(query, key, value, out, first_query, plan, scale, kernel)
         return
     turned = None
-    if (
-        rotation is not None
-    ):  # queries are turned from token t to position S + W, where sinks as first rotated see them
+    if rotation is not None:
+        # Queries are turned from token t to position S + W, where sinks as first rotated see them.
         cos, sin = rotation.turns(config.cache_size - first_query, query.shape[2], query.device)
         turned = rotate(query, cos, sin, rotation.rotary)
     if kernel == "math":

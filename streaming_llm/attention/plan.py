@@ -36,8 +36,8 @@ class BlockPlan:
             of ``previous``, then those given to attention.
         first_query: token number of the first query.
         rotation: the turns of the sinks; ``None`` where there are none.
-        sinks: keys as first rotated, and values, ``[batch, num_kv_heads, n_sink, head_dim]``; empty
-            where no query is far enough into the stream to see a sink at other than its true distance.
+        sinks: keys as first rotated, and values, ``[batch, num_kv_heads, n_sink, head_dim]``; empty where no query is
+            far enough into the stream to see a sink at other than its true distance.
         previous: keys and values ``[batch, num_kv_heads, n, head_dim]`` of tokens before those given to attention;
             empty where there are none.
     """

@@ -47,9 +47,10 @@ def attend(
     return out.flatten(2), weights
 
 
-def _heads(states: Tensor, head_dim: int) -> Tensor:
-    """``[batch, q_len, heads * head_dim]`` as ``[batch, heads, q_len, head_dim]``."""
-    return states.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+def _projected(layer: Any, states: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value ``[batch, heads, q_len, head_dim]`` of ``[batch, q_len, hidden]``."""
+    projections = (layer.q_proj, layer.k_proj, layer.v_proj)
+    return tuple(p(states).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for p in projections)
 
 
 def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
@@ -82,9 +83,7 @@ class _GPTJ:
         **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         require_no_mask(attention_mask)
-        query, key, value = (
-            _heads(p(hidden_states), layer.head_dim) for p in (layer.q_proj, layer.k_proj, layer.v_proj)
-        )
+        query, key, value = _projected(layer, hidden_states)
         query, key = _rotated(query, key, *self._cos_sin(layer, position_ids), self.rotary)
         implementation = layer.config._attn_implementation.replace("eager", "sdpa")
         scaling = layer.head_dim**-0.5
@@ -147,9 +146,7 @@ class _StableLm:
         **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         require_no_mask(attention_mask)
-        query, key, value = (
-            _heads(p(hidden_states), layer.head_dim) for p in (layer.q_proj, layer.k_proj, layer.v_proj)
-        )
+        query, key, value = _projected(layer, hidden_states)
         if layer.qk_layernorm:
             query, key = layer.q_layernorm(query), layer.k_layernorm(key)
         query, key = _rotated(query, key, *position_embeddings, self.rotary)

@@ -37,7 +37,7 @@ MAX_EOS = 16
 
 
 class StaticTensors:
-    """What feeds a recorded step, and what it leaves.
+    """Inputs and outputs of a recorded step, in tensors that stay where they are.
 
     Attributes:
         tokens: ids to feed, ``[batch]``.
@@ -165,7 +165,7 @@ class RecordedEngine(Engine):
         return torch.cat(tokens, dim=1), logits
 
     def _hold_rows(self, fed: list[int], count: int) -> None:
-        """Of the tokens of a chunk, rows that have ended were fed fewer, as the device knows."""
+        """Take back on the host, too, those tokens of a chunk that rows were not fed because they had ended."""
         if min(fed) < count:
             self.cache.progress.take_back([count - n for n in fed])
             self._bound = self.cache.progress.version, self._bound[1]
