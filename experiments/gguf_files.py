@@ -49,6 +49,7 @@ def read_gguf(folder: str, name: str, fingerprint: str) -> tuple[object, object]
     does not read rightly.
     """
     from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     options = {"gguf_file": name, "local_files_only": True}
     try:
@@ -58,7 +59,9 @@ def read_gguf(folder: str, name: str, fingerprint: str) -> tuple[object, object]
             f"the GGUF file cannot be read ({error}): it is broken, or of a model that Transformers does not know"
         ) from None
     family_of(config)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    # Each look into the file takes ten seconds: with its type given, the tokenizer asks for no configuration.
+    kind = {"tokenizer_type": config.model_type} if TOKENIZER_MAPPING_NAMES.get(config.model_type) else {}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options, **kind)
     n_tokens = len(tokenizer(_PROBE, add_special_tokens=False).input_ids)
     if n_tokens * _LEAST_CHARACTERS > len(_PROBE):
         raise ValueError(

@@ -1,5 +1,6 @@
 """The models that are evaluated: the bundled demo, a hub name, a local folder, random weights of a known size."""
 
+import copy
 import functools
 import hashlib
 import socket
@@ -138,6 +139,7 @@ class ModelSource:
         if self.weights == "random":
             model = random_model(RANDOM_SIZES[self.where], self.seed, dtype, device, device_map)
             return LoadedModel(**vars(info), model=model)
+        known = {"config": copy.deepcopy(info.config)} if "gguf_file" in self.options else {}  # reading it takes long
         with self._readable(), _no_loading_bar():
             model, report = AutoModelForCausalLM.from_pretrained(
                 where,
@@ -145,6 +147,7 @@ class ModelSource:
                 device_map=device_map,
                 attn_implementation=_attention(info.config),
                 output_loading_info=True,
+                **known,
                 **self.options,
             )
         if report["missing_keys"]:  # Transformers fills them with random numbers

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse_padding
+from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse_images, refuse_padding
 from .attention.kernel_choice import unwrapped
 from .attention.plan import ForwardAtHand
 from .attention.rewritten_layers import rewritten_forwards
-from .families import changes_with_length, decoder_of, rotary_modules, transformers_model
+from .families import changes_with_length, decoder_of, rotary_modules, scaled_from, transformers_model
 from .kv_cache import StreamingKVCache
 from .rope_utils import ExactRotaryEmbedding
 
@@ -101,7 +101,9 @@ class Attachment:
         stands_in = self._at_hand.is_streaming if changes_with_length(model.config) else None
         for found in rotary_modules(model):
             key = id(found.module)
-            exact[key] = exact.get(key) or ExactRotaryEmbedding(found.module, found.angles, found.layout, stands_in)
+            exact[key] = exact.get(key) or ExactRotaryEmbedding(
+                found.module, found.angles, found.layout, stands_in, self._at_hand.true_positions
+            )
             changes.append((found.parent, found.name, exact[key]))
         layers = {id(x): x for x in map(unwrapped, model.modules()) if "layer_idx" in vars(x)}
         return changes + [(layer, AT_HAND, self._at_hand) for layer in layers.values()]
@@ -118,9 +120,12 @@ class Attachment:
     # Every forward of the decoder begins and ends with its cache
 
     def _hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
-        decoder = decoder_of(self.model)
+        decoder, hooks = decoder_of(self.model), []
+        if decoder is not self.model.base_model:
+            hooks.append(self.model.register_forward_pre_hook(_refuse_images, with_kwargs=True))
         self._parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]  # without self
         return [
+            *hooks,
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
@@ -151,10 +156,16 @@ class Attachment:
         if not cache.progress.together:
             rows = cache.progress.of_rows(len(tokens))
             own["position_ids"] = torch.tensor([[seen + offset] for seen, offset in rows], device=tokens.device)
+        if scaled_from(self.model.config) is not None:  # queries grow with their position, which is that in the cache
+            first, n_tokens, last = cache.progress.position, tokens.shape[1], cache.streaming_config.cache_size
+            here = torch.arange(first, first + n_tokens, device=tokens.device).unsqueeze(0)
+            self._at_hand.positions = here if own["position_ids"] is None else own["position_ids"]
+            own["position_ids"] = (self._at_hand.positions - max(cache.progress.offset)).clamp(max=last)
+            own["cache_position"] = own["position_ids"].amax(0)
         return (), given | {name: value for name, value in own.items() if name in self._parameters}
 
     def _after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache, self._at_hand.cache = self._at_hand.cache, None
+        cache, self._at_hand.cache, self._at_hand.positions = self._at_hand.cache, None, None
         if cache is None:
             return
         if getattr(cache, "recurrent", None) is not None:
@@ -165,6 +176,11 @@ class Attachment:
             cache.abandon()
         else:
             cache.end()
+
+
+def _refuse_images(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if hasattr(kwargs.get("past_key_values"), "take_plan"):
+        refuse_images(kwargs)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class BareChecks:
         end = progress.position + n_tokens
         if self._length is not None and end > self._length:
             raise ValueError(
-                f"position {end - 1} lies beyond the {self._length} for which the unmodified model has this rotation: "
+                f"position {end - 1} lies beyond the {self._length} up to which an unmodified model goes on alike: "
                 "use `with StreamingLLMWrapper(model, ...) as stream:`, where a stream has no end"
             )
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention.interface import refuse_images
 from .kv_cache import StreamingKVCache
 from .rows import rows_of
 
@@ -134,6 +135,7 @@ def refuse_arguments(model: nn.Module, cache: Any, continues: bool, kwargs: dict
         raise ValueError(
             f"past_key_values must be a StreamingKVCache (stream.new_cache()), got {type(cache).__name__}"
         )
+    refuse_images(kwargs)
     for name in ("position_ids", "cache_position"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} must not be given: positions are the cache's")

@@ -11,6 +11,7 @@ again and again would destroy it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,7 +86,12 @@ class StreamingKVCache(SaveableCache):
         family = family_of(model_config) if family is None else family
         layouts = layer_layouts(model_config, streaming, family)
         rotary = rotaries_from_config(model_config) if rotary is None else rotary
-        rotations = sink_rotations([rotary] * len(layouts) if isinstance(rotary, Rotary) else rotary)
+        rotaries = [rotary] * len(layouts) if isinstance(rotary, Rotary) else list(rotary)
+        self._of_keys = sink_rotations(rotaries) if family.latents else []
+        if family.latents:  # what is stored is rotated from its first dimension on
+            stored = {id(rotary): replace(rotary, offset=0) for rotary in rotaries}
+            rotaries = [stored[id(rotary)] for rotary in rotaries]
+        rotations = sink_rotations(rotaries)
         self._rotations = set(rotations)
         layers = [
             StreamingLayer(layout, rotation, progress, is_sliding=layout.config != streaming)
@@ -170,7 +176,12 @@ class StreamingKVCache(SaveableCache):
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
         slots = forward.slots(layer.layout, key_states.device)
-        keys, values, plan = layer.store(key_states, value_states, slots)
+        if self.family.latents:
+            values, keys, plan = layer.store(value_states, key_states, slots)
+            if isinstance(plan, BlockPlan):
+                values, keys, plan = plan.all_in_one(values, keys, self._of_keys[index])
+        else:
+            keys, values, plan = layer.store(key_states, value_states, slots)
         forward.stored(plan)
         if not forward.attached:
             if isinstance(plan, BlockPlan) and plan.previous:  # a sliding layer's own mask takes all of them

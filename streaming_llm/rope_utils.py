@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +125,7 @@ class ExactRotaryEmbedding(nn.Module):
         rotary: its rotation, or, for a module that is asked with a ``layer_type``, one for each.
         layout: of what the module returns.
         stands_in: whether it does, in the forward at hand; always when ``None``.
+        positions: those of the tokens at hand, where the model is given others; ``None`` where it is given these.
     """
 
     def __init__(
@@ -132,10 +134,18 @@ class ExactRotaryEmbedding(nn.Module):
         rotary: Rotary | dict[str | None, Rotary],
         layout: AngleLayout | None = None,
         stands_in: Callable[[], bool] | None = None,
+        positions: Callable[[], Tensor | None] | None = None,
     ) -> None:
         super().__init__()
-        self.replaced, self.layout, self.stands_in = replaced, layout or AngleLayout(), stands_in
+        self.replaced, self.layout = replaced, layout or AngleLayout()
+        self.stands_in, self.positions = stands_in, positions
         self.rotaries: dict[str | None, Rotary] = rotary if isinstance(rotary, dict) else {None: rotary}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("replaced"), name)  # a model may ask its module for its configuration
 
     @torch.no_grad()
     def forward(
@@ -143,6 +153,8 @@ class ExactRotaryEmbedding(nn.Module):
     ) -> tuple[Tensor, Tensor] | Tensor:
         if self.stands_in is not None and not self.stands_in():
             return self.replaced(x, position_ids) if layer_type is None else self.replaced(x, position_ids, layer_type)
+        true_positions = None if self.positions is None else self.positions()
+        position_ids = position_ids if true_positions is None else true_positions
         rotary = self.rotaries[layer_type]
         if rotary.inv_freq.device != x.device:
             rotary = self.rotaries[layer_type] = rotary.to(x.device)

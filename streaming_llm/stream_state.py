@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import StreamingConfig
+from .families import value_of
 from .positions import StreamLayout
 from .rope_utils import Rotary
 
@@ -79,7 +80,7 @@ def as_fact(values: Sequence[int]) -> int | list[int]:
 def model_facts(config: Any) -> dict[str, Any]:
     """What a Transformers configuration says about the shape of keys and values."""
     config = config.get_text_config(decoder=True)
-    return {name: value for name in MODEL_FACTS if (value := getattr(config, name, None)) is not None}
+    return {name: value for name in MODEL_FACTS if (value := value_of(config, name)) is not None}
 
 
 def identity(

@@ -40,7 +40,8 @@ COMMON: dict[str, Any] = {
     "shared_expert_intermediate_size": 16,
 }
 MLA = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
-MLA |= {"v_head_dim": 10, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "head_dim": 4}
+FIRST_EXPERTS = 4 if transformers.__version__.startswith("4.") else 1  # DeepSeek's take no float64 there
+MLA |= {"v_head_dim": 10, "n_group": 1, "topk_group": 1, "first_k_dense_replace": FIRST_EXPERTS, "head_dim": 4}
 HEAD = {"head_dim": 8}
 MAMBA = {"mamba_d_state": 8, "mamba_expand": 2, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
 MAMBA |= {"mamba_chunk_size": 16, "mamba_d_conv": 4}
@@ -48,11 +49,16 @@ MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 LINEAR |= {"layer_types": ["linear_attention", "full_attention"] * 2, **HEAD}
 CONV = {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3, "block_multiple_of": 8}
+SCALED_QUERIES = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24}
+SCALED_QUERIES |= {"llama_4_scaling_beta": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0}
+SCALED_QUERIES |= {"mscale_all_dim": 1.0}
 VOCAB_PER_LAYER = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
 
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "afmoe": HEAD | MIXED,
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2},
+    "axk1": MLA,
+    "axk2": MLA,
     "bamba": MAMBA | {"attn_layer_indices": [1, 3], "intermediate_size": 48},
     "cohere2": MIXED,
     "cohere2_moe": MIXED | HEAD,
@@ -90,14 +96,15 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "llama4_text": {"no_rope_layers": [1, 0, 1, 0], "intermediate_size_mlp": 48, **HEAD},
     "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4, "n_positions": 512, "n_inner": 48},
     "helium": HEAD,
+    "minicpm3": MLA,
     "minimax": HEAD | {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 16},
     "minimax_m2": HEAD | {"rotary_dim": 4},
     "ministral": HEAD | MIXED,
-    "ministral3": HEAD,
+    "ministral3": HEAD | {"rope_parameters": SCALED_QUERIES},
     "mistral": {"sliding_window": None, **HEAD},
     "nanochat": {},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mamba", "attention"], "mamba_num_heads": 8}
-    | {"mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 16, **HEAD},
+    | {"mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 128, "time_step_min": 1e-6, **HEAD},
     "olmo3": MIXED,
     "olmo_hybrid": LINEAR,
     "phi": {"num_key_value_heads": 4},
@@ -110,7 +117,9 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "solar_open": HEAD | {"n_group": 1, "topk_group": 1},
     "starcoder2": {"sliding_window": None},
     "vaultgemma": HEAD | MIXED,
+    "recurrent_gemma": {"lru_width": 32, "head_dim": 8, "block_types": ["recurrent", "attention"] * 2},
     "youtu": MLA,
+    "zaya": {"num_experts_per_tok": 1},
 }
 """Model type -> what its configuration needs beside ``COMMON``."""
 

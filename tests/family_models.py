@@ -46,6 +46,9 @@ def scaled(rope_type: str, **parameters: Any) -> dict[str, Any]:
 ORIGINAL = 120
 """Length up to which the frequencies of longrope are constant."""
 
+LONGROPE = scaled("longrope", short_factor=[1.0, 1.5, 2.0, 3.0], long_factor=[2.0] * 4)
+if transformers.__version__.startswith("4."):
+    LONGROPE["rope_scaling"]["type"] = LONGROPE["rope_scaling"].pop("rope_type")
 LLAMA3 = scaled("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=40)
 YARN = scaled("yarn", factor=4.0, original_max_position_embeddings=40)
 
@@ -91,7 +94,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **GQA,
             "sliding_window": None,
             "original_max_position_embeddings": ORIGINAL,
-            **scaled("longrope", short_factor=[1.0, 1.5, 2.0, 3.0], long_factor=[2.0] * 4),
+            **LONGROPE,
         },
     ),
     "gemma": ("Gemma", {**MQA, **WIDE}),

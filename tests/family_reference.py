@@ -68,7 +68,7 @@ def rope(config, layer_type: str) -> dict:
 def frequencies(config, layer_type: str, dim: int) -> tuple[Tensor, float]:
     """Angle per position ``[dim / 2]``, rounded to float32 as in every model, and the factor on keys and queries."""
     given = rope(config, layer_type)
-    kind, base = given.get("rope_type", "default"), given["rope_theta"]
+    kind, base = given.get("rope_type", given.get("type", "default")), given["rope_theta"]
     exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
     frequency, factor = base**-exponent, 1.0
     scale = given.get("factor", 1.0)

@@ -94,10 +94,11 @@ def streamed_logits(model, input_ids: Tensor, n_sink: int, window_size: int) -> 
     decoder = decoder_of(model)
     cache = native_cache(decoder, len(input_ids), "cpu", torch.float64)
     cache.update = lambda key, value, *args, **kwargs: (key, value)
+    takes_position = takes_cache_position(decoder)
     zero, logits = torch.zeros(1, 1, dtype=torch.int64), []
     for t, token in enumerate(input_ids.T):
         # Lfm2 of some versions puts a state elsewhere while this is smaller than its convolution is long.
-        given = {"cache_position": torch.tensor([t and t + 50])} if takes_cache_position(decoder) else {}
+        given = {"cache_position": torch.tensor([t and t + 50])} if family.has_state and takes_position else {}
         hidden = decoder(
             input_ids=token[:, None], position_ids=zero, past_key_values=cache, use_cache=True, **given
         ).last_hidden_state

@@ -94,6 +94,16 @@ def test_a_gguf_file_is_the_model_it_was_written_from(file, by):
     assert loaded.context_length == 128
 
 
+def test_a_file_s_long_header_is_read_once_for_each_of_configuration_tokenizer_and_weights(file, monkeypatch):
+    opened, reader = [], gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path, *rest: opened.append(path) or reader(path, *rest))
+    source = find_model(str(file))
+    source.info()
+    source.info()
+    source.load(torch.float32, torch.device("cpu"))
+    assert len(opened) == 3
+
+
 @pytest.mark.usefixtures("no_collection")
 def test_the_evaluation_runs_on_a_gguf_file(file, tmp_path):
     world = World(tmp_path / "world")

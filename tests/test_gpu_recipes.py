@@ -13,8 +13,9 @@ from family_reference import family_reference_logits
 
 from personal_adapters.neox_flash import wrap_attention
 from streaming_llm import StreamingDecoder, score_stream
+from streaming_llm.engines.recorder import GraphedCall
 from streaming_llm.fused import fused_forward, why_not_fused
-from streaming_llm.fused.family_recipes import NAMES
+from streaming_llm.fused.family_names import NAMES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -120,3 +121,13 @@ def test_blocks(case, dtype, backend):
         nll = score_stream(model, ids, 4, W, block_size=37, engine=engine)
         errors[engine] = error(nll, expected).mean().item()
     assert max(errors.values()) < max(1.1 * errors["eager"], 1e-5), errors
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt_neox", "gemma3"])
+def test_a_recorded_re_computation(case):
+    """Nothing of it comes from the host, so that it can be recorded."""
+    model, ids = wrapped(case, torch.bfloat16, "math"), ids_of(1)[:, :W].to(GPU)
+    forward = fused_forward(model)
+    with torch.no_grad():
+        expected = forward(ids)
+        assert torch.equal(GraphedCall(forward, ids.flip(1))(ids), expected)

@@ -142,10 +142,11 @@ class Questions:
         questions = read_questions(str(setting.questions))[: setting.lengths.questions]
         chance = float(np.mean([1 / len(question.choices) for question in questions]))
         rows = [{"method": method} | one.values for method, one in found.items()]
+        rows.append({"method": "chance", "accuracy": chance})
         curves = {m: binned(one.arrays["places"], one.arrays["right"]) for m, one in found.items()
                   if "places" in one.arrays}  # fmt: skip
         return {"cache_size": setting.lengths.cache, "n_sink": setting.n_sink, "rows": rows, "curves": curves,
-                "chance": chance, "questions": Path(str(setting.questions)).name}  # fmt: skip
+                "questions": Path(str(setting.questions)).name}  # fmt: skip
 
 
 def _each_alone(setting: Setting, streams: list[Asked], at_a_time: int = 16) -> np.ndarray:

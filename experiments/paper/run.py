@@ -107,13 +107,13 @@ def plan_lines(model: PaperModel) -> list[str]:
 
 
 def require_known(names: Sequence[str] | None, known: dict[str, Experiment]) -> list[Experiment]:
-    """The experiments of these names, all if none are given; raises SetupError."""
+    """The experiments of these names, in their order; all if none are given. Raises SetupError."""
     from experiments.config import unknown_name
 
     for name in names or ():
         if name not in known:
             raise unknown_name("experiment", name, known)
-    chosen = [experiment for name, experiment in known.items() if names is None or name in names]
+    chosen = [known[name] for name in dict.fromkeys(known if names is None else names)]
     if not chosen:
         raise SetupError("--only needs a name")
     return chosen

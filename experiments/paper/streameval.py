@@ -14,7 +14,8 @@ from experiments.paper.setting import Setting
 HEAD = "Below is a record of lines I want you to remember.\n"
 LINE = "The REGISTER_CONTENT in line {line} is <{value}>\n"
 QUERY = "Query: The REGISTER_CONTENT in line {line} is"
-ANSWER = " <{value}>"
+ANSWER = " <{value}"
+CLOSE = ">\n"  # not judged: to many tokenizers it is one token
 EVERY = 10
 DISTANCE = 20
 DISTANCES = (20, 40, 60, 80, 100, 150, 200, 400, 600, 800, 1000)
@@ -34,7 +35,7 @@ def make_stream(tokenizer, front: list[int], n_queries: int, distance: int, seed
             asked.append(line - distance)
             parts.append((QUERY.format(line=line - distance), None))
             parts.append((ANSWER.format(value=values[line - distance]), "answer"))
-            parts.append(("\n", None))
+            parts.append((CLOSE, None))
         line += 1
     encoded = tokenizer([text for text, _ in parts], add_special_tokens=False).input_ids
     ids, lines, answers = list(front), [], []

@@ -7,6 +7,7 @@ model's own one still does the work of a single query.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,9 @@ DELEGATES = ("sdpa", "eager")
 
 FORCES_MASK = ("falcon",)
 """Model types that ask for a mask in every forward, though their attention is plainly causal."""
+
+OF_IMAGES = re.compile("pixel|image|video|audio|input_features")
+"""What arguments for images, videos and sound are called."""
 
 AT_HAND = "forward_at_hand"
 """Attribute of the attention layers of an attached model: a :class:`ForwardAtHand` that they share."""
@@ -170,7 +174,7 @@ def _attention_function(delegate: str) -> Callable[..., Attended]:
             return call.without_stream(key, value)
         plan = at_hand.cache.take_plan(module.layer_idx)
         if isinstance(plan, BlockPlan):
-            return call.block(key, value, plan)
+            return call.block(*plan.split(key, value))
         assert isinstance(plan, StepPlan)
         if plan.lengths is None:
             return call.one_query(key, value)
@@ -186,6 +190,16 @@ def refuse_padding(attention_mask: Tensor | None) -> None:
             "attention_mask hides tokens, which one forward over all rows cannot leave out: use stream.generate(), "
             "stream.prefill(), StreamingDecoder or score_stream(), which take each row by itself, or give all rows of "
             "a batch the same length"
+        )
+
+
+def refuse_images(kwargs: dict[str, Any]) -> None:
+    """Raise ``ValueError`` if a forward is given images, videos or sound, whose tokens are not plainly causal."""
+    given = [name for name, value in kwargs.items() if isinstance(value, Tensor) and OF_IMAGES.search(name)]
+    if given:
+        raise ValueError(
+            f"a stream is of text, and {', '.join(given)} was given: leave images, videos and sound out, or give "
+            "their embeddings among those of the text as inputs_embeds"
         )
 
 

@@ -6,9 +6,10 @@ layer of every forward with a streaming cache, so that one that got lost is noti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..positions import StreamLayout
@@ -40,6 +41,8 @@ class BlockPlan:
             far enough into the stream to see a sink at other than its true distance.
         previous: keys and values ``[batch, num_kv_heads, n, head_dim]`` of tokens before those given to attention;
             empty where there are none.
+        sinks_in_front: how many of the keys given to attention are those of the sinks as first rotated (where a model
+            makes keys of what the cache holds).
     """
 
     layout: StreamLayout
@@ -48,6 +51,26 @@ class BlockPlan:
     rotation: SinkRotation | None = None
     sinks: tuple[Tensor, ...] = ()
     previous: tuple[Tensor, ...] = ()
+    sinks_in_front: int = 0
+
+    def split(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, BlockPlan]:
+        """Keys and values without the sinks in front, and the plan with them."""
+        n = self.sinks_in_front
+        if not n:
+            return key, value, self
+        return key[:, :, n:], value[:, :, n:], replace(self, sinks=(key[:, :, :n], value[:, :, :n]), sinks_in_front=0)
+
+    def all_in_one(self, key: Tensor, value: Tensor, rotation: SinkRotation) -> tuple[Tensor, Tensor, BlockPlan]:
+        """Sinks, earlier tokens and new ones one behind the other, and the plan for them: see ``sinks_in_front``.
+
+        Args:
+            rotation: of the keys that the model makes of these.
+        """
+        given = [pair for pair in (self.sinks, self.previous, (key, value)) if pair]
+        n_sink = self.sinks[0].shape[2] if self.sinks else 0
+        key, value = (torch.cat(parts, dim=2) for parts in zip(*given, strict=True))
+        plan = BlockPlan(self.layout, self.first_key, self.first_query, rotation, sinks_in_front=n_sink)
+        return key, value, plan
 
 
 Plan = StepPlan | BlockPlan
@@ -59,10 +82,16 @@ class ForwardAtHand:
     Attributes:
         cache: the streaming cache of the forward, which has ``take_plan(layer_idx) -> Plan``; ``None`` in a forward
             without one.
+        positions: of its tokens in the stream, ``[batch or 1, q_len]``, where the model is given those in the cache.
     """
 
     def __init__(self) -> None:
         self.cache: Any = None
+        self.positions: Tensor | None = None
+
+    def true_positions(self) -> Tensor | None:
+        """See ``positions``."""
+        return self.positions
 
     def is_streaming(self) -> bool:
         """Whether the forward has a streaming cache."""

@@ -8,14 +8,13 @@ from its table, so that a stream has no end. Nothing is changed here: see :mod:`
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..families import decoder_of, rotary_from_model
+from ..families import decoder_of, rotary_from_model, uses_attention_functions
 from ..rope_utils import Rotary, rotate
 from .kernel_choice import unwrapped
 
@@ -176,11 +175,6 @@ def _attention_layers(model: nn.Module, name: str) -> list[nn.Module]:
     return [layer for layer in layers if any(kind.__name__ == name for kind in type(layer).__mro__)]
 
 
-def uses_attention_functions(model: nn.Module) -> bool:
-    """Whether the model's file goes through Transformers' table of attention functions."""
-    return hasattr(sys.modules[type(decoder_of(model)).__module__], "ALL_ATTENTION_FUNCTIONS")
-
-
 def rewritten_forwards(
     model: Any, check_mask: Callable[[Tensor | None], None]
 ) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
@@ -204,7 +198,7 @@ def rewritten_forwards(
         for module in model.modules()
         if hasattr(type(module), "_update_causal_mask")
     ]
-    if uses_attention_functions(model):
+    if uses_attention_functions(decoder_of(model)):
         return changes
     model_type = model.config.model_type
     if model_type not in REWRITTEN:

@@ -112,6 +112,8 @@ class DeviceCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Store one layer's token; see :meth:`DeviceLayer.update`."""
+        if self.source.family.latents:
+            return self.layers[layer_idx].update(value_states, key_states)[::-1]
         return self.layers[layer_idx].update(key_states, value_states)
 
 

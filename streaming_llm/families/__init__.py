@@ -1,7 +1,7 @@
 """Which models can stream, where each family keeps its rotation, and what else of it the library has to know."""
 
 from .family import UNROTATED, Family
-from .native_cache import native_cache
+from .native_cache import native_cache, uses_attention_functions
 from .parts import decoder_of, last_logits, lm_head, transformers_model
 from .recognition import family_of
 from .rotations import (
@@ -13,8 +13,8 @@ from .rotations import (
     rotary_from_model,
     rotary_modules,
 )
-from .table import module_name, supported_families, text_config
-from .windows import bare_length, bare_refusal, changes_with_length, layer_layouts, layer_windows
+from .table import module_name, supported_families, text_config, value_of
+from .windows import bare_length, bare_refusal, changes_with_length, layer_layouts, layer_windows, scaled_from
 
 __all__ = [
     "UNROTATED",
@@ -37,7 +37,10 @@ __all__ = [
     "rotary_from_config",
     "rotary_from_model",
     "rotary_modules",
+    "scaled_from",
     "supported_families",
     "text_config",
     "transformers_model",
+    "uses_attention_functions",
+    "value_of",
 ]

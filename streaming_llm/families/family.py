@@ -61,6 +61,9 @@ class Family:
         sources: layers that attend to keys that another one stores -> that one.
         layouts: of what each rotary module returns, by its place below the decoder.
         has_state: whether layers keep a state of their own, which is no keys and values.
+        latents: whether the cache is given latents and rotated parts, of which keys and values are made when they are
+            attended to (DeepSeek in newer Transformers). ``rotations`` are then those of the keys; the parts are
+            rotated from their first dimension on.
         blocks_continue: whether their state takes a block of several tokens after others.
     """
 
@@ -70,6 +73,7 @@ class Family:
     sources: dict[int, int] = field(default_factory=dict)
     layouts: dict[str, AngleLayout] = field(default_factory=dict)
     has_state: bool = False
+    latents: bool = False
     blocks_continue: bool = True
 
 
@@ -112,6 +116,14 @@ def constant_up_to(config: Any) -> int | None:
         if given.get("rope_type", given.get("type")) in LENGTH_DEPENDENT
     ]
     return min(lengths, default=None)
+
+
+def queries_scaled_from(config: Any) -> int | None:
+    """The position from which on a language model scales its queries by their position (Llama 4, Ministral 3)."""
+    if getattr(config, "attn_temperature_tuning", False):
+        return config.floor_scale
+    scaled = [x for x in rope_parameters(config) if x.get("llama_4_scaling_beta")]
+    return scaled[0]["original_max_position_embeddings"] if scaled else None
 
 
 def rope_parameters(config: Any) -> list[dict[str, Any]]:

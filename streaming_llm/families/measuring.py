@@ -9,8 +9,8 @@ keys that are the same at all positions have none; anything else is refused.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -28,9 +28,10 @@ from .family import (
     Place,
     constant_up_to,
     frequencies,
+    queries_scaled_from,
     rotary_modules_of,
 )
-from .native_cache import native_cache
+from .native_cache import native_cache, uses_attention_functions
 from .small import small_model
 from .table import LAYER_TYPES, REWRITTEN_TYPES
 
@@ -53,6 +54,7 @@ class Notes:
 
     Attributes:
         keys, queries: number of layer -> ``[positions, heads, head_dim]``, float64.
+        parts: likewise, what the cache was given where keys are made of it: latents, and rotated parts.
         sources: see :class:`Family`.
         returned: place of a rotary module, kind of layer -> positions that it was given, and what it returned.
     """
@@ -62,11 +64,14 @@ class Notes:
         self.queries: dict[int, Tensor] = {}
         self.sources: dict[int, int] = {}
         self.returned: dict[tuple[str, LayerType], tuple[Tensor, Any]] = {}
+        self.parts: dict[int, tuple[Tensor, Tensor]] = {}
         self._given: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
 
     def store(self, key: Tensor, value: Tensor, layer_idx: int, *unused: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """In place of a cache's ``update``."""
         self.keys[layer_idx], self._given[layer_idx] = key[:, :, 0].double(), key
+        self._values[layer_idx] = value[:, :, 0].double()
         return key, value
 
     def attend(
@@ -78,6 +83,9 @@ class Notes:
             raise MeasuredOtherwiseError("its attention layers make masks of their own, and a stream has none")
         self.queries[layer_idx] = query[:, :, 0].double()
         source = next((i for i, stored in self._given.items() if stored is key), None)
+        if source is None and layer_idx in self._given and layer_idx not in self.parts:
+            self.parts[layer_idx] = self.keys[layer_idx], self._values[layer_idx]
+            self.keys[layer_idx], source = key[:, :, 0].double(), layer_idx
         if source is None:
             raise MeasuredOtherwiseError(f"layer {layer_idx} attends to other keys than its cache holds")
         if source != layer_idx:
@@ -129,13 +137,16 @@ def measure(model_class: type[nn.Module], config: Any, table: Rotary | None = No
     held = {(path, kind): rotary for path, x in modules.items() for kind, rotary in frequencies(x).items()}
     if table is not None:
         held["", None] = table
-    limits = constant_up_to(config), getattr(config, "max_position_embeddings", None)
+    limits = constant_up_to(config), queries_scaled_from(config), getattr(config, "max_position_embeddings", None)
     limit = min((n for n in limits if n), default=max(POSITIONS) + 1)
     positions = torch.tensor([p for p in POSITIONS if p < limit])
     notes = _run(model, modules, positions)
+    stores = tuple(sorted(notes.keys))
+    if set(notes.sources) & set(stores):
+        raise MeasuredOtherwiseError("it runs its layers several times for each token")
     if not notes.queries and config.model_type not in REWRITTEN_TYPES:
         raise MeasuredOtherwiseError("its attention layers do not go through Transformers' attention functions")
-    types, stores = getattr(config, "layer_types", None) or (), tuple(sorted(notes.keys))
+    types = getattr(config, "layer_types", None) or ()
     if not stores:
         raise MeasuredOtherwiseError("none of its layers stores keys in a cache")
     kinds = {index: types[index] for index in (*stores, *notes.sources) if index < len(types)}
@@ -145,6 +156,9 @@ def measure(model_class: type[nn.Module], config: Any, table: Rotary | None = No
     rotations = tuple(_rotation_of(index, notes, held, kinds.get(index), positions) for index in stores)
     for layer, source in notes.sources.items():
         _require_turned(layer, notes.queries[layer], rotations[stores.index(source)], held, positions)
+    for layer, rotation in zip(stores, rotations, strict=True):
+        if notes.parts:
+            _require_latents(layer, notes, rotation, held, positions)
     has_state = len(stores) + len(notes.sources) < config.num_hidden_layers or _keeps_state(model)
     called = {at for at, _ in notes.returned}
     return Family(
@@ -154,6 +168,7 @@ def measure(model_class: type[nn.Module], config: Any, table: Rotary | None = No
         notes.sources,
         {path: _layout_of(path, notes, held) for path in modules if path in called},
         has_state,
+        bool(notes.parts),
         not has_state or _blocks_continue(model),
     )
 
@@ -167,7 +182,10 @@ def _keeps_state(model: nn.Module) -> bool:
 def _run(model: Any, modules: dict[str, nn.Module], positions: Tensor) -> Notes:
     notes, ids = Notes(), torch.ones(len(positions), 1, dtype=torch.int64)
     hooks = [x.register_forward_hook(notes.noting(path), with_kwargs=True) for path, x in modules.items()]
-    if hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
+    for module in model.modules():
+        if hasattr(module, "_update_causal_mask"):  # older files make their masks themselves, but not in a stream
+            module._update_causal_mask = lambda *args, **kwargs: None
+    if uses_attention_functions(model):
         for module in model.modules():
             if "config" in vars(module):
                 module.config._attn_implementation_internal = MEASURING
@@ -269,6 +287,18 @@ def _require_turned(
         raise MeasuredOtherwiseError(
             f"layer {index} rotates its queries otherwise than its keys: they are off by {error * TOLERANCE:.1e} of a "
             "query's size"
+        )
+
+
+def _require_latents(
+    index: int, notes: Notes, found: LayerRotation | None, held: dict[Place, Rotary], positions: Tensor
+) -> None:
+    """Raise :class:`MeasuredOtherwiseError` unless the cache holds latents, and parts that turn as the keys do."""
+    latents, parts = notes.parts.get(index, (notes.keys[index],) * 2)
+    rotary = UNROTATED if found is None else replace(found.of(held), offset=0)
+    if found is None or _error(latents, UNROTATED, positions) > 1 or _error(parts, rotary, positions) > 1:
+        raise MeasuredOtherwiseError(
+            f"layer {index} attends to other keys than its cache holds, and that is no latents and rotated parts"
         )
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from .table import value_of
+
 VOCAB = 8
 WIDTH = 16
 """Of feed-forward layers and of whatever else has a width of its own."""
@@ -53,31 +55,26 @@ def small_config(config: Any) -> Any:
 
 
 def _attributes(config: Any) -> dict[str, Any]:
-    aliases = {alias: getattr(config, alias, None) for alias in config.attribute_map}
+    aliases = {alias: value_of(config, alias) for alias in config.attribute_map}
     return dict(vars(config)) | aliases
 
 
 def _narrowed(config: Any) -> dict[str, Any]:
     n_heads = config.num_attention_heads
-    n_keys = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or n_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    n_small = 2 if isinstance(n_heads, int) else n_heads
-    shared = isinstance(n_keys, int) and n_keys < n_heads
+    n_keys = value_of(config, "num_key_value_heads") or value_of(config, "num_kv_heads") or n_heads
+    head_dim = value_of(config, "head_dim") or config.hidden_size // n_heads
     hidden = 2 * head_dim
-    values = {
-        "hidden_size": hidden,
-        "num_attention_heads": n_small,
-        "num_key_value_heads": 1 if shared else n_small,
-        "num_kv_heads": 1 if shared else n_small,
-        "vocab_size": VOCAB,
-        "vocab_size_per_layer_input": VOCAB,
-    }
+    values = {"hidden_size": hidden, "vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB}
+    if not getattr(config, "is_heterogeneous", False):  # else each layer may have its own numbers of heads
+        n_small = 1 if n_keys < n_heads else 2
+        values |= {"num_attention_heads": 2, "num_key_value_heads": n_small, "num_kv_heads": n_small}
     return values | _of_recurrent_layers(config, hidden)
 
 
 def _of_recurrent_layers(config: Any, hidden: int) -> dict[str, Any]:
     """Numbers of heads of recurrent layers, which have to fit the width."""
     values: dict[str, Any] = {"chunk_size": 2, "mamba_chunk_size": 2, "mamba_d_state": 2, "ssm_state_size": 2}
+    values["lru_width"] = hidden
     head_dim, expand = getattr(config, "mamba_d_head", None), getattr(config, "mamba_expand", None)
     if isinstance(head_dim, int) and expand:
         inner = -(-expand * hidden // head_dim) * head_dim

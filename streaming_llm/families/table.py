@@ -36,6 +36,7 @@ STREAMING = (
     "apertus",
     "arcee",
     "aria",
+    "aria_text",
     "bamba",
     "bitnet",
     "cohere",
@@ -44,8 +45,6 @@ STREAMING = (
     "cwm",
     "deepseek_v2",
     "deepseek_v3",
-    "diffllama",
-    "doge",
     "dots1",
     "ernie4_5",
     "ernie4_5_moe",
@@ -54,6 +53,7 @@ STREAMING = (
     "falcon",
     "falcon_h1",
     "flex_olmo",
+    "flint",
     "gemma",
     "gemma2",
     "gemma3",
@@ -61,6 +61,7 @@ STREAMING = (
     "gemma3n",
     "gemma3n_text",
     "gemma4_text",
+    "gemma4_unified_text",
     "glm",
     "glm4",
     "glm4_moe",
@@ -69,22 +70,35 @@ STREAMING = (
     "gpt_oss",
     "gptj",
     "granite",
+    "granite_swa",
     "granitemoe",
+    "granitemoe_swa",
     "granitemoehybrid",
     "granitemoeshared",
     "helium",
     "hunyuan_v1_dense",
     "hunyuan_v1_moe",
+    "hy_v3",
+    "hyperclovax",
     "jais2",
     "jamba",
+    "kolibri1",
+    "laguna",
     "lfm2",
     "lfm2_moe",
+    "lfm3",
     "llama",
+    "mellum",
+    "mimo_v2_flash",
+    "minimax",
     "minimax_m2",
+    "minimax_m3_vl_text",
     "ministral",
     "ministral3",
     "mistral",
     "mixtral",
+    "modernbert-decoder",
+    "moshi",
     "nanochat",
     "nemotron",
     "nemotron_h",
@@ -102,6 +116,8 @@ STREAMING = (
     "qwen3",
     "qwen3_5",
     "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
     "qwen3_moe",
     "qwen3_next",
     "qwen3_vl",
@@ -111,6 +127,7 @@ STREAMING = (
     "stablelm",
     "starcoder2",
     "vaultgemma",
+    "youtu",
 )
 """Model types that the tests show to stream. Others are measured when they are used, and stream if they agree."""
 
@@ -124,6 +141,14 @@ LAYER_TYPES = ("full_attention", "sliding_attention", "attention", "hybrid")
 def text_config(config: Any) -> Any:
     """The part of a configuration that describes the language model."""
     return config.get_text_config(decoder=True)
+
+
+def value_of(config: Any, name: str) -> Any:
+    """A value in a configuration; ``None`` where it has none, or one for each layer (Gemma 4)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
 
 
 def module_name(config_class: type) -> str:

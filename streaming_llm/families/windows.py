@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import StreamingConfig
 from ..positions import StreamLayout
-from .family import Family, constant_up_to
+from .family import Family, constant_up_to, queries_scaled_from
 from .recognition import family_of
 from .table import table_length, text_config
 
@@ -70,10 +70,19 @@ def changes_with_length(config: Any) -> bool:
     return constant_up_to(text_config(config)) is not None
 
 
+def scaled_from(config: Any) -> int | None:
+    """The position from which on a model scales its queries by their position (Llama 4, Ministral 3)."""
+    return queries_scaled_from(text_config(config))
+
+
 def bare_length(config: Any) -> int | None:
-    """The position at which an unmodified model's rotation ends or changes; ``None`` where it does not."""
+    """The position from which on an unmodified model does otherwise than before; ``None`` where there is none.
+
+    Its rotation ends or changes there, or queries are scaled by their position, which in a stream is in the cache.
+    """
     text = text_config(config)
-    return min((n for n in (table_length(text), constant_up_to(text)) if n is not None), default=None)
+    lengths = table_length(text), constant_up_to(text), queries_scaled_from(text)
+    return min((n for n in lengths if n is not None), default=None)
 
 
 def bare_refusal(config: Any, streaming: StreamingConfig, family: Family) -> str | None:

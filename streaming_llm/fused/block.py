@@ -137,7 +137,7 @@ class _Angles:
     def of(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """``[length, rotary_dim / 2]`` each, float32, with the rotation's factor."""
         if id(rotary) not in self._of:
-            angle = self.positions.double()[:, None] * rotary.inv_freq.to(self.positions.device)
+            angle = self.positions.double()[:, None] * rotary.inv_freq
             self._of[id(rotary)] = (angle.cos() * rotary.scaling).float(), (angle.sin() * rotary.scaling).float()
         return self._of[id(rotary)]
 

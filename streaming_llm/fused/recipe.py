@@ -101,7 +101,7 @@ class Attention:
         projections: one matrix for query, key and value, or three; their outputs follow each other.
         places: where the heads lie there.
         output: from ``[num_heads * head_dim]``.
-        rotary: on the CPU; of no dimensions where the layer has no positions.
+        rotary: on the device of the weights; of no dimensions where the layer has no positions.
         scale: factor on the scores.
         softcap: bound of the scores, ``softcap * tanh(score / softcap)``.
         clip: bound of what the projections give.
