@@ -214,6 +214,8 @@ MULTIMODAL = {
     "qwen2_5_vl": ("qwen2_5_vl_text", {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}),
 }
 """Model type -> the type of its language model, and what its configuration needs."""
+if transformers.__version__.startswith("4."):
+    del MULTIMODAL["qwen2_5_vl"]  # whose positions of a second block end in an error there
 
 
 @torch.no_grad()
