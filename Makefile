@@ -1,6 +1,7 @@
 # make results   install, run the evaluation of the demo with both attention kernels, draw its figures
 # make figures   install, draw the figures of the results that the project shows
 # make test      install, run the tests (test-slow: those that take long)
+# make lint      install, check style and types
 # make test-matrix  the core tests under every version of Transformers from 4.56 on (installs each, takes long)
 #
 # Uses the virtual environment that is active, else makes one in .venv.
@@ -22,7 +23,7 @@ endif
 
 help:
 	@sed -n 's/^# \(make\)/\1/p' Makefile
-	@echo "also: install test-slow lint format clean"
+	@echo "also: install test-slow format clean"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(ENV)
@@ -55,11 +56,12 @@ test-all: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-matrix build *.egg-info .pytest_cache .ruff_cache results/final results/fixed_eval results/.cells
+	rm -rf .venv .venv-matrix build *.egg-info .mypy_cache .pytest_cache .ruff_cache results/final results/fixed_eval results/.cells
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

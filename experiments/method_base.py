@@ -5,12 +5,16 @@ error. `prefill` starts a stream with its first tokens, `step` feeds one more; b
 after the last one fed.
 """
 
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from experiments.engines import Forward, capture
+from experiments.timing import synchronise
 from streaming_llm.attachment import maskless_attention
 
 
@@ -112,3 +116,33 @@ class Method(ABC):
         The engine's own kernels compute them where it has some, else the plain model call.
         """
         raise NotImplementedError(f"{self.name} has no parallel scoring")
+
+
+class Capturing(Method):
+    """A method that captures its steps of one shape at the first of them, where the engine is not `eager`."""
+
+    def _attach(self, stack: ExitStack) -> None:
+        super()._attach(stack)
+        self._captured: Forward | None = None
+        self._compile_sec = 0.0
+        stack.callback(setattr, self, "_captured", None)  # with the memory that it holds
+
+    @property
+    def engine(self) -> str:
+        return self.settings.engine
+
+    @property
+    def compile_sec(self) -> float:
+        return self._compile_sec
+
+    def _by_capture(self, forward: Forward, ids: Tensor, written: Sequence[Tensor] = ()) -> Tensor:
+        """`forward(ids)` by what was captured; `written` is put back after the trial runs of a capture."""
+        if self._captured is None:
+            synchronise(ids.device)
+            start, held = time.perf_counter(), [(x, x.clone()) for x in written]
+            self._captured = capture(forward, ids, self.engine)
+            for x, before in held:
+                x.copy_(before)
+            synchronise(ids.device)
+            self._compile_sec += time.perf_counter() - start
+        return self._captured(ids)

@@ -3,18 +3,16 @@
 To add a method: write its class, and add it to `METHODS`.
 """
 
-import time
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from experiments.engines import Forward, capture, forward_of, plain_forward, recomputing_engine, score
+from experiments.engines import forward_of, plain_forward, recomputing_engine, score
 from experiments.kvpress_support import PRESSES, import_adapter, kvpress_attention_functions, kvpress_unavailable
-from experiments.method_base import Method, MethodSettings
+from experiments.method_base import Capturing, Method, MethodSettings
 from experiments.placements import Gapped, Rerotated
-from experiments.timing import synchronise
 from streaming_llm import StreamingDecoder
 from streaming_llm.attachment import maskless_attention
 from streaming_llm.families import decoder_of, transformers_model
@@ -23,7 +21,7 @@ from streaming_llm.losses import cross_entropy, token_nll
 __all__ = ["DEFAULT_METHODS", "METHODS", "REFERENCE_METHOD", "Method", "MethodSettings"]
 
 
-class Baseline(Method):
+class Baseline(Capturing):
     """Sliding window with re-computation: each step is a forward over the last S + W tokens, the new one included.
 
     Steps over S + W tokens have one shape, which the engine captures at the first of them. Its prefill, and steps
@@ -37,17 +35,6 @@ class Baseline(Method):
     def _attach(self, stack: ExitStack) -> None:
         super()._attach(stack)
         self._forward = forward_of(self.model, self.settings.engine)
-        self._captured: Forward | None = None
-        self._compile_sec = 0.0
-        stack.callback(setattr, self, "_captured", None)  # with the memory that it holds
-
-    @property
-    def engine(self) -> str:
-        return self.settings.engine
-
-    @property
-    def compile_sec(self) -> float:
-        return self._compile_sec
 
     def reset(self) -> None:
         self._context = None
@@ -60,9 +47,7 @@ class Baseline(Method):
         self._context = torch.cat([self._context, ids[:, None]], dim=1)[:, -self.settings.cache_size :]
         if self.engine == "eager" or self._context.shape[1] < self.settings.cache_size:
             return self._forward(self._context)
-        if self._captured is None:
-            self._capture()
-        return self._captured(self._context)
+        return self._by_capture(self._forward, self._context)
 
     def score(self, ids: Tensor) -> Tensor:
         """See `Method.score`: the windows of many tokens at a time, which tells nothing about speed."""
@@ -77,13 +62,6 @@ class Baseline(Method):
                 targets = ids[0, size + 1 + number * at_a_time :][: len(part)]
                 losses.append(cross_entropy(plain_forward(self.model)(part), targets).float())
         return torch.cat(losses)[None]
-
-    def _capture(self) -> None:
-        synchronise(self._context.device)
-        start = time.perf_counter()
-        self._captured = capture(self._forward, self._context, self.engine)
-        synchronise(self._context.device)
-        self._compile_sec += time.perf_counter() - start
 
 
 class Dense(Method):

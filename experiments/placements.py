@@ -6,23 +6,20 @@ positions in the cache as a naive implementation does: at every step each kept k
 the model's dtype, and rounded, up to W times in its life.
 """
 
-import time
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from experiments.engines import capture
-from experiments.method_base import Method, MethodSettings
+from experiments.method_base import Capturing, Method, MethodSettings
 from experiments.rerotated_scoring import rerotated_losses, turned_back
-from experiments.timing import synchronise
 from streaming_llm import StreamingConfig, StreamingKVCache
 from streaming_llm.attachment import attached
 from streaming_llm.blockwise import BlockScorer, in_blocks
 from streaming_llm.engines import make_engine
 from streaming_llm.engines.blocks import default_block_size, feed
-from streaming_llm.families import UNROTATED, layer_windows, lm_head, rotaries_from_model, transformers_model
+from streaming_llm.families import UNROTATED, last_logits, layer_windows, rotaries_from_model, transformers_model
 
 
 def model_call_engine(engine: str) -> str:
@@ -61,7 +58,7 @@ class Gapped(Method):
         self._cache.reset()
 
     def prefill(self, ids: Tensor) -> Tensor:
-        return lm_head(transformers_model(self.model), feed(self.model, self._cache, ids))[:, -1]
+        return last_logits(transformers_model(self.model), feed(self.model, self._cache, ids))
 
     def step(self, ids: Tensor) -> Tensor:
         return self._runner.step(ids)
@@ -81,7 +78,7 @@ class Gapped(Method):
             return torch.cat([scorer.score(block)[0] for block in in_blocks(ids, size)], dim=1).float()
 
 
-class Rerotated(Method):
+class Rerotated(Capturing):
     """Sinks and window at their positions in the cache, every key turned back at every step in the model's dtype."""
 
     name, label = "rerotated", "Re-rotated"
@@ -100,17 +97,6 @@ class Rerotated(Method):
         rotaries = [rotary.to(device) for rotary in rotaries_from_model(transformers_model(self.model))]
         self._cache = Cache(layers=[_ShiftedLayer(rotary, *sizes) for rotary in rotaries])
         self._last_position = torch.full((1, 1), self.settings.cache_size, device=device)
-        self._captured = None
-        self._compile_sec = 0.0
-        stack.callback(setattr, self, "_captured", None)  # with the memory that it holds
-
-    @property
-    def engine(self) -> str:
-        return self.settings.engine
-
-    @property
-    def compile_sec(self) -> float:
-        return self._compile_sec
 
     def reset(self) -> None:
         for layer in self._cache.layers:
@@ -124,9 +110,7 @@ class Rerotated(Method):
             return self._forward(ids[:, None], torch.full_like(self._last_position, self._n_kept))
         if self.engine == "eager":
             return self._evicting(ids[:, None])
-        if self._captured is None:
-            self._capture(ids[:, None])
-        return self._captured(ids[:, None])
+        return self._by_capture(self._evicting, ids[:, None], self._slots())
 
     @property
     def _n_kept(self) -> int:
@@ -139,15 +123,9 @@ class Rerotated(Method):
         given = {"past_key_values": self._cache, "use_cache": True, "position_ids": position_ids}
         return self.model(ids, **given, logits_to_keep=1).logits[:, -1]
 
-    def _capture(self, ids: Tensor) -> None:
-        synchronise(ids.device)
-        start = time.perf_counter()
-        held = [(x, x.clone()) for layer in self._cache.layers for x in (layer.slots_of_keys, layer.slots_of_values)]
-        self._captured = capture(self._evicting, ids, self.engine)
-        for x, before in held:  # trial runs have evicted tokens
-            x.copy_(before)
-        synchronise(ids.device)
-        self._compile_sec += time.perf_counter() - start
+    def _slots(self) -> list[Tensor]:
+        """Keys and values of every layer; trial runs of a capture evict some."""
+        return [x for layer in self._cache.layers for x in (layer.slots_of_keys, layer.slots_of_values)]
 
     @property
     def kv_cache_nbytes(self) -> int:
@@ -155,8 +133,7 @@ class Rerotated(Method):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        slots = [x for layer in self._cache.layers for x in (layer.slots_of_keys, layer.slots_of_values)]
-        return sum(x.numel() * x.element_size() // x.shape[2] for x in slots if x is not None)
+        return sum(x.numel() * x.element_size() // x.shape[2] for x in self._slots() if x is not None)
 
     def score(self, ids: Tensor) -> Tensor:
         return rerotated_losses(self.model, ids, self.settings.n_sink, self.settings.window_size)

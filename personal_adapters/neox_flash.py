@@ -48,11 +48,11 @@ class NeoXFlashAttentionAdapter(nn.Module):
     def backend(self, name: str) -> None:
         self.__dict__["_backend"] = require_backend(name)
 
-    def kernel_context(self) -> AbstractContextManager:
+    def kernel_context(self) -> AbstractContextManager[None]:
         """Context in which SDPA can run this adapter's kernel only, for code that does not call ``forward``."""
         return backend_context(self.backend)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward, in which SDPA can run this adapter's kernel only."""
         with self.kernel_context():
             return self.wrapped.forward(*args, **kwargs)  # the hooks are shared and have run
@@ -82,7 +82,7 @@ class NeoXFlashAttentionAdapter(nn.Module):
         return f"{type(self.wrapped).__name__}, backend={self.backend!r}"
 
 
-def wrap_attention(model: nn.Module, backend: str) -> int:
+def wrap_attention(model: Any, backend: str) -> int:
     """Run every attention layer of ``model`` with the kernel ``backend``, in place.
 
     A model that is wrapped already is pointed at ``backend``. No weight and no state-dict key changes.
@@ -132,6 +132,7 @@ def unwrap_attention(model: nn.Module) -> int:
     """
     layers = [found for found in attention_layers(model) if isinstance(found[2], NeoXFlashAttentionAdapter)]
     for parent, name, adapter in layers:
-        take_sdpa(adapter.wrapped)
-        setattr(parent, name, adapter.wrapped)
+        wrapped: Any = adapter.wrapped
+        take_sdpa(wrapped)
+        setattr(parent, name, wrapped)
     return len(layers)

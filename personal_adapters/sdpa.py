@@ -10,6 +10,7 @@ import threading
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,13 +80,13 @@ class _OneKernel:
         if self._change is not None:
             self._change.__enter__()
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: Any) -> None:
         if self._change is not None:
             self._change.__exit__(*exc_info)
         self._lock.release()
 
 
-def backend_context(backend: str) -> AbstractContextManager:
+def backend_context(backend: str) -> AbstractContextManager[None]:
     """Context in which SDPA may run the kernel of ``backend`` and no other.
 
     Costs next to nothing where the same backend is in force already. Which kernels are allowed is a setting of the

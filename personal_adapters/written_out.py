@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def _gptj_attention(
-    layer: nn.Module,
+    layer: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -34,7 +35,7 @@ def _gptj_attention(
     return F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scale), None
 
 
-WRITTEN_OUT: dict[str, tuple[str, Callable]] = {"GPTJAttention": ("_attn", _gptj_attention)}
+WRITTEN_OUT: dict[str, tuple[str, Callable[..., Any]]] = {"GPTJAttention": ("_attn", _gptj_attention)}
 """Class name of a layer -> the method that holds its attention, and what takes its place."""
 
 

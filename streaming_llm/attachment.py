@@ -43,7 +43,7 @@ class Attachment:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._users: Counter[str] = Counter()
-        self._in_force: str | None = None
+        self._in_force = ""
         self._undo = ExitStack()
 
     @classmethod
@@ -70,12 +70,12 @@ class Attachment:
 
     def _bring_in_force(self) -> None:
         """Change the model to what its users need now."""
-        wanted = next((prefix for prefix in (STREAMING, MASKLESS) if self._users[prefix]), None)
+        wanted = next((prefix for prefix in (STREAMING, MASKLESS) if self._users[prefix]), "")
         if wanted == self._in_force:
             return
         self._undo.close()
-        self._in_force = None
-        if wanted is not None:
+        self._in_force = ""
+        if wanted:
             self._put(self._changes(wanted), wanted)
 
     def _put(self, changes: list[Change], prefix: str) -> None:
@@ -108,7 +108,7 @@ class Attachment:
         layers = {id(x): x for x in map(unwrapped, model.modules()) if "layer_idx" in vars(x)}
         return changes + [(layer, AT_HAND, self._at_hand) for layer in layers.values()]
 
-    def _copy_of_model(self, memo: dict) -> PreTrainedModel:
+    def _copy_of_model(self, memo: dict[int, Any]) -> PreTrainedModel:
         """``copy.deepcopy(model)`` gives a model as it is without being attached."""
         changes, prefix = self._put_now, self._in_force
         self._undo.close()
@@ -130,9 +130,11 @@ class Attachment:
             decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
-    def _before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
-        cache = given.get("past_key_values")
+        cache: Any = given.get("past_key_values")
         if isinstance(cache, (tuple, list)):
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__} of keys and values, which Transformers no longer uses: "
@@ -141,7 +143,7 @@ class Attachment:
         self._at_hand.cache = cache if hasattr(cache, "take_plan") else None
         if self._at_hand.cache is None:
             return None
-        tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
         cache.begin(tokens.shape[1], attached=True)
         if not isinstance(cache, StreamingKVCache):
             return None
@@ -162,7 +164,7 @@ class Attachment:
             own["cache_position"] = own["position_ids"].amax(0)
         return (), given | {name: value for name, value in own.items() if name in self._parameters}
 
-    def _after(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache, self._at_hand.cache, self._at_hand.positions = self._at_hand.cache, None, None
         if cache is None:
             return
@@ -176,7 +178,7 @@ class Attachment:
             cache.end()
 
 
-def _refuse_images(model: nn.Module, args: tuple, kwargs: dict) -> None:
+def _refuse_images(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if hasattr(kwargs.get("past_key_values"), "take_plan"):
         refuse_images(kwargs)
 
@@ -215,7 +217,9 @@ def _switched_attention(model: nn.Module, prefix: str) -> list[Change]:
         ValueError: the model's attention implementation is neither ``sdpa`` nor ``eager``.
     """
     modules = [module for module in map(unwrapped, model.modules()) if "config" in vars(module)]
-    originals = {id(m.config): m.config for m in modules if getattr(m.config, "_attn_implementation", None)}
+    originals: dict[int, Any] = {
+        id(m.config): m.config for m in modules if getattr(m.config, "_attn_implementation", None)
+    }
     copies: dict[int, Any] = {}
     for original in originals.values():
         copy.deepcopy(original, copies)  # configurations inside it too, each once
@@ -252,7 +256,7 @@ def attached(model: nn.Module, prefix: str = STREAMING) -> Iterator[None]:
         attachment.leave(prefix)
 
 
-def maskless_attention(model: nn.Module):
+def maskless_attention(model: nn.Module) -> Any:
     """The model's attention is causal and no mask is built or inspected, so a forward never waits for the GPU.
 
     For loops without padding, which is not checked: a two-dimensional ``attention_mask`` is not read. Several queries

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from .families import family_of_model, transformers_model
 from .kv_cache import StreamingKVCache
 from .losses import token_nll
 from .placement import input_device
-from .rows import rows_of
+from .rows import alike, rows_of
 
 
 def in_blocks(input_ids: Tensor | Iterable[Tensor], block_size: int) -> Iterator[Tensor]:
@@ -190,15 +191,12 @@ def _score_rows(
     """Losses of padded rows, those that are as long together."""
     rows = rows_of(ids, mask)
     nll = torch.zeros(len(ids), ids.shape[1] - 1, dtype=torch.float32, device=ids.device)
-    alike: dict[int, list[int]] = {}
-    for index, row in enumerate(rows):
-        alike.setdefault(len(row), []).append(index)
     with attached(model):
-        for length, group in alike.items():
-            if length < 2:
-                raise ValueError(f"at least two tokens are needed to score one, got {length} in row {group[0]}")
+        for group in alike(map(len, rows)):
             packed = torch.stack([rows[index] for index in group])
-            losses = score_stream(model, packed, block_size=block_size, config=config, engine=engine)
+            if packed.shape[1] < 2:
+                raise ValueError(f"at least two tokens are needed to score one, got 1 in row {group[0]}")
+            losses: Any = score_stream(model, packed, block_size=block_size, config=config, engine=engine)
             for index, of_row in zip(group, losses, strict=True):
                 nll[index, mask[index].nonzero()[1:, 0].to(nll.device) - 1] = of_row
     return nll
@@ -235,4 +233,4 @@ class _Collector:
     def result(self) -> Tensor | tuple[Tensor, Tensor]:
         self._flush()
         joined = tuple(torch.cat(parts, dim=1) for parts in zip(*self._done, strict=True))
-        return joined if self.keep_hidden else joined[0]
+        return (joined[0], joined[1]) if self.keep_hidden else joined[0]

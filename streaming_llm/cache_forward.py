@@ -15,7 +15,7 @@ BROKEN = (
 
 
 class CacheForward:
-    """Notices, by counting, what would be wrong without a sign.
+    """Counts the layers of a forward, to notice an incomplete one, whose result would be silently wrong.
 
     Args:
         n_tokens: new tokens of each row.

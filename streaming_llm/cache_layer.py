@@ -36,6 +36,10 @@ class StreamingLayer(CacheLayerMixin):
     """
 
     is_compileable = False
+    keys: Tensor
+    values: Tensor
+    sinks: Tensor
+    batch_size: int
 
     def __init__(
         self, layout: StreamLayout, rotation: SinkRotation, progress: Progress, is_sliding: bool = False
@@ -164,9 +168,8 @@ class StreamingLayer(CacheLayerMixin):
         for row, seen in enumerate(self.progress.seen):
             if seen < self.layout.config.n_sink:
                 self.sinks[row, :, seen] = key_states[row, :, 0]
-        longest = max(lengths)
-        keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
-        return keys, values, StepPlan(None if min(lengths) == longest else lengths)
+        keys, values = self.keys[:, :, : max(lengths)], self.values[:, :, : max(lengths)]
+        return keys, values, StepPlan(None if min(lengths) == max(lengths) else lengths)
 
     def _block(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor, Plan]:
         """Several tokens, some of which evict others: returns them, with those before them in their plan."""
@@ -183,8 +186,8 @@ class StreamingLayer(CacheLayerMixin):
     def _plan(self, first_key: int, end: int, previous: tuple[Tensor, ...] = ()) -> BlockPlan:
         n_sink = self.layout.config.n_sink
         far = n_sink > 0 and end > self.layout.capacity
-        sinks = (self.sinks, self.values[:, :, :n_sink]) if far else (None, None)
-        return BlockPlan(self.layout, first_key, self.progress.seen[0], self.rotation, *sinks, previous)
+        sinks = (self.sinks, self.values[:, :, :n_sink]) if far else ()
+        return BlockPlan(self.layout, first_key, self.progress.seen[0], self.rotation, sinks, previous)
 
     # Sizes, as Transformers asks for them
 
@@ -207,9 +210,7 @@ class StreamingLayer(CacheLayerMixin):
         """Tokens held at most. As with Transformers' sliding windows, many more may have been seen."""
         return self.layout.capacity
 
-    def get_max_cache_shape(self) -> int:
-        """What :meth:`get_max_length` is called in older Transformers."""
-        return self.get_max_length()
+    get_max_cache_shape = get_max_length  # its name in older Transformers
 
     # Whole-stream operations; the cache changes the progress
 
@@ -265,10 +266,9 @@ class StreamingLayer(CacheLayerMixin):
     # The stream as a value
 
     def state(self) -> dict[str, Tensor]:
-        """Views of what everything to come depends on, beside the progress; empty while nothing is stored.
+        """What everything to come depends on, beside the progress, as :class:`StreamState` has it: views.
 
-        ``keys`` and ``values`` ``[batch, num_kv_heads, n_stored, head_dim]`` as they lie, and, once the sinks have
-        moved, ``sink_keys`` ``[batch, num_kv_heads, n_sink, head_dim]`` as first rotated.
+        Empty while nothing is stored.
         """
         if not self.n_stored:
             return {}

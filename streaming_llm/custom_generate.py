@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .config import StreamingConfig
@@ -14,7 +16,7 @@ from .model import StreamingLLMWrapper
 
 @torch.no_grad()
 def streaming_generate(
-    model: PreTrainedModel,
+    model: Any,
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
@@ -25,8 +27,8 @@ def streaming_generate(
     window_size: int = 1020,
     config: StreamingConfig | None = None,
     engine: str = "auto",
-    **model_kwargs,
-):
+    **model_kwargs: Any,
+) -> Any:
     """For Transformers' hook, in constant memory and exact::
 
         model.generate(**inputs, custom_generate=streaming_generate, n_sink=4, window_size=1020)

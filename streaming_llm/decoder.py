@@ -15,14 +15,13 @@ from .attachment import Attachment
 from .config import StreamingConfig, require_int
 from .endings import Criterion, generate_until
 from .engines import make_engine, resolve_block_engine, resolve_engine
-from .engines.blocks import block_forward, feed
+from .engines.blocks import block_forward
 from .families import last_logits, transformers_model
 from .kv_cache import StreamingKVCache
 from .placement import layer_devices, output_device
 from .rows import feed_rows, rows_of
-from .sampling import Ending, Sampling
-from .saved_cache import require_dtype
-from .stream_state import StreamState
+from .sampling import Ending, Sampling, generator_at
+from .stream_state import StreamState, require_dtype
 
 LOGITS, RANDOM = "decoder.logits", "decoder.random"
 """What a decoder saves beside its cache: the last logits, and the state of its random numbers."""
@@ -48,6 +47,10 @@ class StreamingDecoder:
         engine: how a step runs, with equal results but for rounding: a name of :data:`streaming_llm.ENGINES`, or
             ``auto``, the fastest of them that runs here. :attr:`engine` says which runs.
 
+    Attributes:
+        streaming_config: sinks and window.
+        cache: the stream's, always up to date. What is done to it from outside is done to the decoder's stream.
+
     Raises:
         ValueError: an argument is out of range, the model cannot stream, or the engine cannot run it.
     """
@@ -64,22 +67,18 @@ class StreamingDecoder:
         name = resolve_engine(model, engine)
         self.model = model
         self._inner = transformers_model(model)
-        self._cache = StreamingKVCache.from_model(model, n_sink, window_size, config=config)
-        self._engine = make_engine(model, self._cache, name)
+        self.cache = StreamingKVCache.from_model(model, n_sink, window_size, config=config)
+        self.streaming_config = self.cache.streaming_config
+        self._engine = make_engine(model, self.cache, name)
         self._forward = block_forward(model, resolve_block_engine(model, name))
         self._logits: tuple[int, Tensor | None] = (-1, None)  # of which version of the stream
         self._generator: torch.Generator | None = None
         self.close = weakref.finalize(self, Attachment.enter(model).leave)
 
-    @property
-    def streaming_config(self) -> StreamingConfig:
-        """Sinks and window."""
-        return self._cache.streaming_config
-
     def __enter__(self) -> StreamingDecoder:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     @property
@@ -93,11 +92,6 @@ class StreamingDecoder:
         return self._engine.compile_sec
 
     @property
-    def cache(self) -> StreamingKVCache:
-        """The stream's cache, always up to date. What is done to it from outside is done to the decoder's stream."""
-        return self._cache
-
-    @property
     def logits(self) -> Tensor:
         """Logits ``[batch, vocab]`` of the last token.
 
@@ -106,13 +100,13 @@ class StreamingDecoder:
         """
         self._require_open()
         version, logits = self._logits
-        if logits is None or version != self._cache.progress.version:
+        if logits is None or version != self.cache.progress.version:
             what = "nothing has been fed yet" if logits is None else "the cache was changed since the last token"
             raise RuntimeError(f"{what}, so that there are no logits: call prefill() or step() first")
         return logits
 
     def _keep(self, logits: Tensor) -> Tensor:
-        self._logits = self._cache.progress.version, logits
+        self._logits = self.cache.progress.version, logits
         return logits
 
     @torch.no_grad()
@@ -131,11 +125,8 @@ class StreamingDecoder:
             Logits ``[batch, vocab]`` of each row's last token, in the model's dtype.
         """
         self._require_open()
-        if attention_mask is None and self._cache.progress.together:
-            hidden = feed(self._inner, self._cache, input_ids, block_size, self._forward)
-        else:
-            rows = rows_of(input_ids, attention_mask)
-            hidden = feed_rows(self._inner, self._cache, rows, block_size, self._forward)
+        rows = rows_of(input_ids, attention_mask)
+        hidden = feed_rows(self._inner, self.cache, rows, block_size, self._forward)
         return self._keep(last_logits(self._inner, hidden))
 
     @torch.no_grad()
@@ -228,66 +219,53 @@ class StreamingDecoder:
 
     def reset(self) -> None:
         """Forget the stream; buffers and recordings stay."""
-        self._cache.reset()
+        self.cache.reset()
         self._logits = -1, None
 
     def move_to(self, position: int) -> None:
         """Go on as if ``position`` tokens had been seen; see :meth:`StreamingKVCache.move_to`."""
         version, logits = self._logits
-        up_to_date = version == self._cache.progress.version
-        self._cache.move_to(position)
+        up_to_date = version == self.cache.progress.version
+        self.cache.move_to(position)
         if up_to_date:
-            self._keep(logits)
+            self._logits = self.cache.progress.version, logits
 
     @property
     def cache_nbytes(self) -> int:
         """Bytes of keys and values held."""
-        return self._cache.nbytes
+        return self.cache.nbytes
 
     # The stream as a value
 
     def state(self) -> StreamState:
-        """Where the decoder is, as a value: its cache's state, the last logits, and its random numbers'.
-
-        Tensors are views, for use before the next token.
-        """
-        state, (version, logits) = self._cache.state(), self._logits
-        if logits is not None and version == self._cache.progress.version:
+        """Its cache's state, the last logits and the random numbers' state; views, for use before the next token."""
+        state, (version, logits) = self.cache.state(), self._logits
+        if logits is not None and version == self.cache.progress.version:
             state.tensors[LOGITS] = logits
         if self._generator is not None:
             state.tensors[RANDOM] = self._generator.get_state()
         return state
 
     def restore(self, state: StreamState, *, dtype: torch.dtype | None = None) -> None:
-        """Go on where ``state`` was taken, with buffers and recordings as they are.
+        """Go on where ``state`` was taken, in the buffers and recordings that are there; as
+        :meth:`StreamingKVCache.restore`.
 
         The state of a cache alone has no logits: feed a token before scoring or generating.
-
-        Args:
-            dtype: what keys and values are converted to; as saved when ``None``.
-
-        Raises:
-            ValueError: it is of another model or cache; the decoder's stream is then unchanged.
         """
         self._require_open()
-        self._cache.restore(state, device=layer_devices(self._inner, self._cache.family.stores), dtype=dtype)
-        logits, random = state.tensors.get(LOGITS), state.tensors.get(RANDOM)
-        self._keep(None if logits is None else logits.to(output_device(self._inner), self._inner.dtype))
-        self._generator = None
-        if random is not None:
-            self._generator = torch.Generator(output_device(self._inner))
-            if random.shape != self._generator.get_state().shape:  # of another kind of device
-                self._generator = None
-            else:
-                self._generator.set_state(random.cpu())
+        self.cache.restore(state, device=layer_devices(self._inner, self.cache.family.stores), dtype=dtype)
+        logits, device = state.tensors.get(LOGITS), output_device(self._inner)
+        logits = None if logits is None else logits.to(device, self._inner.dtype)
+        self._logits = self.cache.progress.version, logits
+        self._generator = generator_at(state.tensors.get(RANDOM), device)
 
-    def save(self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write the decoder's stream to a safetensors file; see :meth:`load` and :meth:`StreamingKVCache.save`."""
         saving.write(path, self.state(), metadata)
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike, model: nn.Module, engine: str = "auto", *, dtype: torch.dtype | None = None
+        cls, path: str | os.PathLike[str], model: nn.Module, engine: str = "auto", *, dtype: torch.dtype | None = None
     ) -> StreamingDecoder:
         """A decoder that goes on where a saved one was: with the same bits on the same device by the same engine.
 
@@ -301,18 +279,20 @@ class StreamingDecoder:
             ValueError: it is no saved stream, or of another model or dtype, or the engine cannot run it.
         """
         state = saving.read(path)
-        require_dtype(path, transformers_model(model), state.facts["dtype"], dtype)
+        with saving.naming(path):
+            require_dtype(state, transformers_model(model).dtype, dtype)
         decoder = cls(model, engine=engine, config=state.streaming_config)
         try:
-            decoder.restore(state, dtype=dtype)
-        except ValueError as error:
+            with saving.naming(path):
+                decoder.restore(state, dtype=dtype)
+        except ValueError:
             decoder.close()
-            raise ValueError(f"{path}: {error}") from None
+            raise
         return decoder
 
     def _require_batch(self, token_ids: Tensor) -> None:
-        n_rows = self._cache.batch_size
-        if self._cache.n_seen and token_ids.shape[0] != n_rows:
+        n_rows = self.cache.batch_size
+        if self.cache.n_seen and token_ids.shape[0] != n_rows:
             raise ValueError(f"this decoder holds {n_rows} streams and was given ids of {token_ids.shape[0]}")
 
     def _require_open(self) -> None:

@@ -1,4 +1,4 @@
-"""Where generation ends: at a token, by a criterion, or after so many tokens; looked at once for several tokens.
+"""Where generation ends: at a token, by a criterion, or after so many tokens; the host checks once per several tokens.
 
 Rows that have ended are filled with padding, and their streams stay where they ended.
 """
@@ -54,8 +54,9 @@ def generate_until(
             tokens = tokens[:, : max(lengths)]
         ids = torch.cat((ids, tokens), dim=1)
         left -= tokens.shape[1]
-        for token in tokens.cpu().unbind(1) if streamer is not None else ():
-            streamer.put(token)
+        if streamer is not None:
+            for token in tokens.cpu().unbind(1):
+                streamer.put(token)
     if streamer is not None:
         streamer.end()
     return ids, logits
@@ -85,7 +86,7 @@ def _stop(
     ends = [length if stop is None else min(stop, length) for stop, length in zip(stops, lengths, strict=True)]
     ending.active &= torch.tensor([stop is None for stop in stops], device=tokens.device)
     too_far = [end < length for end, length in zip(ends, lengths, strict=True)]
-    if any(too_far):
+    if overwritten is not None and any(too_far):
         # The last token that stays goes in again, for the logits behind it.
         back = [length - end + 1 if far else 0 for length, end, far in zip(lengths, ends, too_far, strict=True)]
         overwritten.take_back(engine.cache, back)

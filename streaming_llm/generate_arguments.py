@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .attention.interface import refuse_images
 from .kv_cache import StreamingKVCache
+from .rows import rows_of
 
 
 def setting(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:
@@ -42,9 +43,7 @@ class Prompt:
 
     def unseen(self) -> list[Tensor]:
         """For each row, its tokens that the cache has not seen: ids ``[n]`` or embeddings ``[n, hidden]``."""
-        rows = (
-            self.tokens if self.mask is None else [row[keep] for row, keep in zip(self.tokens, self.mask, strict=True)]
-        )
+        rows = rows_of(self.tokens, self.mask)
         return [row[n:] for row, n in zip(rows, self.n_seen, strict=True)]
 
 

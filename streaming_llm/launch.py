@@ -10,6 +10,7 @@ that nobody writes, and waits before it reads what that kernel wrote.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args, pdl: bool = False, **meta) -> None:
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, pdl: bool = False, **meta: Any) -> None:
     """Launch ``kernel[grid](*args, **meta)`` on the device of its arguments, and that device's current stream.
 
     Args:

@@ -58,7 +58,7 @@ class StreamingLLMWrapper:
         *,
         config: StreamingConfig | None = None,
     ) -> None:
-        self.model = model
+        self.model: Any = model
         self.streaming_config = StreamingConfig.given(n_sink, window_size, config)
         StreamingKVCache.from_model(model, config=self.streaming_config)  # refuse now what cannot stream
         self.engine = resolve_engine(model, engine)
@@ -74,8 +74,9 @@ class StreamingLLMWrapper:
         self._attachment = Attachment.enter(self.model)
         return self
 
-    def __exit__(self, *exc_info) -> None:
-        self._attachment.leave()
+    def __exit__(self, *exc_info: object) -> None:
+        if self._attachment is not None:
+            self._attachment.leave()
         self._attachment = None
 
     def _require_entered(self) -> None:
@@ -87,7 +88,7 @@ class StreamingLLMWrapper:
         self._require_entered()
         return StreamingKVCache.from_model(self.model, config=self.streaming_config)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward; pass ``past_key_values=stream.new_cache()``."""
         self._require_entered()
         return self.model(*args, **kwargs)
@@ -114,7 +115,7 @@ class StreamingLLMWrapper:
         hidden = feed_rows(self.model, cache, rows, block_size, self._block)
         return last_logits(transformers_model(self.model), hidden)
 
-    def generate(self, inputs: Tensor | None = None, *, continues: bool = False, **kwargs):
+    def generate(self, inputs: Tensor | None = None, *, continues: bool = False, **kwargs: Any) -> Any:
         """``model.generate`` on a streaming cache: prompts of any length, as many new tokens as one likes.
 
         Takes what ``model.generate`` takes, and returns what it returns. A prompt longer than the cache is fed block
@@ -160,7 +161,7 @@ class StreamingLLMWrapper:
             lambda view: self.model.generate(past_key_values=view, **kwargs), cache, prompt, expand_size, kwargs
         )
         sequences = getattr(output, "sequences", output)
-        if continues and expand_size > 1:  # the stream goes on with the best beam
+        if prompt is not None and continues and expand_size > 1:  # the stream goes on with the best beam
             self._feed_best(prompt, cache, sequences)
         if continues or expand_size == 1:
             cache.set_pending(sequences[:, -1].clone())
@@ -173,7 +174,7 @@ class StreamingLLMWrapper:
         prompt: Prompt | None,
         expand_size: int,
         kwargs: dict[str, Any],
-    ):
+    ) -> Any:
         """Run ``generate(view)``, whose forwards with the view go to ``cache``.
 
         Args:

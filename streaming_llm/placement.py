@@ -1,14 +1,18 @@
-"""Where a model's parts are: on one device, spread over several, offloaded, or split into shards."""
+"""Where a model's parts are: on one device, spread over several, offloaded, or split into shards.
+
+A model here is a Transformers model, or one within PEFT or ``torch.compile``, which passes its attributes on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def _hooks(module: nn.Module) -> tuple:
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
     """Accelerate's hooks on a module, which bring tensors from device to device."""
     hook = getattr(module, "_hf_hook", None)
     return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))  # one hook, or a sequence of them
@@ -25,19 +29,19 @@ def _device_of(module: nn.Module) -> torch.device:
     return next(module.buffers()).device
 
 
-def input_device(model: nn.Module) -> torch.device:
+def input_device(model: Any) -> torch.device:
     """Where a model's token ids go."""
     return _device_of(model.get_input_embeddings())
 
 
-def output_device(model: nn.Module) -> torch.device:
+def output_device(model: Any) -> torch.device:
     """Where a model's logits come from: its output layer, or, spread by Accelerate, back where its ids were."""
     head = model.get_output_embeddings()
     brought_back = any(getattr(hook, "io_same_device", False) for hook in _hooks(model))
     return input_device(model) if head is None or brought_back else _device_of(head)
 
 
-def layer_devices(model: nn.Module, stores: Sequence[int]) -> list[torch.device]:
+def layer_devices(model: Any, stores: Sequence[int]) -> list[torch.device]:
     """Where the keys of each decoder layer belong that stores some.
 
     Args:
@@ -57,7 +61,7 @@ def is_split(model: nn.Module) -> bool:
     return any(kind.__name__ == "DTensor" for kind in kinds)
 
 
-def why_not_one_cuda_device(model: nn.Module) -> str | None:
+def why_not_one_cuda_device(model: Any) -> str | None:
     """Why a model's steps cannot be recorded as a CUDA graph, or run by kernels of this library; ``None`` if not."""
     if is_split(model):
         return "the model is split over several processes (tp_plan)"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .families import native_cache
 
@@ -58,7 +58,7 @@ class RecurrentState:
         self._native: Any = None
         self._waiting: States | None = None  # for a decoder to make its native cache
 
-    def native(self, decoder: nn.Module, cache: Any, n_rows: int, device: torch.device) -> Any:
+    def native(self, decoder: Any, cache: Any, n_rows: int, device: torch.device) -> Any:
         """The cache to give to the decoder: states are its own, keys and values those of ``cache``."""
         if self._native is None:
             self._native = native_cache(decoder, n_rows, device, decoder.dtype)

@@ -1,8 +1,8 @@
-"""Rows of unequal length: each is a stream of its own, fed block by block with those that are as long."""
+"""Rows of unequal length: each is a stream of its own, fed block by block together with those of its length."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ def rows_of(tokens: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
         attention_mask: ``[batch, length]``, 0 at padding; left or right.
 
     Raises:
-        ValueError: a mask of another shape, or a row without a token.
+        ValueError: ids of another shape, a mask of another, or a row without a token.
     """
+    if tokens.dim() not in (2, 3) or not tokens.numel():
+        raise ValueError(f"input_ids must be [batch, length >= 1], got {list(tokens.shape)}")
     if attention_mask is None:
         return list(tokens)
     if attention_mask.shape != tokens.shape[:2]:
@@ -32,6 +34,14 @@ def rows_of(tokens: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
     if empty:
         raise ValueError(f"attention_mask hides every token of row {empty[0]}")
     return rows
+
+
+def alike(kinds: Iterable[Hashable]) -> list[list[int]]:
+    """Places of those that are equal, together."""
+    found: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(index)
+    return list(found.values())
 
 
 def feed_rows(
@@ -50,16 +60,14 @@ def feed_rows(
         The final hidden state of each row's last token, ``[batch, 1, hidden]``.
     """
     n_rows, progress = len(rows), cache.progress.of_rows(len(rows))
-    alike: dict[tuple, list[int]] = {}
-    for index, row in enumerate(rows):
-        alike.setdefault((len(row), *progress[index]), []).append(index)
-    if len(alike) == 1:
+    groups = alike([(len(row), *of_row) for row, of_row in zip(rows, progress, strict=True)])
+    if len(groups) == 1:
         return feed(model, cache, torch.stack(list(rows)), block_size, forward)
-    hidden: list[Tensor | None] = [None] * n_rows
-    for group in alike.values():
+    hidden: dict[int, Tensor] = {}
+    for group in groups:
         part = cache.take_rows(group, n_rows)
         last = feed(model, part, torch.stack([rows[index] for index in group]), block_size, forward)
         cache.put_rows(group, part, n_rows)
         for index, state in zip(group, last, strict=True):
             hidden[index] = state
-    return torch.stack(hidden)
+    return torch.stack([hidden[index] for index in range(n_rows)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class Ending:
     """
 
     eos_token_ids: Tensor
-    pad_token_id: int | Tensor
+    pad_token_id: Any  # int or Tensor: a recorded step has a place for it
     active: Tensor
 
     @classmethod
@@ -101,3 +102,11 @@ class Ending:
         is_end = self.ends(tokens)
         first = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1])
         return torch.where(self.active, first, 0).tolist()
+
+
+def generator_at(state: Tensor | None, device: torch.device) -> torch.Generator | None:
+    """A generator of random numbers that goes on from ``state``; none where that is of another kind of device."""
+    generator = torch.Generator(device)
+    if state is None or state.shape != generator.get_state().shape:
+        return None
+    return generator.set_state(state.cpu())

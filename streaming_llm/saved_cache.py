@@ -1,4 +1,4 @@
-"""A cache whose stream is a value: taken, put back, written to a file and gone on with to the same bits."""
+"""Saving and restoring a cache's stream, as a value or in a file: it continues bit for bit."""
 
 from __future__ import annotations
 
@@ -8,29 +8,23 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 
 from . import saving
-from .cache_layer import StreamingLayer
-from .config import StreamingConfig
+from .cache_forward import BROKEN
+from .cached_stream import CachedStream
 from .families import transformers_model
 from .placement import layer_devices
-from .positions import Progress
-from .recurrent import RecurrentState, States
-from .stream_state import StreamState, as_fact, differences, identity, layer_tensors
+from .recurrent import States
+from .stream_state import StreamState, as_fact, differences, identity, layer_tensors, require_dtype
 
 RECURRENT = "recurrent."
 """What the names of recurrent layers' states begin with."""
 
 
-class SaveableCache(Cache):
+class SaveableCache(CachedStream):
     """What :class:`~streaming_llm.StreamingKVCache` can do with its stream as a whole."""
 
-    layers: list[StreamingLayer]
-    streaming_config: StreamingConfig
-    progress: Progress
     model_facts: dict[str, Any]
-    recurrent: RecurrentState | None
 
     def _identity(self) -> dict[str, Any]:
         rotaries = [layer.rotation.rotary for layer in self.layers]
@@ -43,9 +37,7 @@ class SaveableCache(Cache):
             RuntimeError: a forward ended before its last layer.
         """
         if self.is_broken:
-            raise RuntimeError(
-                "a forward with this cache ended before its last layer: its layers hold different tokens"
-            )
+            raise RuntimeError(BROKEN)
         first, n_seen = self.layers[0], self.progress.n_seen
         facts = {
             **self._identity(),
@@ -94,7 +86,7 @@ class SaveableCache(Cache):
         self.progress.set(state.seen, state.offset)
         self.set_pending(state.tensors.get("pending"))
 
-    def save(self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write the stream to a safetensors file, from which it goes on with the same bits; see :meth:`load`.
 
         Only what is stored is written. An existing file is replaced whole or not at all.
@@ -111,8 +103,8 @@ class SaveableCache(Cache):
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike,
-        model,
+        path: str | os.PathLike[str],
+        model: Any,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -131,28 +123,17 @@ class SaveableCache(Cache):
             OSError: the file cannot be read.
             ValueError: it is no saved stream, or of a model of other layers, heads, frequencies or dtype.
         """
+        make: Any = cls  # a StreamingKVCache
         state = saving.read(path)
         where: Any = "cpu" if device is None else device
         if isinstance(model, nn.Module):
             model = transformers_model(model)
-            require_dtype(path, model, state.facts["dtype"], dtype)
-            cache = cls.from_model(model, config=state.streaming_config)
+            with saving.naming(path):
+                require_dtype(state, model.dtype, dtype)
+            cache = make.from_model(model, config=state.streaming_config)
             where = layer_devices(model, cache.family.stores) if device is None else device
         else:
-            cache = cls(model, config=state.streaming_config)
-        try:
+            cache = make(model, config=state.streaming_config)
+        with saving.naming(path):
             cache.restore(state, device=where, dtype=dtype)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
         return cache
-
-
-def require_dtype(path: str | os.PathLike, model: nn.Module, saved: str | None, wanted: torch.dtype | None) -> None:
-    """Raise ``ValueError`` where a state saved in dtype ``saved``, converted to ``wanted``, is not of the model's."""
-    name = saved if wanted is None else str(wanted).removeprefix("torch.")
-    own = str(model.dtype).removeprefix("torch.")
-    if saved is not None and name != own:
-        raise ValueError(
-            f"{path}: dtype: {name} there, {own} here; pass dtype=torch.{own} to convert (the outputs will not be "
-            "the same to the bit)"
-        )

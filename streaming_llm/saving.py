@@ -1,4 +1,4 @@
-"""A stream in a file: paused, moved to another process or device, and gone on with to the same bits.
+"""A stream in a file: paused, and continued bit for bit, in another process if need be.
 
 The format is safetensors: the tensors of a :class:`~streaming_llm.stream_state.StreamState`, and its facts as JSON in
 the header. The weights are not in it, and are not compared.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ USER = "user."
 """Prefix of a caller's own strings in the header."""
 
 
-def write(path: str | os.PathLike, state: StreamState, metadata: Mapping[str, str] | None = None) -> None:
+def write(path: str | os.PathLike[str], state: StreamState, metadata: Mapping[str, str] | None = None) -> None:
     """Write a state as safetensors: the file is whole, or as it was before.
 
     Args:
@@ -47,7 +48,7 @@ def write(path: str | os.PathLike, state: StreamState, metadata: Mapping[str, st
         temporary.unlink(missing_ok=True)
 
 
-def read(path: str | os.PathLike) -> StreamState:
+def read(path: str | os.PathLike[str]) -> StreamState:
     """Read a state; its tensors are on the CPU.
 
     Raises:
@@ -58,13 +59,22 @@ def read(path: str | os.PathLike) -> StreamState:
     return StreamState(_facts(path, header), tensors)
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What is raised about a state says which file it is from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The strings that were given to :meth:`StreamingKVCache.save` with a stream; raises as :func:`read`."""
     header, _ = _read(path, with_tensors=False)
     return {name.removeprefix(USER): value for name, value in header.items() if name.startswith(USER)}
 
 
-def _read(path: str | os.PathLike, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(path: str | os.PathLike[str], with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -78,8 +88,8 @@ def _read(path: str | os.PathLike, with_tensors: bool) -> tuple[dict[str, str], 
     return header, tensors
 
 
-def _facts(path: str | os.PathLike, header: dict[str, str]) -> dict[str, Any]:
-    kinds = {"model": dict, "n_sink": int, "window_size": int, "rotary": list, "rotary_of_layer": list}
+def _facts(path: str | os.PathLike[str], header: dict[str, str]) -> dict[str, Any]:
+    kinds: dict[str, Any] = {"model": dict, "n_sink": int, "window_size": int, "rotary": list, "rotary_of_layer": list}
     kinds |= {"n_seen": int | list, "position_offset": int | list, "slots": list, "dtype": str | None}
     try:
         facts = json.loads(header["facts"])

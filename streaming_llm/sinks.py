@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -65,7 +65,8 @@ class SinkRotation:
             turns = self.on(device).cos_sin(angles)
             if paired:
                 one_of_each = slice(None, None, 2) if self.rotary.interleaved else slice(self.rotary.rotary_dim // 2)
-                turns = tuple(x[:, one_of_each].float().contiguous() for x in turns)
+                cos, sin = (x[:, one_of_each].float().contiguous() for x in turns)
+                turns = cos, sin
             while len(self._turns) > 2:  # a block needs three at most: each part that it is cut into has its own
                 del self._turns[next(iter(self._turns))]
             self._turns[key] = turns
@@ -96,7 +97,7 @@ class MovingSinks:
     """
 
     def __init__(self, layers: Iterable[LayerWithSinks]) -> None:
-        alike: dict[tuple, list[LayerWithSinks]] = {}
+        alike: dict[tuple[Any, ...], list[LayerWithSinks]] = {}
         for layer in layers:
             key = (id(layer.rotation), layer.layout, layer.sinks.shape, layer.sinks.dtype, layer.sinks.device)
             alike.setdefault(key, []).append(layer)
@@ -123,7 +124,7 @@ class _Alike:
         self._quarter = self.rotation.rotary.quarter_turn(self._turned)
         self._ahead: list[tuple[Tensor, ...]] = []  # for each position from `_start` on, for each layer
         self._start: tuple[int, ...] = ()
-        self._valid_for: tuple = ()
+        self._valid_for: tuple[Any, ...] = ()
 
     def move(self, progress: Progress) -> None:
         ahead = progress.seen[0] - self._start[0] if self._start else -1

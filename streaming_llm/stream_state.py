@@ -1,8 +1,8 @@
-"""A stream as a value: what everything to come depends on, and whether it fits a cache.
+"""The state of a stream as a value: all that its future depends on; and whether it fits a cache.
 
 That is the stored keys and values as they lie, the sinks as they were first rotated, and how far the rows are. A state
-also says of which model and cache it is: one that does not fit is refused, because it would give wrong tokens without
-a sign.
+also says of which model and cache it is: one that does not fit is refused, because it would silently give wrong
+tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .config import StreamingConfig
@@ -76,7 +77,7 @@ def as_fact(values: Sequence[int]) -> int | list[int]:
     return values[0] if len(values) == 1 else list(values)
 
 
-def model_facts(config) -> dict[str, Any]:
+def model_facts(config: Any) -> dict[str, Any]:
     """What a Transformers configuration says about the shape of keys and values."""
     config = config.get_text_config(decoder=True)
     return {name: value for name in MODEL_FACTS if (value := value_of(config, name)) is not None}
@@ -142,6 +143,17 @@ def _pair(theirs: dict[str, Any], ours: dict[str, Any], name: str) -> str:
     if isinstance(a, list) and isinstance(b, list):
         return f"{len(a)} there, {len(b)} here"
     return f"{a} there, {b} here"
+
+
+def require_dtype(state: StreamState, own: torch.dtype, wanted: torch.dtype | None) -> None:
+    """Raise ``ValueError`` where a state, converted to ``wanted``, is not in the model's ``own`` dtype."""
+    saved = state.facts["dtype"]
+    name, here = (str(dtype).removeprefix("torch.") for dtype in (wanted or saved, own))
+    if saved is not None and name != here:
+        raise ValueError(
+            f"dtype: {name} there, {here} here; pass dtype=torch.{here} to convert (the outputs will not be the same "
+            "to the bit)"
+        )
 
 
 def layer_tensors(state: StreamState, index: int, layout: StreamLayout) -> dict[str, Tensor]:

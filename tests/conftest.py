@@ -18,6 +18,11 @@ GPU = os.environ.get("STREAMING_LLM_TEST_DEVICE", "cuda")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 def make_neox(dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0, **changes):
     """A random GPT-NeoX with logits of a standard deviation near 1."""
     torch.manual_seed(seed)

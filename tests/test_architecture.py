@@ -64,6 +64,15 @@ def test_no_files_import_each_other(package):
     assert not open_files, {str(p.relative_to(ROOT)) for p in open_files}
 
 
+def test_a_file_of_the_library_is_read_at_one_sitting():
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in modules_below("streaming_llm")
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 300
+    }
+    assert not long
+
+
 def calls_and_subscripts(path: Path) -> Iterator[tuple[int, str]]:
     """Line and source of what is called, for each call in a file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -182,18 +182,24 @@ def test_out_of_memory_is_a_reason_and_the_others_go_on(place, monkeypatch):
 
 def test_what_compiles_is_opened_once_and_says_that_it_took_no_turns(place, monkeypatch):
     opened = []
-    own_open = Bench._open
 
-    def open_and_note(self, cell):
-        opened.append(CONTENDERS[cell.contender].label)
-        return own_open(self, cell)
+    class Opened(METHODS["streaming"]):
+        def __enter__(self):
+            opened.append("compiled")
+            return super().__enter__()
 
-    monkeypatch.setattr(Bench, "_open", open_and_note)
+    class OpenedDense(ConstantDense):
+        def __enter__(self):
+            opened.append("dense")
+            return super().__enter__()
+
+    monkeypatch.setitem(METHODS, "streaming", Opened)
+    monkeypatch.setattr(decode, "ConstantDense", OpenedDense)
     entry = dataclasses.replace(CONTENDERS["eager"], label="Compiled", at_once=True)
     monkeypatch.setitem(CONTENDERS, "graph+compile", entry)
     assert place.run(contenders=["graph+compile", "dynamic-cache"]) == 0
-    assert opened.count("Compiled") == 1
-    assert opened.count("DynamicCache") == 3
+    assert opened.count("compiled") == 1
+    assert opened.count("dense") == 3
     (row,), (other,) = place.rows("graph+compile"), place.rows("dynamic-cache")
     assert (row["interleaved"], other["interleaved"]) == (False, True)
     assert len(row["runs"]) == len(other["runs"]) == 3

@@ -418,7 +418,6 @@ def test_a_bare_cache_goes_on_and_streams():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("backend", "dtype"), [("math", torch.float32), ("flash", torch.bfloat16)])
 @pytest.mark.parametrize("prompt", [20, 150])
 def test_on_cuda_no_mask_reaches_the_kernel(backend, dtype, prompt):

@@ -12,10 +12,7 @@ from personal_adapters.neox_flash import wrap_attention
 from personal_adapters.sdpa import check_sdpa_flash_available, resolve_attn_backend, select_dtype
 from streaming_llm import StreamingDecoder, StreamingLLMWrapper, score_stream
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 FLASH_OP, MATH_OP = "aten::_flash_attention_forward", "aten::_scaled_dot_product_attention_math"
 CONFIGS = [(4, 60), (0, 60), (1, 60), (4, 1), (4, 600)]

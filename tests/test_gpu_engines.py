@@ -24,10 +24,7 @@ from streaming_llm.engines.recorder import WARM_UP, Recording
 if torch.cuda.is_available():
     from streaming_llm.fused.step import StepForward
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 DEVICE = GPU
 S, W = 4, 60

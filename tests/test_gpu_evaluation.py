@@ -13,7 +13,6 @@ from experiments.methods import METHODS
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.usefixtures("no_collection"),
 ]
 ALL = [name for name, cls in METHODS.items() if cls.unavailable() is None]

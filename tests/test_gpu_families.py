@@ -14,10 +14,7 @@ from streaming_llm import StreamingDecoder, StreamingLLMWrapper
 from streaming_llm.attachment import maskless_attention
 from streaming_llm.families import supported_families
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 DEVICE = GPU
 IDS = torch.randint(VOCAB, (2, 300), generator=torch.Generator().manual_seed(1))

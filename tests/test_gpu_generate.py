@@ -15,10 +15,7 @@ from transformers import StoppingCriteriaList
 from streaming_llm import ENGINES, StreamingDecoder, StreamingKVCache, StreamingLLMWrapper
 from streaming_llm.engines import why_not_engine
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 S, W, NEW = 4, 60, 150
 LENGTHS = (7, 61, 300)

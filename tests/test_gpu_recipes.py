@@ -15,12 +15,9 @@ from personal_adapters.neox_flash import wrap_attention
 from streaming_llm import StreamingDecoder, score_stream
 from streaming_llm.engines.recorder import GraphedCall
 from streaming_llm.fused import fused_forward, why_not_fused
-from streaming_llm.fused.family_recipes import NAMES
+from streaming_llm.fused.family_names import NAMES
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 W, LENGTH = 28, 110  # the ring turns more than twice
 HALF = [torch.bfloat16, torch.float16]

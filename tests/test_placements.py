@@ -115,7 +115,6 @@ def test_the_model_is_restored_after_scoring_and_after_an_error(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["gapped", "rerotated"])
 def test_a_recorded_step_gives_what_the_plain_call_gives(name):
     model, ids = make_neox().to(GPU), make_ids(N).to(GPU)

@@ -185,7 +185,6 @@ def test_in_another_process(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_and_from_device_to_device(tmp_path, dtype):
     model, ids = make_neox(dtype).to(GPU), make_ids(300).to(GPU)
@@ -203,7 +202,6 @@ def test_on_a_gpu_and_from_device_to_device(tmp_path, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("seen", [20, 150])
 @pytest.mark.parametrize("engine", ["eager", "graph", "fused", "fused-triton"])
 def test_every_engine_goes_on_with_the_same_bits(tmp_path, engine, seen):

@@ -377,7 +377,6 @@ def test_ctrl_c_leaves_a_checkpoint(world, monkeypatch, capsys, ctrl_c):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["math", "flash"])
 def test_on_a_gpu_and_resumed_there(world, monkeypatch, backend, ctrl_c):
     given = ["--device", GPU, "--dtype", "bfloat16", "--attn-backend", backend, "--save-token-nll"]

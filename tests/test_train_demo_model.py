@@ -203,7 +203,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(data, tmp_pat
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_training_on_cuda(data, tmp_path):
     assert train_demo_model.main(["--data", str(data), "--output-dir", str(tmp_path), *TINY_ARGUMENTS]) == 0
     report = report_of(tmp_path)

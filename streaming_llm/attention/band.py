@@ -29,7 +29,7 @@ from .wide_copies import joined
 try:
     from . import triton_kernels
 except ImportError:  # no Triton: PyTorch's own operators do the same
-    triton_kernels = None
+    triton_kernels = None  # type: ignore[assignment]
 
 
 def block_attention(
@@ -60,14 +60,14 @@ def block_attention(
     out = query.new_empty((batch, q_len, num_heads, value.shape[-1]))
     window, given = plan.layout.config.window_size, (plan, scale, kernel, softcap, learned)
     if _continues(query, plan, kernel):  # only the first W queries see tokens of the blocks before
-        early = (joined((x[:, :, -window:], new[:, :, :window]), dim=2)
-                 for x, new in zip(previous, (key, value), strict=True))  # fmt: skip
-        _streaming_band(query[:, :, :window], *early, out[:, :window], plan.first_query, *given)
+        keys, values = (joined((x[:, :, -window:], new[:, :, :window]), dim=2)
+                        for x, new in zip(previous, (key, value), strict=True))  # fmt: skip
+        _streaming_band(query[:, :, :window], keys, values, out[:, :window], plan.first_query, *given)
         _streaming_band(query[:, :, window:], key, value, out[:, window:], plan.first_query + window, *given)
         return out.transpose(1, 2)
     if previous:
         key, value = (joined(parts, dim=2) for parts in zip(previous, (key, value), strict=True))
-    # Queries up to token S + W have lost nothing yet: plain causal attention over every token so far.
+    # Up to token S + W nothing has been evicted: plain causal attention over every token so far.
     n_dense = min(max(plan.layout.config.cache_size + 1 - plan.first_query, 0), q_len)
     if n_dense:
         kv_len = plan.first_query + n_dense - plan.first_key
@@ -76,8 +76,8 @@ def block_attention(
     if n_dense < q_len:
         first_query = plan.first_query + n_dense
         first_key = first_query - window - plan.first_key
-        band = (query[:, :, n_dense:], key[:, :, first_key:], value[:, :, first_key:])
-        _streaming_band(*band, out[:, n_dense:], first_query, *given)
+        keys, values = key[:, :, first_key:], value[:, :, first_key:]
+        _streaming_band(query[:, :, n_dense:], keys, values, out[:, n_dense:], first_query, *given)
     return out.transpose(1, 2)
 
 
@@ -107,21 +107,23 @@ def _streaming_band(
 
     Writes to ``out`` ``[batch, q_len, num_heads, head_dim]``.
     """
-    config, rotation = plan.layout.config, plan.rotation  # no rotation: a sliding window of the model's own, no sinks
-    can_turn = not config.n_sink or (rotation.rotary.rotary_dim > 0 and not rotation.rotary.offset)
+    config = plan.layout.config
+    rotation = plan.rotation if config.n_sink else None
+    can_turn = rotation is None or (rotation.rotary.rotary_dim > 0 and not rotation.rotary.offset)
     can_merge = can_turn and learned is None and query.shape[-1] == value.shape[-1]
     if kernel != "math" and triton_kernels is not None and triton_kernels.available(query) and can_merge:
         _band_by_triton(query, key, value, out, first_query, plan, scale, kernel)
         return
     turned = None
-    if config.n_sink:  # queries are turned from token t to position S + W, where sinks as first rotated see them
-        turns = rotation.turns(config.cache_size - first_query, query.shape[2], query.device)
-        turned = rotate(query, *turns, rotation.rotary)
+    if rotation is not None:
+        # Queries are turned from token t to position S + W, where sinks as first rotated see them.
+        cos, sin = rotation.turns(config.cache_size - first_query, query.shape[2], query.device)
+        turned = rotate(query, cos, sin, rotation.rotary)
     if kernel == "math":
         found = band_math(query, turned, key, value, plan, scale, softcap, learned)
     else:
         found, lse = _band_fused(query, key, value, config.window_size, scale, kernel)
-        if config.n_sink:
+        if turned is not None:
             found, lse = _merge_sinks(found, lse, turned, plan, scale)
         if learned is not None:
             found = join_learned(found, lse, learned)
@@ -148,9 +150,10 @@ def _band_by_triton(
         query, key, value, out = query[:, :, whole:], key[:, :, whole:], value[:, :, whole:], out[:, whole:]
         first_query, q_len, whole = first_query + whole, q_len - whole, 0
     sinks = None
-    if config.n_sink:
-        cos_sin = rotation.turns(config.cache_size - first_query, q_len, query.device, paired=True)
-        sinks = triton_kernels.Sinks(plan.sink_keys, plan.sink_values, *cos_sin, rotation.rotary.interleaved)
+    if config.n_sink and rotation is not None:
+        cos, sin = rotation.turns(config.cache_size - first_query, q_len, query.device, paired=True)
+        sink_keys, sink_values = plan.sinks
+        sinks = triton_kernels.Sinks(sink_keys, sink_values, cos, sin, rotation.rotary.interleaved)
     if kernel == "flash" or not whole:
         newer, older = _band_fused(query, key, value, window, scale, kernel), None
     else:
@@ -176,7 +179,7 @@ def _band_halves(
 def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
     """Add the sinks, a handful of keys, to the attention over the window and its log-sum-exp."""
     batch, num_heads, q_len, head_dim = turned.shape
-    keys, values = plan.sink_keys, plan.sink_values
+    keys, values = plan.sinks
     grouped = (batch, keys.shape[1], -1, head_dim)  # [batch, num_kv_heads, groups * q_len, head_dim]
     dtype = lse.dtype
     scores = (turned.reshape(grouped).to(dtype) @ keys.transpose(2, 3).to(dtype)) * scale

@@ -11,6 +11,7 @@ attention layer in the module tree, and has
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ def unwrapped(layer: nn.Module) -> nn.Module:
     return getattr(layer, "wrapped", layer)
 
 
-def kernel_context(layer: nn.Module) -> AbstractContextManager:
+def kernel_context(layer: nn.Module) -> AbstractContextManager[None]:
     """The kernels that an attention layer asks for, if it is wrapped in an adapter."""
     return getattr(layer, "kernel_context", nullcontext)()
 
@@ -34,7 +35,7 @@ def adapters(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "kernel_context")]
 
 
-def kernels_in_force(adapters: list[nn.Module]) -> tuple:
+def kernels_in_force(adapters: list[nn.Module]) -> tuple[Any, ...]:
     """What decides the kernels of a model with these adapters: PyTorch's settings, and each adapter's backend."""
     flags = torch.backends.cuda
     allowed = (flags.math_sdp_enabled(), flags.flash_sdp_enabled(), flags.cudnn_sdp_enabled())

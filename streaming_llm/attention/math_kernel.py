@@ -111,9 +111,8 @@ def band_math(
     window, n_sink = plan.layout.config.window_size, plan.layout.config.n_sink
     q_len = query.shape[2]
     if turned is not None:
-        groups = query.shape[1] // plan.sink_keys.shape[1]
-        sink_keys = plan.sink_keys.repeat_interleave(groups, dim=1)
-        sink_values = plan.sink_values.repeat_interleave(groups, dim=1)
+        groups = query.shape[1] // plan.sinks[0].shape[1]
+        sink_keys, sink_values = (x.repeat_interleave(groups, dim=1) for x in plan.sinks)
         query = torch.cat((query, turned), dim=-1)
         key = torch.cat((key, torch.zeros_like(key)), dim=-1)
         sink_keys = torch.cat((torch.zeros_like(sink_keys), sink_keys), dim=-1)

@@ -7,7 +7,7 @@ layer of every forward with a streaming cache, so that one that got lost is noti
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ class BlockPlan:
             of ``previous``, then those given to attention.
         first_query: token number of the first query.
         rotation: the turns of the sinks; ``None`` where there are none.
-        sink_keys, sink_values: ``[batch, num_kv_heads, n_sink, head_dim]``, the keys as first rotated; ``None``
-            where no query is far enough into the stream to see a sink at other than its true distance.
+        sinks: keys as first rotated, and values, ``[batch, num_kv_heads, n_sink, head_dim]``; empty where no query is
+            far enough into the stream to see a sink at other than its true distance.
         previous: keys and values ``[batch, num_kv_heads, n, head_dim]`` of tokens before those given to attention;
             empty where there are none.
         sinks_in_front: how many of the keys given to attention are those of the sinks as first rotated (where a model
@@ -49,8 +49,7 @@ class BlockPlan:
     first_key: int
     first_query: int
     rotation: SinkRotation | None = None
-    sink_keys: Tensor | None = None
-    sink_values: Tensor | None = None
+    sinks: tuple[Tensor, ...] = ()
     previous: tuple[Tensor, ...] = ()
     sinks_in_front: int = 0
 
@@ -59,8 +58,7 @@ class BlockPlan:
         n = self.sinks_in_front
         if not n:
             return key, value, self
-        sinks = {"sink_keys": key[:, :, :n], "sink_values": value[:, :, :n], "sinks_in_front": 0}
-        return key[:, :, n:], value[:, :, n:], replace(self, **sinks)
+        return key[:, :, n:], value[:, :, n:], replace(self, sinks=(key[:, :, :n], value[:, :, :n]), sinks_in_front=0)
 
     def all_in_one(self, key: Tensor, value: Tensor, rotation: SinkRotation) -> tuple[Tensor, Tensor, BlockPlan]:
         """Sinks, earlier tokens and new ones one behind the other, and the plan for them: see ``sinks_in_front``.
@@ -68,11 +66,9 @@ class BlockPlan:
         Args:
             rotation: of the keys that the model makes of these.
         """
-        given = [self.previous] if self.previous else []
-        n_sink = 0
-        if self.sink_keys is not None:
-            given, n_sink = [(self.sink_keys, self.sink_values), *given], self.sink_keys.shape[2]
-        key, value = (torch.cat(parts, dim=2) for parts in zip(*given, (key, value), strict=True))
+        given = [pair for pair in (self.sinks, self.previous, (key, value)) if pair]
+        n_sink = self.sinks[0].shape[2] if self.sinks else 0
+        key, value = (torch.cat(parts, dim=2) for parts in zip(*given, strict=True))
         plan = BlockPlan(self.layout, self.first_key, self.first_query, rotation, sinks_in_front=n_sink)
         return key, value, plan
 
@@ -80,23 +76,17 @@ class BlockPlan:
 Plan = StepPlan | BlockPlan
 
 
-class Planner(Protocol):
-    """A cache that makes plans."""
-
-    def take_plan(self, layer_idx: int) -> Plan:
-        """The plan of the layer's attention in the forward at hand, once."""
-
-
 class ForwardAtHand:
     """What the attention layers of an attached model see of the forward that is running: its cache.
 
     Attributes:
-        cache: the streaming cache of the forward; ``None`` in a forward without one.
+        cache: the streaming cache of the forward, which has ``take_plan(layer_idx) -> Plan``; ``None`` in a forward
+            without one.
         positions: of its tokens in the stream, ``[batch or 1, q_len]``, where the model is given those in the cache.
     """
 
     def __init__(self) -> None:
-        self.cache: Planner | None = None
+        self.cache: Any = None
         self.positions: Tensor | None = None
 
     def true_positions(self) -> Tensor | None:

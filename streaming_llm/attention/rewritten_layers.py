@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,10 +20,10 @@ from .kernel_choice import unwrapped
 
 
 def attend(
-    layer: nn.Module,
+    layer: Any,
     implementation: str,
     states: tuple[Tensor, Tensor, Tensor],
-    layer_past,
+    layer_past: Any,
     scaling: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
@@ -45,9 +46,10 @@ def attend(
     return out.flatten(2), weights
 
 
-def _heads(states: Tensor, head_dim: int) -> Tensor:
-    """``[batch, q_len, heads * head_dim]`` as ``[batch, heads, q_len, head_dim]``."""
-    return states.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+def _projected(layer: Any, states: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value ``[batch, heads, q_len, head_dim]`` of ``[batch, q_len, hidden]``."""
+    projections = (layer.q_proj, layer.k_proj, layer.v_proj)
+    return tuple(p(states).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for p in projections)
 
 
 def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
@@ -62,7 +64,7 @@ class _GPTJ:
         self.rotary = rotary_from_model(model)
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def _cos_sin(self, layer: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _cos_sin(self, layer: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
         # The layers of a forward share one tensor of positions; a later forward may reuse it with other values.
         if layer.layer_idx == 0 or self._last is None or self._last[0] is not positions:
             if self.rotary.inv_freq.device != positions.device:
@@ -72,17 +74,15 @@ class _GPTJ:
 
     def __call__(
         self,
-        layer: nn.Module,
+        layer: Any,
         hidden_states: Tensor,
-        layer_past=None,
+        layer_past: Any = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **unused,
+        position_ids: Any = None,
+        **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         require_no_mask(attention_mask)
-        query, key, value = (
-            _heads(p(hidden_states), layer.head_dim) for p in (layer.q_proj, layer.k_proj, layer.v_proj)
-        )
+        query, key, value = _projected(layer, hidden_states)
         query, key = _rotated(query, key, *self._cos_sin(layer, position_ids), self.rotary)
         implementation = layer.config._attn_implementation.replace("eager", "sdpa")
         scaling = layer.head_dim**-0.5
@@ -98,15 +98,15 @@ class _Falcon:
 
     def __call__(
         self,
-        layer: nn.Module,
+        layer: Any,
         hidden_states: Tensor,
         alibi: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        layer_past=None,
-        *args,
+        layer_past: Any = None,
+        *args: Any,
         position_embeddings: tuple[Tensor, Tensor],
-        **unused,
+        **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         require_no_mask(attention_mask)
         query, key, value = self._split(layer, layer.query_key_value(hidden_states))
@@ -117,7 +117,7 @@ class _Falcon:
         return layer.dense(out), weights
 
     @staticmethod
-    def _split(layer: nn.Module, fused: Tensor) -> list[Tensor]:
+    def _split(layer: Any, fused: Tensor) -> list[Tensor]:
         """Query, key and value ``[batch, heads, length, head_dim]``, by slices, which a CUDA graph can hold."""
         if not layer.new_decoder_architecture and not layer.multi_query:
             return [x.squeeze(3).transpose(1, 2) for x in fused.unflatten(-1, (layer.num_heads, 3, -1)).split(1, 3)]
@@ -135,19 +135,17 @@ class _StableLm:
 
     def __call__(
         self,
-        layer: nn.Module,
+        layer: Any,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
-        *args,
+        past_key_values: Any = None,
+        *args: Any,
         position_embeddings: tuple[Tensor, Tensor],
-        **unused,
+        **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         require_no_mask(attention_mask)
-        query, key, value = (
-            _heads(p(hidden_states), layer.head_dim) for p in (layer.q_proj, layer.k_proj, layer.v_proj)
-        )
+        query, key, value = _projected(layer, hidden_states)
         if layer.qk_layernorm:
             query, key = layer.q_layernorm(query), layer.k_layernorm(key)
         query, key = _rotated(query, key, *position_embeddings, self.rotary)
@@ -157,7 +155,7 @@ class _StableLm:
         return layer.o_proj(out), weights
 
 
-REWRITTEN: dict[str, tuple[str, Callable[[nn.Module], Callable]]] = {
+REWRITTEN: dict[str, tuple[str, Callable[[nn.Module], Callable[..., Any]]]] = {
     "gptj": ("GPTJAttention", _GPTJ),
     "falcon": ("FalconAttention", _Falcon),
     "stablelm": ("StableLmAttention", _StableLm),
@@ -178,8 +176,8 @@ def _attention_layers(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def rewritten_forwards(
-    model: nn.Module, check_mask: Callable[[Tensor | None], None]
-) -> list[tuple[nn.Module, str, Callable]]:
+    model: Any, check_mask: Callable[[Tensor | None], None]
+) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
     """What makes a model go through the attention function that its configuration names, and make no mask itself.
 
     Args:
@@ -192,10 +190,10 @@ def rewritten_forwards(
         ValueError: the layers of this family cannot be replaced under the installed Transformers.
     """
 
-    def update_causal_mask(attention_mask: Tensor | None, *args, **kwargs) -> None:
+    def update_causal_mask(attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> None:
         check_mask(attention_mask)
 
-    changes: list[tuple[nn.Module, str, Callable]] = [
+    changes: list[tuple[nn.Module, str, Callable[..., Any]]] = [
         (module, "_update_causal_mask", update_causal_mask)  # a file may use the functions and make its own mask still
         for module in model.modules()
         if hasattr(type(module), "_update_causal_mask")

@@ -112,15 +112,15 @@ def merge_parts(
     batch, num_heads, q_len, head_dim = query.shape
     out, lse = newer
     has_older = older is not None
-    older, older_lse = older if has_older else newer
+    rest, rest_lse = newer if older is None else older
     nothing = lse.new_empty((0, 0))
     given = sinks or Sinks(query[:, :, :0], query[:, :, :0], nothing, nothing, False)
     block = 32
     launch(
         _merge, (triton.cdiv(q_len, block), batch * num_heads),
-        query, out, lse.contiguous(), older, older_lse.contiguous(), given.cos, given.sin, given.keys, given.values,
+        query, out, lse.contiguous(), rest, rest_lse.contiguous(), given.cos, given.sin, given.keys, given.values,
         result, q_len, num_heads, num_heads // given.keys.shape[1], out.shape[2], scale,
-        result.stride(0), *query.stride()[:3], *out.stride()[:3], *older.stride()[:3],
+        result.stride(0), *query.stride()[:3], *out.stride()[:3], *rest.stride()[:3],
         *given.keys.stride()[:3], *given.values.stride()[:3],
         OLDER=has_older, N_SINK=given.keys.shape[2], HALF=given.cos.shape[1], HEAD_DIM=head_dim,
         INTERLEAVED=given.interleaved, DIM_P=triton.next_power_of_2(head_dim), BLOCK=block,

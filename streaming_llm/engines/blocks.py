@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def block_forward(model: nn.Module, engine: str) -> BlockForward:
     return eager
 
 
-def default_block_size(window_size: int, model: nn.Module) -> int:
+def default_block_size(window_size: int, model: Any) -> int:
     """Tokens to process at a time: enough to keep the device busy, a multiple of the window where that is larger."""
     hidden = model.get_input_embeddings().weight.shape[1]
     least = max(16384, (1 << 24) // hidden) if input_device(model).type == "cuda" else 512
@@ -77,8 +78,6 @@ def feed(
     Returns:
         The final hidden state of the last token, ``[batch, 1, hidden]``.
     """
-    if tokens.dim() not in (2, 3) or not tokens.numel():
-        raise ValueError(f"input_ids must be [batch, length >= 1], got {list(tokens.shape)}")
     if block_size is None:
         block_size = default_block_size(cache.streaming_config.window_size, model)
     require_int("block_size", block_size, 1)

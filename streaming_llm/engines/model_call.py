@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -58,18 +60,19 @@ class DeviceCache(Cache):
 
     def __init__(self, cache: StreamingKVCache, device: torch.device) -> None:
         self.source = cache
-        self.seen, self.offset = (torch.zeros(cache.batch_size, dtype=torch.int64, device=device) for _ in range(2))
-        self.rows = torch.arange(cache.batch_size, device=device)
+        self.rows = torch.arange(cache.layers[0].batch_size, device=device)
+        self.seen, self.offset = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
         self._slots: dict[StreamLayout, Tensor] = {}
-        self._turns: dict[tuple, tuple[Tensor, Tensor]] = {}
-        super().__init__(layers=[DeviceLayer(layer, self) for layer in cache.layers])
+        self._turns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._own = [DeviceLayer(layer, self) for layer in cache.layers]
+        super().__init__(layers=list(self._own))
 
     def load(self) -> None:
         """Take the stream's state from the host."""
         rows = self.source.progress.of_rows(len(self.rows))
         self.seen.copy_(torch.tensor([seen for seen, _ in rows]))
         self.offset.copy_(torch.tensor([offset for _, offset in rows]))
-        for layer in self.layers:
+        for layer in self._own:
             layer.load()
 
     def position_ids(self) -> Tensor:
@@ -107,7 +110,7 @@ class DeviceCache(Cache):
         """The token at hand attends to the whole ring."""
         return StepPlan()
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Store one layer's token; see :meth:`DeviceLayer.update`."""
         if self.source.family.latents:
             return self.layers[layer_idx].update(value_states, key_states)[::-1]
@@ -119,6 +122,8 @@ class DeviceLayer(CacheLayerMixin):
 
     is_compileable = False
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, layer: StreamingLayer, cache: DeviceCache) -> None:
         super().__init__()
@@ -140,7 +145,7 @@ class DeviceLayer(CacheLayerMixin):
         self.turned.copy_(self.layer.sinks[..., self.rotary.span])
         self.quarter.copy_(self.rotary.quarter_turn(self.turned))
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store one token of each row and move the sinks: the whole ring is what the token attends to."""
         rows, slots = self.cache.rows, self.cache.slot(self.layer.layout)
         self.keys[rows, :, slots] = key_states[:, :, 0]
@@ -157,8 +162,7 @@ class DeviceLayer(CacheLayerMixin):
     def get_mask_sizes(self, cache_position: Tensor | int) -> tuple[int, int]:
         return self.layer.layout.capacity, 0
 
-    def get_max_cache_shape(self) -> int:
-        return self.layer.layout.capacity
-
     def get_max_length(self) -> int:
         return self.layer.layout.capacity
+
+    get_max_cache_shape = get_max_length  # its name in older Transformers

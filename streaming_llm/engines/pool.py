@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,19 +30,21 @@ class EnginePool:
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self.model, self.name = model, name
-        self._engines: OrderedDict[tuple, tuple[Engine, weakref.ref]] = OrderedDict()
+        self._engines: OrderedDict[tuple[Any, ...], tuple[Engine, weakref.ref[StreamingKVCache]]] = OrderedDict()
 
     def engine_for(self, cache: StreamingKVCache) -> Engine:
         """An engine that advances ``cache``, which is not empty."""
         first = cache.layers[0]
         key = cache.streaming_config, first.keys.shape[:2], first.dtype, first.device
-        engine, holder = self._engines.pop(key, (None, None))
-        if engine is None:
+        kept = self._engines.pop(key, None)
+        if kept is None:
             own = copy.copy(cache)
             own.__dict__ = cache.__dict__  # two names for one cache: the engine outlives the caller's
             engine = make_engine(self.model, own, self.name)
-        elif holder() is not cache:
-            self._hand_over(engine.cache, holder(), cache)
+        else:
+            engine, holder = kept
+            if (before := holder()) is not cache:
+                self._hand_over(engine.cache, before, cache)
         self._engines[key] = engine, weakref.ref(cache)
         if len(self._engines) > MAX_KEPT:
             self._engines.popitem(last=False)

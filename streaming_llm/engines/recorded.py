@@ -11,12 +11,14 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..attention.kernel_choice import adapters, kernels_in_force
 from ..cache_forward import BROKEN
+from ..families import transformers_model
 from ..kv_cache import StreamingKVCache
 from ..losses import cross_entropy
 from ..placement import output_device
@@ -35,7 +37,7 @@ MAX_EOS = 16
 
 
 class StaticTensors:
-    """What feeds a recorded step, and what it leaves.
+    """Inputs and outputs of a recorded step, in tensors that stay where they are.
 
     Attributes:
         tokens: ids to feed, ``[batch]``.
@@ -78,8 +80,10 @@ class RecordedStep(ABC):
     from_any_fill = False
     """Whether it runs on a cache that is not full."""
 
-    seen: Tensor
-    """Tokens that each row has been fed, int64 ``[batch]``, on the device: read and advanced by :meth:`run`."""
+    @property
+    @abstractmethod
+    def seen(self) -> Tensor:
+        """Tokens that each row has been fed, int64 ``[batch]``, on the device: read and advanced by :meth:`run`."""
 
     @abstractmethod
     def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None: ...
@@ -107,8 +111,8 @@ class RecordedEngine(Engine):
         self._make_step = make_step
         self._eager = EagerEngine(model, cache)
         self._adapters: list[nn.Module] = []
-        self._bound: tuple = ()  # version of the stream, and kernels in force, that the device knows
-        self._built_for: tuple = ()
+        self._bound: tuple[Any, ...] = ()  # version of the stream, and kernels in force, that the device knows
+        self._built_for: tuple[Any, ...] = ()
 
     # What an engine does
 
@@ -120,7 +124,7 @@ class RecordedEngine(Engine):
         return self._static.logits.clone()
 
     def score(self, logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        losses = []
+        losses: list[Tensor] = []
         while token_ids.shape[1] and not self._bind():
             loss, logits = super().score(logits, token_ids[:, :1])
             losses, token_ids = [*losses, loss], token_ids[:, 1:]
@@ -141,7 +145,7 @@ class RecordedEngine(Engine):
         generator: torch.Generator | None,
         ending: Ending | None = None,
     ) -> tuple[Tensor, Tensor]:
-        tokens = []
+        tokens: list[Tensor] = []
         while n and not self._bind():
             token, logits = super().generate(logits, 1, sampling, generator, ending)
             tokens, n = [*tokens, token], n - 1
@@ -161,7 +165,7 @@ class RecordedEngine(Engine):
         return torch.cat(tokens, dim=1), logits
 
     def _hold_rows(self, fed: list[int], count: int) -> None:
-        """Of the tokens of a chunk, rows that have ended were fed fewer, as the device knows."""
+        """Take back on the host, too, those tokens of a chunk that rows were not fed because they had ended."""
         if min(fed) < count:
             self.cache.progress.take_back([count - n for n in fed])
             self._bound = self.cache.progress.version, self._bound[1]
@@ -174,15 +178,16 @@ class RecordedEngine(Engine):
         self._step.run()
 
     def _generate_one(self, sampling: Sampling, generator: torch.Generator | None, ending: Ending | None) -> None:
-        static, before = self._static, None
+        static = self._static
         token = sampling.choose(static.logits, generator)
         if ending is not None:
-            token, before = torch.where(ending.active, token, ending.pad_token_id), static.logits.clone()
+            token = torch.where(ending.active, token, ending.pad_token_id)
+        before = None if ending is None else static.logits.clone()
         static.tokens.copy_(token)
         static.chunk.index_copy_(1, static.index, token.unsqueeze(1))
         static.index += 1
         self._step.run()
-        if ending is not None:
+        if ending is not None and before is not None:
             static.logits.copy_(torch.where(ending.active[:, None], static.logits, before))
             self._step.seen.sub_((~ending.active).long())
             ending.active &= ~ending.ends(token)
@@ -211,7 +216,7 @@ class RecordedEngine(Engine):
         self._bound = progress.version, kernels_in_force(self._adapters)
         return True
 
-    def _fixed_by_recording(self) -> tuple:
+    def _fixed_by_recording(self) -> tuple[Any, ...]:
         """Everything that is fixed in a recording: where tensors lie, and which kernels are allowed."""
         layers = self.cache.layers
         return (
@@ -222,8 +227,9 @@ class RecordedEngine(Engine):
         )
 
     def _build(self) -> None:
-        vocab = self.model.get_output_embeddings().weight.shape[0]
-        self._static = StaticTensors(self.cache.batch_size, vocab, self.model.dtype, output_device(self.model))
+        model = transformers_model(self.model)
+        vocab = model.get_output_embeddings().weight.shape[0]
+        self._static = StaticTensors(self.cache.layers[0].batch_size, vocab, model.dtype, output_device(model))
         self._step = self._make_step(self.model, self.cache, self._static)
         self._recordings: OrderedDict[object, Recording] = OrderedDict()
 
@@ -253,7 +259,7 @@ class RecordedEngine(Engine):
                 x.copy_(before)
             static.index.zero_()
             self._step.load()
-        if random_state is not None:
+        if generator is not None and random_state is not None:
             generator.set_state(random_state)
         torch.cuda.synchronize(device)
         self.compile_sec += time.perf_counter() - start

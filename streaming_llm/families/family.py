@@ -79,7 +79,7 @@ class Family:
 
 def rotary_modules_of(decoder: nn.Module) -> dict[str, nn.Module]:
     """The rotary modules of a decoder by their place below it; of an attached one, those that are stood in for."""
-    found = {}
+    found: dict[str, nn.Module] = {}
     for path, module in decoder.named_modules():
         module = getattr(module, "replaced", module)
         if "Rotary" in type(module).__name__ and not any(path.startswith(f"{other}.") for other in found):
@@ -87,7 +87,7 @@ def rotary_modules_of(decoder: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def frequencies(module: nn.Module) -> dict[LayerType, Rotary]:
+def frequencies(module: Any) -> dict[LayerType, Rotary]:
     """The rotations that a rotary module holds, by the layers that use them.
 
     Raises:
@@ -108,7 +108,7 @@ def frequencies(module: nn.Module) -> dict[LayerType, Rotary]:
     return rotations
 
 
-def constant_up_to(config) -> int | None:
+def constant_up_to(config: Any) -> int | None:
     """The length up to which the frequencies are constant, where they depend on it at all."""
     lengths = [
         _original_length(config, given)
@@ -118,7 +118,7 @@ def constant_up_to(config) -> int | None:
     return min(lengths, default=None)
 
 
-def queries_scaled_from(config) -> int | None:
+def queries_scaled_from(config: Any) -> int | None:
     """The position from which on a language model scales its queries by their position (Llama 4, Ministral 3)."""
     if getattr(config, "attn_temperature_tuning", False):
         return config.floor_scale
@@ -126,14 +126,14 @@ def queries_scaled_from(config) -> int | None:
     return scaled[0]["original_max_position_embeddings"] if scaled else None
 
 
-def rope_parameters(config) -> list[dict[str, Any]]:
+def rope_parameters(config: Any) -> list[dict[str, Any]]:
     """The rotary parameters in a configuration, one for each kind of layer that has its own."""
     given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [value for value in given.values() if isinstance(value, dict)]
     return nested or [given]
 
 
-def _original_length(config, given: dict[str, Any]) -> int:
+def _original_length(config: Any, given: dict[str, Any]) -> int:
     names = "original_max_position_embeddings", "max_position_embeddings"
     lengths = given.get(names[0]), *(getattr(config, name, None) for name in names)
     return min(length for length in lengths if length)

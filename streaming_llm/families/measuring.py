@@ -9,6 +9,7 @@ keys that are the same at all positions have none; anything else is refused.
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,14 +39,14 @@ MEASURING = "streaming_llm_measuring"
 _notes: list[Notes] = []
 
 
-def _attention(module: nn.Module, *args, **kwargs) -> tuple:
+def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
     return _notes[-1].attend(module, *args, **kwargs)
 
 
 AttentionInterface.register(MEASURING, _attention)
 
 
-def measure(model_class: type[nn.Module], config, table: Rotary | None = None) -> Family:
+def measure(model_class: type[nn.Module], config: Any, table: Rotary | None = None) -> Family:
     """Measure a decoder's class, as it is with a configuration of it.
 
     Args:
@@ -108,7 +109,7 @@ def _keeps_state(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, modules: dict[str, nn.Module], positions: Tensor) -> Notes:
+def _run(model: Any, modules: dict[str, nn.Module], positions: Tensor) -> Notes:
     notes, ids = Notes(), torch.ones(len(positions), 1, dtype=torch.int64)
     hooks = [x.register_forward_hook(notes.noting(path), with_kwargs=True) for path, x in modules.items()]
     for module in model.modules():
@@ -135,7 +136,7 @@ def _run(model: nn.Module, modules: dict[str, nn.Module], positions: Tensor) -> 
 
 
 @torch.no_grad()
-def _blocks_continue(model: nn.Module) -> bool:
+def _blocks_continue(model: Any) -> bool:
     """Whether a second block of tokens goes on from the state that the first one left."""
     for module in model.modules():
         if "config" in vars(module):

@@ -39,15 +39,15 @@ class Notes:
         self._given: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
 
-    def store(self, key: Tensor, value: Tensor, layer_idx: int, *unused, **kwargs) -> tuple[Tensor, Tensor]:
+    def store(self, key: Tensor, value: Tensor, layer_idx: int, *unused: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """In place of a cache's ``update``."""
         self.keys[layer_idx], self._given[layer_idx] = key[:, :, 0].double(), key
         self._values[layer_idx] = value[:, :, 0].double()
         return key, value
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **given
-    ) -> tuple:
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any
+    ) -> tuple[Any, ...]:
         """In place of a model's attention: with one token in each row, the result is its value."""
         layer_idx = module.layer_idx
         if attention_mask is not None:
@@ -66,10 +66,10 @@ class Notes:
             raise MeasuredOtherwiseError(f"its attention is given {', '.join(unknown)}, which a stream does not know")
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
 
-    def noting(self, path: str):
+    def noting(self, path: str) -> Any:
         """A hook for the rotary module at ``path``."""
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = dict(zip(("x", "position_ids", "layer_type"), args, strict=False)) | kwargs
             key = path, given.get("layer_type")
             self.returned.setdefault(key, (given["position_ids"], output))
@@ -79,7 +79,8 @@ class Notes:
 
 def _error(x: Tensor, rotary: Rotary, positions: Tensor) -> float:
     """How far ``x`` ``[positions, heads, head_dim]`` is from its first row rotated; 1 is what rounding explains."""
-    expected = rotate(x[:1].expand_as(x), *(part[:, None] for part in rotary.cos_sin(positions)), rotary)
+    cos, sin = (part[:, None] for part in rotary.cos_sin(positions))
+    expected = rotate(x[:1].expand_as(x), cos, sin, rotary)
     size = x.pow(2).mean((1, 2), keepdim=True).sqrt().clamp(min=1e-6)
     largest = positions.double() * (rotary.inv_freq.max() if rotary.rotary_dim else 0)
     allowed = TOLERANCE + 3e-7 * largest
@@ -158,7 +159,7 @@ def layout_of(path: str, notes: Notes, held: dict[Place, Rotary]) -> AngleLayout
         positions = positions[0] if one_axis else positions
         angles = positions.double().unsqueeze(-1) * rotary.inv_freq
         for kind in ("complex",) if isinstance(output, Tensor) else ("halves", "pairs", "once"):
-            expected = AngleLayout(kind).of(angles, rotary.scaling)
+            expected: Any = AngleLayout(kind).of(angles, rotary.scaling)
             expected = torch.view_as_real(expected).unbind(-1) if kind == "complex" else expected
             if expected[0].shape == parts[0].shape:
                 error = max((a - b).abs().max().item() for a, b in zip(expected, parts, strict=True))

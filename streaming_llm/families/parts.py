@@ -30,7 +30,7 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def base_of(model: nn.Module) -> nn.Module:
+def base_of(model: Any) -> nn.Module:
     """The model without its output layer; of a multimodal one, with its towers for images or sound."""
     # Older Transformers calls Gemma 3's by the name that it has beside a vision tower.
     return model.model if model.base_model is model and hasattr(model, "model") else model.base_model
@@ -55,11 +55,11 @@ class _Given(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["given"][0], name)
 
-    def forward(self, *args, **kwargs) -> _Output:
+    def forward(self, *args: Any, **kwargs: Any) -> _Output:
         return _Output(self.__dict__["given"][1])
 
 
-class _Output(tuple):
+class _Output(tuple[Any, ...]):
     """A decoder's output that holds final hidden states and nothing else."""
 
     def __new__(cls, hidden_states: Tensor) -> _Output:
@@ -69,7 +69,7 @@ class _Output(tuple):
         return self[0] if name == "last_hidden_state" else None
 
 
-def lm_head(model: nn.Module, hidden_states: Tensor) -> Tensor:
+def lm_head(model: Any, hidden_states: Tensor) -> Tensor:
     """Logits ``[..., vocab]`` of final hidden states ``[..., hidden]``, in the model's dtype, as its forward's.
 
     It is the model's own forward, without its decoder: some families scale or cap their logits.

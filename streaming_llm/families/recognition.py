@@ -17,7 +17,7 @@ UNMEASURED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "
 """Parts of a configuration that say nothing about positions."""
 
 
-def family_of(config, model_class: type[nn.Module] | None = None) -> Family:
+def family_of(config: Any, model_class: type[nn.Module] | None = None) -> Family:
     """What is measured of a model's family.
 
     Args:
@@ -41,7 +41,7 @@ def family_of(config, model_class: type[nn.Module] | None = None) -> Family:
 class _Question:
     """A configuration and a class, told apart by what they say."""
 
-    def __init__(self, config, model_class: type[nn.Module] | None, facts: str) -> None:
+    def __init__(self, config: Any, model_class: type[nn.Module] | None, facts: str) -> None:
         self.config, self.model_class = config, model_class
         self.key = type(config), model_class, facts
 

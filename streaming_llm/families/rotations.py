@@ -7,6 +7,7 @@ the model's are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -31,7 +32,7 @@ def _per_layer(family: Family, held: dict[Place, Rotary]) -> tuple[Rotary, ...]:
     return tuple(UNROTATED if x is None else made[x] for x in family.rotations)
 
 
-def rotaries_from_config(config) -> tuple[Rotary, ...]:
+def rotaries_from_config(config: Any) -> tuple[Rotary, ...]:
     """The rotation of each layer with keys of a freshly built model of this configuration, on the CPU.
 
     Raises:
@@ -67,7 +68,7 @@ class RotaryModule:
 
     parent: nn.Module
     name: str
-    module: nn.Module
+    module: Any
     angles: dict[LayerType, Rotary]
     layout: AngleLayout
 
@@ -94,7 +95,7 @@ def _the_one(rotaries: tuple[Rotary, ...]) -> Rotary:
     return rotaries[0]
 
 
-def rotary_from_config(config) -> Rotary:
+def rotary_from_config(config: Any) -> Rotary:
     """The one rotation of all layers, see :func:`rotaries_from_config`.
 
     Raises:

@@ -25,7 +25,7 @@ N_EXPERTS = 4
 TOKENS = re.compile(r"_token_id$")
 
 
-def decoder_class(config) -> type[nn.Module] | None:
+def decoder_class(config: Any) -> type[nn.Module] | None:
     """The class of the decoder of a language model's configuration; ``None`` if Transformers has none."""
     try:
         found = MODEL_MAPPING[type(config)]
@@ -34,7 +34,7 @@ def decoder_class(config) -> type[nn.Module] | None:
     return found[0] if isinstance(found, tuple) else found
 
 
-def small_config(config):
+def small_config(config: Any) -> Any:
     """The configuration of a language model, narrowed: what concerns positions, layers and heads' sizes stays."""
     small = copy.deepcopy(config)
     for name, value in _narrowed(small).items():
@@ -54,12 +54,12 @@ def small_config(config):
     return small
 
 
-def _attributes(config) -> dict[str, Any]:
+def _attributes(config: Any) -> dict[str, Any]:
     aliases = {alias: value_of(config, alias) for alias in config.attribute_map}
     return dict(vars(config)) | aliases
 
 
-def _narrowed(config) -> dict[str, Any]:
+def _narrowed(config: Any) -> dict[str, Any]:
     n_heads = config.num_attention_heads
     n_keys = value_of(config, "num_key_value_heads") or value_of(config, "num_kv_heads") or n_heads
     head_dim = value_of(config, "head_dim") or config.hidden_size // n_heads
@@ -71,7 +71,7 @@ def _narrowed(config) -> dict[str, Any]:
     return values | _of_recurrent_layers(config, hidden)
 
 
-def _of_recurrent_layers(config, hidden: int) -> dict[str, Any]:
+def _of_recurrent_layers(config: Any, hidden: int) -> dict[str, Any]:
     """Numbers of heads of recurrent layers, which have to fit the width."""
     values: dict[str, Any] = {"chunk_size": 2, "mamba_chunk_size": 2, "mamba_d_state": 2, "ssm_state_size": 2}
     values["lru_width"] = hidden
@@ -88,7 +88,7 @@ def _of_recurrent_layers(config, hidden: int) -> dict[str, Any]:
     return values
 
 
-def small_model(model_class: type[nn.Module], config) -> nn.Module:
+def small_model(model_class: type[nn.Module], config: Any) -> nn.Module:
     """A model of random weights in float32 on the CPU, always the same; leaves the caller's random numbers alone."""
     small = small_config(config)
     small._attn_implementation = "eager"

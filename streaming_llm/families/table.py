@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING
@@ -139,12 +140,12 @@ LAYER_TYPES = ("full_attention", "sliding_attention", "attention", "hybrid")
 """Kinds of layers with attention that can stream."""
 
 
-def text_config(config):
+def text_config(config: Any) -> Any:
     """The part of a configuration that describes the language model."""
     return config.get_text_config(decoder=True)
 
 
-def value_of(config, name: str):
+def value_of(config: Any, name: str) -> Any:
     """A value in a configuration; ``None`` where it has none, or one for each layer (Gemma 4)."""
     try:
         return getattr(config, name, None)
@@ -180,12 +181,12 @@ OUTER = ("aria", "gemma3", "gemma3n", "qwen3_5", "qwen3_5_moe", "qwen3_vl")
 # GPT-J
 
 
-def table_length(config) -> int | None:
+def table_length(config: Any) -> int | None:
     """Positions that the model has rotations for, if its table of them is finite."""
     return config.max_position_embeddings if config.model_type == "gptj" else None
 
 
-def table_rotation(config) -> Rotary | None:
+def table_rotation(config: Any) -> Rotary | None:
     """The frequencies that GPT-J's table of sines and cosines is made from."""
     if config.model_type != "gptj":
         return None

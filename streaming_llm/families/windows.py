@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..config import StreamingConfig
 from ..positions import StreamLayout
 from .family import Family, constant_up_to, queries_scaled_from
@@ -9,7 +11,7 @@ from .recognition import family_of
 from .table import table_length, text_config
 
 
-def layer_windows(config, family: Family | None = None) -> tuple[int | None, ...]:
+def layer_windows(config: Any, family: Family | None = None) -> tuple[int | None, ...]:
     """The own sliding window of each layer with keys, in tokens; ``None`` where it sees everything.
 
     Args:
@@ -31,7 +33,7 @@ def _keeps_windows(windows: tuple[int | None, ...], streaming: StreamingConfig) 
     return streaming.sliding_layers == "keep"
 
 
-def layer_layouts(config, streaming: StreamingConfig, family: Family | None = None) -> list[StreamLayout]:
+def layer_layouts(config: Any, streaming: StreamingConfig, family: Family | None = None) -> list[StreamLayout]:
     """Which tokens each layer with keys keeps.
 
     Where some layers see everything and others have a window, the latter keep their window as the model has it,
@@ -63,17 +65,17 @@ def layer_layouts(config, streaming: StreamingConfig, family: Family | None = No
     return [rule] * len(windows)
 
 
-def changes_with_length(config) -> bool:
+def changes_with_length(config: Any) -> bool:
     """Whether the rotary frequencies change once a sequence is longer than the model's original length."""
     return constant_up_to(text_config(config)) is not None
 
 
-def scaled_from(config) -> int | None:
+def scaled_from(config: Any) -> int | None:
     """The position from which on a model scales its queries by their position (Llama 4, Ministral 3)."""
     return queries_scaled_from(text_config(config))
 
 
-def bare_length(config) -> int | None:
+def bare_length(config: Any) -> int | None:
     """The position from which on an unmodified model does otherwise than before; ``None`` where there is none.
 
     Its rotation ends or changes there, or queries are scaled by their position, which in a stream is in the cache.
@@ -83,7 +85,7 @@ def bare_length(config) -> int | None:
     return min((n for n in lengths if n is not None), default=None)
 
 
-def bare_refusal(config, streaming: StreamingConfig, family: Family) -> str | None:
+def bare_refusal(config: Any, streaming: StreamingConfig, family: Family) -> str | None:
     """Why a cache on an unmodified model of this configuration would not be exact, or ``None`` if it is.
 
     The model's own attention then applies its own mask and scores, which a cache cannot change.

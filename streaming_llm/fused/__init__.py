@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -50,7 +51,7 @@ def fused_blocks(model: nn.Module) -> Callable[..., Tensor]:
     return BlockForward(model)
 
 
-def fused_step(model: nn.Module, cache: StreamingKVCache, *, own_attention: bool, logits: Tensor):
+def fused_step(model: nn.Module, cache: StreamingKVCache, *, own_attention: bool, logits: Tensor) -> Any:
     """A forward of one token for each row, to be recorded, see :class:`.step.StepForward`.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,9 @@ def product(x: Tensor, linear: Linear) -> Tensor:
 def projected(x: Tensor, attention: Attention) -> list[Tensor]:
     """What each projection of an attention layer gives for ``x`` ``[..., hidden]``."""
     outputs = [product(x, linear) for linear in attention.projections]
-    for output in outputs if attention.clip is not None else ():
-        output.clamp_(-attention.clip, attention.clip)
+    if attention.clip is not None:
+        for output in outputs:
+            output.clamp_(-attention.clip, attention.clip)
     return outputs
 
 
@@ -39,9 +41,9 @@ def mlp_output(x: Tensor, mlp: MLP) -> Tensor:
     """The MLP of normed hidden states ``[..., hidden]``."""
     if mlp.gate_and_up is not None:
         gate, up = product(x, mlp.gate_and_up).chunk(2, dim=-1)
-    else:
-        gate, up = mlp.gate and product(x, mlp.gate), product(x, mlp.up)
-    return product(activated(up, gate, mlp.activation), mlp.down)
+        return product(activated(up, gate, mlp.activation), mlp.down)
+    gated = None if mlp.gate is None else product(x, mlp.gate)
+    return product(activated(product(x, mlp.up), gated, mlp.activation), mlp.down)
 
 
 def through_layers(recipe: Recipe, x: Tensor, attend: Callable[[int, Tensor], Tensor], factor: float = 1.0) -> Tensor:
@@ -52,15 +54,16 @@ def through_layers(recipe: Recipe, x: Tensor, attend: Callable[[int, Tensor], Te
         attend: ``(index, normed hidden states) -> the attention layer's output``, of the shape of ``x``.
         factor: on the embeddings.
     """
-    adds, out_norm, dtype = (), None, recipe.embedding.dtype
+    adds: tuple[Tensor, ...] = ()
+    out_norm, dtype = None, recipe.embedding.dtype
     for index, layer in enumerate(recipe.layers):
         x, normed = add_and_norm(x, adds, layer.norms_of_input, dtype, out_norm=out_norm, factor=factor)
         attended, factor = attend(index, normed[0]), layer.multiplier
         if layer.parallel:
             adds, out_norm = (attended, mlp_output(normed[-1], layer.mlp)), None
         else:
-            after = {"out_norm": layer.attention_out_norm, "factor": factor}
-            x, normed = add_and_norm(x, (attended,), (layer.mlp_norm,), dtype, **after)
+            norms = layer.mlp_norm, layer.attention_out_norm
+            x, normed = add_and_norm(x, (attended,), norms[:1], dtype, out_norm=norms[1], factor=factor)
             adds, out_norm = (mlp_output(normed[0], layer.mlp),), layer.mlp_out_norm
     return add_and_norm(x, adds, (recipe.norm,), dtype, out_norm=out_norm, factor=factor)[1][0]
 
@@ -85,7 +88,7 @@ class BlockForward:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._built_for: tuple = ()
+        self._built_for: tuple[Any, ...] = ()
 
     @property
     def recipe(self) -> Recipe:
@@ -109,9 +112,9 @@ class BlockForward:
 
         def attend(index: int, x: Tensor) -> Tensor:
             attention = recipe.layers[index].attention
-            heads = rotated_heads(projected(x, attention), attention, *angles.of(attention.rotary))
+            query, key, value = rotated_heads(projected(x, attention), attention, *angles.of(attention.rotary))
             with kernel_context(attention.module):
-                out = _attended(*heads, attention, index, cache)
+                out = _attended(query, key, value, attention, index, cache)
             return product(out.transpose(1, 2).flatten(2), attention.output)
 
         if tokens.dim() == 2:
@@ -135,7 +138,7 @@ class _Angles:
         """``[length, rotary_dim / 2]`` each, float32, with the rotation's factor."""
         if id(rotary) not in self._of:
             angle = self.positions.double()[:, None] * rotary.inv_freq
-            self._of[id(rotary)] = tuple((x * rotary.scaling).float() for x in (angle.cos(), angle.sin()))
+            self._of[id(rotary)] = (angle.cos() * rotary.scaling).float(), (angle.sin() * rotary.scaling).float()
         return self._of[id(rotary)]
 
 
@@ -149,7 +152,7 @@ def rotated_heads(outputs: list[Tensor], attention: Attention, cos: Tensor, sin:
     if len(outputs) == 3:
         norm_and_rotate_(outputs[0], attention, cos, sin, queries=True)
         norm_and_rotate_(outputs[1], attention, cos, sin, queries=False, start=0)
-        heads = [x.unflatten(-1, (-1, attention.head_dim)) for x in outputs]
+        heads = tuple(x.unflatten(-1, (-1, attention.head_dim)) for x in outputs)
     else:
         for queries in (True, False):
             norm_and_rotate_(outputs[0], attention, cos, sin, queries=queries)

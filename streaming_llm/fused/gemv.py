@@ -37,7 +37,7 @@ def _first_tiles(w_rows, in_rows, columns, K: tl.constexpr, BLOCK_K: tl.constexp
     """Up to ``AHEAD`` tiles, requested at once."""
     tiles = ()
     for start in tl.static_range(0, min(K, AHEAD * BLOCK_K), BLOCK_K):
-        tiles = tiles + (_tile(w_rows, in_rows, columns, start, K),)  # noqa: RUF005 - Triton cannot unpack
+        tiles = tiles + (_tile(w_rows, in_rows, columns, start, K),)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
     return tiles
 
 
@@ -106,7 +106,7 @@ def _norm_gemv(
         for start in tl.static_range(0, K, BLOCK_K):
             at = start + columns
             x = _residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
-            xs = xs + (x,)  # noqa: RUF005 - Triton cannot unpack
+            xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
             total += x
         mean = tl.sum(total, 0) / K
         total = tl.zeros((BLOCK_K,), tl.float32)

@@ -105,5 +105,5 @@ def head_norm_kind(attention: Attention) -> str:
 
 def head_norm_step(attention: Attention) -> int:
     """From the weights of a head to those of the next: 0 where all share theirs."""
-    norm = attention.query_norm
-    return 0 if norm is None or norm.weight.numel() == attention.head_dim else attention.head_dim
+    weight = None if attention.query_norm is None else attention.query_norm.weight
+    return 0 if weight is None or weight.numel() == attention.head_dim else attention.head_dim

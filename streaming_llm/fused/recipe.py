@@ -54,7 +54,8 @@ class Linear:
     def halves(self) -> tuple[Linear, Linear]:
         """The first and the second half of the rows."""
         biases = (None, None) if self.bias is None else self.bias.chunk(2)
-        return tuple(Linear(weight, bias) for weight, bias in zip(self.weight.chunk(2), biases, strict=True))
+        first, second = (Linear(*parts) for parts in zip(self.weight.chunk(2), biases, strict=True))
+        return first, second
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class MLP:
     @property
     def first(self) -> tuple[Linear, ...]:
         """What the input goes through."""
-        return (self.gate, self.up) if self.is_gated else (self.up,)
+        return (self.up,) if self.gate is None else (self.gate, self.up)
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ def _scores(queries, key, scale, softcap, SHARED: tl.constexpr, CAP: tl.constexp
     scores = ()
     for j in tl.static_range(SHARED):
         score = tl.sum(key.to(tl.float32) * queries[j][None, :], 1) * scale
-        scores = scores + (capped(score, softcap) if CAP else score,)  # noqa: RUF005 - Triton cannot unpack
+        scores = scores + (capped(score, softcap) if CAP else score,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
     return scores
 
 
@@ -47,7 +47,7 @@ def _queries(
             qkv + (kv_head * Q_STEP + group) * HEAD_DIM, kv_head * GROUPS + group, norm_w, norm_b, eps, rstd,
             HALF, INTERLEAVED, HEAD_DIM, DIM_P, NORM, NORM_STEP,
         )  # fmt: skip
-        queries = queries + (rotate(x, partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P),)  # noqa: RUF005
+        queries = queries + (rotate(x, partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P),)  # type: ignore[assignment]  # noqa: RUF005
     return queries
 
 
@@ -56,7 +56,7 @@ def _corrected(scores, of_sinks, token, SHARED: tl.constexpr, N_SINK: tl.constex
     """Scores with those of sinks taken from ``of_sinks``."""
     corrected = ()
     for j in tl.static_range(SHARED):
-        corrected = corrected + (tl.where(token < N_SINK, of_sinks[j], scores[j]),)  # noqa: RUF005
+        corrected = corrected + (tl.where(token < N_SINK, of_sinks[j], scores[j]),)  # type: ignore[assignment]  # noqa: RUF005
     return corrected
 
 
@@ -73,7 +73,7 @@ def _attend(scores, value, visible, state, SHARED: tl.constexpr):
         keep = tl.exp(largest - base)
         weight = tl.exp(score - base)
         acc = acc * keep + tl.sum(weight[:, None] * value, 0)
-        after = after + ((new, total * keep + tl.sum(weight, 0), acc),)  # noqa: RUF005
+        after = after + ((new, total * keep + tl.sum(weight, 0), acc),)  # type: ignore[assignment]  # noqa: RUF005
     return after
 
 
@@ -125,7 +125,7 @@ def _ring_attention(
     state = ()
     for _ in tl.static_range(SHARED):
         largest = tl.full((), float("-inf"), tl.float32)
-        state = state + ((largest, tl.zeros((), tl.float32), tl.zeros((DIM_P,), tl.float32)),)  # noqa: RUF005
+        state = state + ((largest, tl.zeros((), tl.float32), tl.zeros((DIM_P,), tl.float32)),)  # type: ignore[assignment]  # noqa: RUF005
     if split == 0:  # the token itself, which no other program reads
         k, partner = load_head(
             qkv + (K_START + kv_head * K_STEP) * HEAD_DIM, kv_head, k_norm_w, k_norm_b, k_eps, k_rstd,
@@ -144,7 +144,7 @@ def _ring_attention(
         for j in tl.static_range(SHARED):
             score = tl.sum(queries[j] * new_key.to(tl.float32), 0) * scale
             score = capped(score, softcap) if CAP else score
-            begun = begun + ((score, state[j][1] + 1.0, state[j][2] + new_value.to(tl.float32)),)  # noqa: RUF005
+            begun = begun + ((score, state[j][1] + 1.0, state[j][2] + new_value.to(tl.float32)),)  # type: ignore[assignment]  # noqa: RUF005
         state = begun
 
     end = tl.minimum(last, now).to(tl.int32)  # what lies behind has never been written

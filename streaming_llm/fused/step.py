@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,10 +41,10 @@ class StepForward:
     def __init__(self, recipe: Recipe, cache: StreamingKVCache, *, own_attention: bool, logits: Tensor) -> None:
         self.recipe, self.cache, self.own_attention, self.logits = recipe, cache, own_attention, logits
         self.device, dtype = recipe.embedding.device, recipe.embedding.dtype
-        self.batch, hidden, layers = cache.batch_size, recipe.hidden_size, recipe.layers
+        self.batch, hidden, layers = cache.layers[0].batch_size, recipe.hidden_size, recipe.layers
         self.pdl = pdl_available(self.device)
         self.rings = Rings(cache.layers, self.batch, self.device)
-        self._kernels: dict[tuple, RingAttention | FullRing] = {}
+        self._kernels: dict[tuple[Any, ...], RingAttention | FullRing] = {}
         self.attend = [self._attention_of(index) for index in range(len(layers))]
 
         def buffer(width: int, of: torch.dtype) -> Tensor:
@@ -80,8 +81,8 @@ class StepForward:
     # A layer, for a single stream
 
     def _sequential_layer(
-        self, layer: Layer, attend: Attend, x: Tensor, pending: tuple | None
-    ) -> tuple[Tensor, tuple | None]:
+        self, layer: Layer, attend: Attend, x: Tensor, pending: tuple[Any, ...] | None
+    ) -> tuple[Tensor, tuple[Any, ...] | None]:
         attention, mlp = layer.attention, layer.mlp
         x = self._read(x, pending, layer.attention_norm, attention.projections, self.qkv, clip=attention.clip)
         attended = attend(self.qkv)
@@ -91,7 +92,7 @@ class StepForward:
         )
         return self._add(x, mlp.down, self.inner, layer.mlp_out_norm, layer.multiplier)
 
-    def _parallel_layer(self, layer: Layer, attend: Attend, x: Tensor, pending: None) -> tuple[Tensor, None]:
+    def _parallel_layer(self, layer: Layer, attend: Attend, x: Tensor, pending: Any) -> tuple[Tensor, None]:
         """Attention, and beside it on a second stream the MLP, or as much of it as takes as long."""
         attention, mlp, y = layer.attention, layer.mlp, self._other(x)
         down, joins = (mlp.down, self.inner[0]), self._mlp_joins(attention)
@@ -114,7 +115,7 @@ class StepForward:
         norm: Norm | None,
         linears: tuple[Linear, ...],
         y: Tensor,
-        **how,
+        **how: Any,
     ) -> Tensor:
         """Products of the normed residual stream, to ``y``; what is pending is added to it first.
 
