@@ -14,22 +14,8 @@ from torch import nn
 from ..attention.kernel_choice import unwrapped
 from ..families import decoder_of, layer_windows, module_name, rotaries_from_model, text_config
 from ..rope_utils import Rotary
-from .recipe import MLP, Attention, HeadPlaces, Layer, Linear, Norm, Recipe
-
-ACTIVATION_OF = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",  # before Transformers 5
-    "ReLU": "relu",
-}
-"""Class of an activation in a model -> its name in recipes."""
-
-
-class NotCoveredError(ValueError):
-    """A recipe cannot say what this model computes; the message says what that is."""
+from .model_parts import NotCoveredError, activation_of, first_of, head_norm_of, linear_of, norm_of
+from .recipe import MLP, Attention, HeadPlaces, Layer, Recipe
 
 
 @dataclass(frozen=True)
@@ -219,7 +205,7 @@ def _require_own(layers: nn.ModuleList, names: Names, module_name: str) -> None:
 
 
 def _layer(layer: nn.Module, names: Names, config, rotary: Rotary, window: int | None) -> Layer:
-    found = [_first(layer, of_place) for of_place in names.norms]
+    found = [first_of(layer, of_place) for of_place in names.norms]
     norms = [norm and norm_of(norm, names.plus_one) for norm in found]
     parallel = names.parallel(config)
     return Layer(
@@ -232,10 +218,6 @@ def _layer(layer: nn.Module, names: Names, config, rotary: Rotary, window: int |
         mlp_out_norm=norms[3],
         multiplier=getattr(layer, "residual_multiplier", 1.0),
     )
-
-
-def _first(parent: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    return next((found for name in names if (found := getattr(parent, name, None)) is not None), None)
 
 
 def _attention(module: nn.Module, names: Names, config, rotary: Rotary, window: int | None) -> Attention:
@@ -266,46 +248,10 @@ def _attention(module: nn.Module, names: Names, config, rotary: Rotary, window: 
 
 
 def _mlp(module: nn.Module, names: Names) -> MLP:
-    function = _first(module, ("act_fn", "activation_fn", "act"))
-    activation = ACTIVATION_OF.get(type(function).__name__)
-    if activation is None:
-        raise NotCoveredError(f"no kernel computes its activation {type(function).__name__}")
     down, both = linear_of(getattr(module, names.down)), None
     if names.up is None:
         both = linear_of(getattr(module, names.gate))
         gate, up = both.halves()
     else:
         gate, up = (name and linear_of(getattr(module, name)) for name in (names.gate, names.up))
-    return MLP(gate, up, down, activation, both)
-
-
-def linear_of(module: nn.Module) -> Linear:
-    """A linear layer of a model."""
-    if not isinstance(module, nn.Linear):
-        raise NotCoveredError(f"it holds a {type(module).__name__} in place of a plain layer")
-    return Linear(module.weight, module.bias)
-
-
-def norm_of(module: nn.Module, plus_one: bool = False) -> Norm:
-    """A norm of a model, by the last word of its class's name."""
-    kind = type(module).__name__
-    if not kind.endswith(("RMSNorm", "LayerNorm")):
-        raise NotCoveredError(f"it has a norm of class {kind}")
-    eps = _first(module, ("variance_epsilon", "eps"))
-    return Norm(
-        weight=getattr(module, "weight", None),
-        bias=getattr(module, "bias", None),
-        eps=1e-5 if eps is None else eps,  # OLMo's has it in its forward
-        centred=kind.endswith("LayerNorm"),
-        plus_one=plus_one,
-    )
-
-
-def head_norm_of(module: nn.Module, plus_one: bool) -> Norm:
-    """A norm of queries or keys; one of StableLM, which has a module for each head, as one with a row for each."""
-    if not hasattr(module, "norms"):
-        return norm_of(module, plus_one)
-    parts = [norm_of(norm, plus_one) for norm in module.norms]
-    weight = torch.stack([part.weight for part in parts])
-    bias = None if parts[0].bias is None else torch.stack([part.bias for part in parts])
-    return Norm(weight, bias, parts[0].eps, centred=True)
+    return MLP(gate, up, down, activation_of(module), both)

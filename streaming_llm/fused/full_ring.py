@@ -93,7 +93,7 @@ class FullRing:
         """See :meth:`.RingAttention.__call__`; the result lies where the kernel has put it, not in ``out``."""
         self._store(attention, qkv, layer, pdl)
         with kernel_context(attention.module):
-            return self._over_all_slots(attention, layer.keys, layer.values).reshape(out.shape)
+            return self._over_all_slots(attention, layer.keys, layer.values).flatten(1)
 
     def _store(self, attention: Attention, qkv: Tensor, layer: StreamingLayer, pdl: bool) -> None:
         state, places, keys = self.state, attention.places, layer.keys
