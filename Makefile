@@ -29,6 +29,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(ENV)
 
 $(INSTALLED): requirements.txt pyproject.toml | $(BIN)/python
+	@echo "installing into $(ENV): a few minutes, PyTorch is large"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@printf '%s' '$(CURDIR)' > $@
 

@@ -58,13 +58,18 @@ def perplexities(folder: Path) -> dict:
     return found
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def workers_in_a_cell() -> list[int]:
-    """Process ids of workers that are measuring now."""
+    """Process ids of this test's workers (not those of another run on this machine) that are measuring now."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if path.read_bytes().startswith(b"ray::Worker.measure"):
-                found.append(int(path.parent.name))
+            pid = int(path.parent.name)
+            if path.read_bytes().startswith(b"ray::Worker.measure") and parent(parent(pid)) == os.getpid():
+                found.append(pid)  # a worker is a child of its raylet, which is one of the cluster's process
         except OSError:  # it has ended
             continue
     return found
