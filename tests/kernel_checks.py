@@ -19,20 +19,25 @@ from family_reference import family_reference_logits
 from reference import rotated
 from transformers import DynamicCache
 
-from streaming_llm import StreamingDecoder, score_stream
+from streaming_llm import StreamingDecoder, fused, score_stream
 from streaming_llm.attachment import maskless_attention
 from streaming_llm.attention import band, kernel_choice, torch_kernels, triton_kernels
 from streaming_llm.cache_layer import StreamingLayer
 from streaming_llm.config import StreamingConfig
+from streaming_llm.engines import recorded
+from streaming_llm.engines.fused_step import FusedTritonStep
+from streaming_llm.engines.recorded import RecordedEngine
 from streaming_llm.fused import block_heads, elementwise, gemv, ring_attention
 from streaming_llm.fused.family_recipes import recipe_of
 from streaming_llm.fused.full_ring import FullRing
 from streaming_llm.fused.recipe import Attention, HeadPlaces, Linear, Norm
 from streaming_llm.fused.ring_attention import RingAttention
 from streaming_llm.fused.rings import Rings, begin_step
+from streaming_llm.fused.sampling import HistogramSampler
 from streaming_llm.fused.step import StepForward
 from streaming_llm.positions import Progress, StreamLayout
 from streaming_llm.rope_utils import Rotary
+from streaming_llm.sampling import Sampling
 from streaming_llm.sinks import SinkRotation
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
@@ -588,6 +593,52 @@ def test_a_full_ring_by_pytorch_s_attention(sizes, layout, moment, how):
         close(ring.attend(kernel), ring.attended())
 
 
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+def exact_intervals(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens in descending order, equal ones by their number, and where the probability of each ends, in float64."""
+    values, ids = logits.double().sort(descending=True, stable=True)
+    if sampling.temperature == 0:
+        return ids[:1], torch.ones(1, dtype=torch.float64)
+    p = (values / sampling.temperature).softmax(-1)
+    if sampling.top_k is not None:
+        p, ids = p[: sampling.top_k], ids[: sampling.top_k]
+    p = p / p.sum()
+    if sampling.top_p is not None:
+        kept = p.cumsum(-1) - p < sampling.top_p
+        p, ids = p[kept], ids[kept]
+    return ids, (p / p.sum()).cumsum(-1)
+
+
+SETTINGS = [
+    Sampling(), Sampling(0.0), Sampling(0.7, top_k=1), Sampling(0.8, top_k=40), Sampling(1.3, top_p=0.9),
+    Sampling(0.6, 50, 0.95), Sampling(0.5, top_p=1e-6), Sampling(2.0, top_k=10_000, top_p=1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_draw_inverts_the_distribution_function(dtype):
+    """Every setting on the same device tensors; a draw that falls near a border may go either way."""
+    vocab, batch = 1500, 3
+    sampler, tokens = HistogramSampler(batch, vocab, DEVICE), torch.full((batch,), -1, device=DEVICE)
+    for sampling in SETTINGS:
+        logits = randn(batch, vocab, dtype=dtype) * 2
+        logits[:, :7] = logits[:, 7:8].clone()
+        logits[0, ::2] = -torch.inf
+        logits[1, :3], logits[1, 3:6] = 0.0, -0.0
+        sampler.set(sampling)
+        uniform = torch.rand(batch, dtype=torch.float64, device=DEVICE)
+        uniform[2] = 0.0
+        sampler(logits, uniform, tokens)
+        for row in range(batch):
+            ids, ends = exact_intervals(logits[row].cpu(), sampling)
+            place = (ids == tokens[row].item()).nonzero()
+            assert place.numel() == 1, sampling
+            start = ends[place - 1].item() if place else 0.0
+            assert start - 1e-5 <= uniform[row].item() <= ends[place].item() + 1e-5 or sampling.temperature == 0
+
+
 # -------------------------------------------------------------------------------------------------------- whole steps
 
 
@@ -615,3 +666,43 @@ def test_steps_of_a_model(case, own, batch, prompt):
         for t in range(prompt, length):
             step(ids[:, t])
             close(logits.cpu(), expected[:, t], 1e-4)
+
+
+@pytest.mark.usefixtures("loops")
+def test_one_recording_serves_all_settings(monkeypatch):
+    """The engine's own logic, with calls in place of recordings on a CPU."""
+    if DEVICE.type == "cuda":
+        pytest.skip("the tests marked gpu record")
+    made = []
+
+    class Call:
+        def __init__(self, call, device, generator) -> None:
+            made.append(self)
+            self.call = call
+            call()
+
+        def replay(self, times: int) -> None:
+            for _ in range(times):
+                self.call()
+
+    monkeypatch.setattr(fused, "require_fused", lambda model: None)
+    monkeypatch.setattr(recorded, "Recording", Call)
+    monkeypatch.setattr(recorded.RecordedEngine, "_rewinding", lambda self, call: call)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    model = make_family("llama", torch.float16)
+    with StreamingDecoder(model, 2, 5, engine="eager") as decoder:
+        decoder._engine = RecordedEngine(model, decoder.cache, "fused-triton", FusedTritonStep)
+        prompt, outputs = torch.randint(VOCAB, (1, 9)), []
+        for controls in (
+            {},
+            {"temperature": 0.7, "top_k": 1},
+            {"temperature": 0.5, "top_p": 1e-6},
+            {"temperature": 0.0},
+        ):
+            decoder.reset()
+            decoder.prefill(prompt)
+            outputs.append(decoder.generate(2, seed=0, **controls))
+        assert len(made) == 2
+    assert torch.equal(outputs[1], outputs[3])
+    assert torch.equal(outputs[2], outputs[3])
+    assert not torch.equal(outputs[0], outputs[3])

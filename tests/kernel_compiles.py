@@ -20,6 +20,7 @@ from streaming_llm.fused.full_ring import FullRing
 from streaming_llm.fused.recipe import Attention, HeadPlaces, Linear, Norm
 from streaming_llm.fused.ring_attention import RingAttention
 from streaming_llm.fused.rings import Rings, begin_step
+from streaming_llm.fused.sampling import HistogramSampler
 from streaming_llm.positions import Progress, StreamLayout
 from streaming_llm.rope_utils import Rotary
 from streaming_llm.sinks import SinkRotation
@@ -140,3 +141,12 @@ def test_merging_of_parts(dtype, interleaved, compiled):
         triton_kernels.merge_parts(query, part, older, given, 0.1, torch.zeros(1, 64, 4, 80, dtype=dtype))
     triton_kernels.reversed_blocks(query, 32)
     assert compiled == [*3 * ["_merge"], "_reverse"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_drawing_of_tokens(dtype, compiled):
+    batch, vocab = 2, 128_256
+    sampler = HistogramSampler(batch, vocab, torch.device("cpu"))
+    uniform, tokens = torch.zeros(batch, dtype=torch.float64), torch.zeros(batch, dtype=torch.int64)
+    sampler(torch.zeros(batch, vocab, dtype=dtype), uniform, tokens, pdl=True)
+    assert compiled == ["_count", "_pick", "_find"]

@@ -355,6 +355,25 @@ def test_a_seed_gives_the_same_tokens_again(variant):
             assert not torch.equal(first[0], first[1])
 
 
+@pytest.mark.parametrize("variant", RECORDED)
+def test_in_half_precision_one_recording_serves_all_settings(variant):
+    prompt = make_ids(100, 3).to(DEVICE)
+    with decoder_of(model_with(torch.bfloat16, "flash"), variant) as decoder:
+
+        def generated(**controls) -> torch.Tensor:
+            decoder.reset()
+            decoder.prefill(prompt)
+            return decoder.generate(40, seed=0, **controls)
+
+        free, compile_sec = generated(), decoder.compile_sec
+        few = [generated(temperature=0.7, top_k=1), generated(top_p=1e-6)]
+        assert torch.equal(generated(), free)
+        assert decoder.compile_sec == compile_sec > 0
+        greedy = generated(temperature=0)
+        assert all(torch.equal(tokens, greedy) for tokens in few)
+        assert not torch.equal(free, greedy)
+
+
 def test_greedy_tokens_are_those_of_every_engine():
     prompt, tokens = make_ids(30, 3).to(DEVICE), {}
     for variant in VARIANTS:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..attention.kernel_choice import adapters, kernels_in_force
 from ..cache_forward import BROKEN
 from ..families import transformers_model
+from ..fused import sampler_of
 from ..kv_cache import StreamingKVCache
 from ..losses import cross_entropy
 from ..placement import output_device
@@ -30,7 +31,8 @@ CHUNK = 1024
 """Tokens of a stream that a graph reads or writes without the host."""
 
 MAX_RECORDINGS = 8
-"""Recordings that are kept: a step, a scored token, and a sampled one for each of the latest settings."""
+"""Recordings that are kept: a step, a scored token, and the latest sampled ones. In half precision one of these serves
+all settings but greedy choice, and in others each setting has its own."""
 
 MAX_EOS = 16
 """Tokens that may end a row in a recorded step."""
@@ -66,6 +68,14 @@ class StaticTensors:
     def next_of_chunk(self) -> Tensor:
         """The ids at the place in the chunk, ``[batch]``."""
         return self.chunk.index_select(1, self.index).squeeze(1)
+
+
+class Chooser(Protocol):
+    """What chooses tokens in a recording; equal ones share it."""
+
+    def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """See :meth:`.Sampling.choose`."""
+        ...
 
 
 class RecordedStep(ABC):
@@ -154,9 +164,9 @@ class RecordedEngine(Engine):
             static.start(logits)
             if ending is not None:
                 static.ending.copy_(ending)
-            key = ("generate", sampling, id(generator), ending is not None)
-            recorded = None if ending is None else static.ending
-            self._replay(key, partial(self._generate_one, sampling, generator, recorded), count, generator)
+            recorded, chooser = None if ending is None else static.ending, self._chooser(sampling)
+            key = ("generate", chooser, id(generator), ending is not None)
+            self._replay(key, partial(self._generate_one, chooser, generator, recorded), count, generator)
             tokens.append(static.chunk[:, :count].clone())
             logits = static.logits.clone()
             if ending is not None:
@@ -177,9 +187,16 @@ class RecordedEngine(Engine):
         static.index += 1
         self._step.run()
 
-    def _generate_one(self, sampling: Sampling, generator: torch.Generator | None, ending: Ending | None) -> None:
+    def _chooser(self, sampling: Sampling) -> Chooser:
+        """What chooses tokens: with the settings on the device, where that is possible."""
+        if self._sampler is None or sampling.temperature == 0:
+            return sampling
+        self._sampler.set(sampling)
+        return self._sampler
+
+    def _generate_one(self, chooser: Chooser, generator: torch.Generator | None, ending: Ending | None) -> None:
         static = self._static
-        token = sampling.choose(static.logits, generator)
+        token = chooser.choose(static.logits, generator)
         if ending is not None:
             token = torch.where(ending.active, token, ending.pad_token_id)
         before = None if ending is None else static.logits.clone()
@@ -231,6 +248,7 @@ class RecordedEngine(Engine):
         vocab = model.get_output_embeddings().weight.shape[0]
         self._static = StaticTensors(self.cache.layers[0].batch_size, vocab, model.dtype, output_device(model))
         self._step = self._make_step(self.model, self.cache, self._static)
+        self._sampler = sampler_of(self._static.logits)
         self._recordings: OrderedDict[object, Recording] = OrderedDict()
 
     def _replay(

@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..families import last_logits
@@ -61,6 +62,19 @@ def fused_step(model: nn.Module, cache: StreamingKVCache, *, own_attention: bool
     from .step import StepForward
 
     return StepForward(recipe_of(model), cache, own_attention=own_attention, logits=logits)
+
+
+def sampler_of(logits: Tensor) -> Any:
+    """What draws tokens from logits like these, ``[batch, vocab]``, with its settings on the device.
+
+    Returns:
+        A :class:`.sampling.HistogramSampler`; ``None`` where logits are not of half precision or Triton is missing.
+    """
+    if logits.dtype not in (torch.bfloat16, torch.float16) or importlib.util.find_spec("triton") is None:
+        return None
+    from .sampling import HistogramSampler
+
+    return HistogramSampler(*logits.shape, logits.device)
 
 
 def fused_forward(model: nn.Module) -> Callable[[Tensor], Tensor] | None:

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch, wait_for_input
+from ..sampling import Sampling
 
 CHUNK = 1024
 VALUES = 65536
@@ -200,11 +201,24 @@ class HistogramSampler:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         self.temperature, self.top_p = (torch.ones(batch, device=device) for _ in range(2))
-        self.top_k = zeros(batch) + vocab
+        self.vocab, self.top_k = vocab, zeros(batch) + vocab
         self.chunks = triton.cdiv(vocab, CHUNK)
         self._counts, self._largest, self._arrived = zeros(batch, VALUES), zeros(batch), zeros(2, batch)
         self._groups, self._masses = zeros(batch, GROUP), zeros(batch, GROUP, dtype=torch.float32)
         self._found, self._drawn = zeros(batch, self.chunks), zeros(batch, 2)
+
+    def set(self, sampling: Sampling) -> None:
+        """Draw every row as ``sampling`` says from now on, also where the draw has been recorded."""
+        self.temperature.fill_(sampling.temperature)
+        self.top_k.fill_(self.vocab if sampling.top_k is None else min(sampling.top_k, self.vocab))
+        self.top_p.fill_(1.0 if sampling.top_p is None else sampling.top_p)
+
+    def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """As :meth:`.Sampling.choose`, for half-precision ``logits``."""
+        uniform = torch.rand(logits.shape[0], dtype=torch.float64, device=logits.device, generator=generator)
+        tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+        self(logits, uniform, tokens)
+        return tokens
 
     def __call__(self, logits: Tensor, uniform: Tensor, tokens: Tensor, *, pdl: bool = False) -> None:
         """Draw.
