@@ -18,12 +18,29 @@ STREAM = ("n_sink", "window_size")
 TEXTS = ("datasets", "text_key", "bos")
 
 
+class _ShortHelp(argparse.RawDescriptionHelpFormatter):
+    """Help in two screens: lines as wide as the examples', and `NAME ...` for several values."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=119)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        text = super()._format_args(action, default_metavar)
+        return f"{text.split()[0]} ..." if action.nargs == "+" else text
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser that answers a wrong command line with one line, as everything else is answered here."""
 
     def __init__(self, prog: str, description: str, epilog: str = ""):
-        shape = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=shape, allow_abbrev=False)
+        super().__init__(
+            prog=prog,
+            usage=f"{prog} [OPTION ...]",
+            description=description,
+            epilog=epilog,
+            formatter_class=_ShortHelp,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str):
         print(f"error: {message} (--help lists the options)", file=sys.stderr)
