@@ -562,3 +562,7 @@ def test_a_tokenizer_without_offsets_is_given_the_text_whole(demo_tokenizer):
 
     parts = list(token_ids(Slow(), [BOOK[:300], BOOK[300:9000]], window=700))
     assert parts == [(demo_tokenizer(BOOK[:9000], add_special_tokens=False).input_ids, 9000)]
+
+
+def test_the_demo_is_the_default_model():
+    assert score_long.build_parser().parse_args(["--output", "out.json"]).model == "demo"
