@@ -19,7 +19,7 @@ from ..attention.kernel_choice import adapters, kernels_in_force
 from ..cache_forward import BROKEN
 from ..kv_cache import StreamingKVCache
 from ..losses import cross_entropy
-from ..placement import output_device
+from ..placement import output_device, weight_addresses
 from ..sampling import Ending, Sampling
 from .base import EagerEngine, Engine
 from .recorder import Recording
@@ -219,7 +219,7 @@ class RecordedEngine(Engine):
         return (
             layers[0].batch_size,
             tuple(x.data_ptr() for layer in layers for x in (layer.keys, layer.values, layer.sinks)),
-            tuple(p.data_ptr() for p in self.model.parameters()),
+            weight_addresses(self.model),
             kernels_in_force(self._adapters),
         )
 
