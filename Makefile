@@ -55,12 +55,11 @@ test-all: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m mypy
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-matrix build *.egg-info .pytest_cache .ruff_cache .mypy_cache results/final results/fixed_eval results/.cells
+	rm -rf .venv .venv-matrix build *.egg-info .pytest_cache .ruff_cache results/final results/fixed_eval results/.cells
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -52,7 +52,7 @@ class NeoXFlashAttentionAdapter(nn.Module):
         """Context in which SDPA can run this adapter's kernel only, for code that does not call ``forward``."""
         return backend_context(self.backend)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args, **kwargs):
         """The layer's forward, in which SDPA can run this adapter's kernel only."""
         with self.kernel_context():
             return self.wrapped.forward(*args, **kwargs)  # the hooks are shared and have run

@@ -79,7 +79,7 @@ class _OneKernel:
         if self._change is not None:
             self._change.__enter__()
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, *exc_info) -> None:
         if self._change is not None:
             self._change.__exit__(*exc_info)
         self._lock.release()

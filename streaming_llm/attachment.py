@@ -11,7 +11,7 @@ import copy
 import inspect
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -111,7 +111,6 @@ class Attachment:
     def _copy_of_model(self, memo: dict) -> PreTrainedModel:
         """``copy.deepcopy(model)`` gives a model as it is without being attached."""
         changes, prefix = self._put_now, self._in_force
-        assert prefix is not None  # else the model would have its own way of copying
         self._undo.close()
         try:
             return copy.deepcopy(self.model, memo)
@@ -133,7 +132,7 @@ class Attachment:
 
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
-        cache: Any = given.get("past_key_values")
+        cache = given.get("past_key_values")
         if isinstance(cache, (tuple, list)):
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__} of keys and values, which Transformers no longer uses: "
@@ -142,7 +141,7 @@ class Attachment:
         self._at_hand.cache = cache if hasattr(cache, "take_plan") else None
         if self._at_hand.cache is None:
             return None
-        tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         cache.begin(tokens.shape[1], attached=True)
         if not isinstance(cache, StreamingKVCache):
             return None
@@ -164,8 +163,7 @@ class Attachment:
         return (), given | {name: value for name, value in own.items() if name in self._parameters}
 
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        cache: Any = self._at_hand.cache
-        self._at_hand.cache = self._at_hand.positions = None
+        cache, self._at_hand.cache, self._at_hand.positions = self._at_hand.cache, None, None
         if cache is None:
             return
         if getattr(cache, "recurrent", None) is not None:
@@ -254,7 +252,7 @@ def attached(model: nn.Module, prefix: str = STREAMING) -> Iterator[None]:
         attachment.leave(prefix)
 
 
-def maskless_attention(model: nn.Module) -> AbstractContextManager[None]:
+def maskless_attention(model: nn.Module):
     """The model's attention is causal and no mask is built or inspected, so a forward never waits for the GPU.
 
     For loops without padding, which is not checked: a two-dimensional ``attention_mask`` is not read. Several queries

@@ -23,7 +23,7 @@ class SharedReference:
     def __deepcopy__(self, memo: dict) -> SharedReference:
         return self
 
-    def __reduce__(self) -> tuple[type[SharedReference], tuple[()]]:
+    def __reduce__(self):
         return (SharedReference, ())
 
 
@@ -36,7 +36,7 @@ class BareChecks:
         family: the model's.
     """
 
-    def __init__(self, model_config: Any, streaming: StreamingConfig, family: Family) -> None:
+    def __init__(self, model_config, streaming: StreamingConfig, family: Family) -> None:
         self._model_config = SharedReference(model_config)
         self._streaming, self._family = streaming, family
         self._length = bare_length(model_config)
@@ -45,7 +45,7 @@ class BareChecks:
 
     def forget_angles(self) -> None:
         """Look at the model's angles again from the first eviction on."""
-        self._next_angle_check: float = self._streaming.cache_size + 1
+        self._next_angle_check = self._streaming.cache_size + 1
 
     def require_positions(self, progress: Progress, n_tokens: int) -> None:
         """Raise ``ValueError`` where the model's rotation ends, or changes, before these tokens do."""

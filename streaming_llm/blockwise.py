@@ -199,7 +199,6 @@ def _score_rows(
                 raise ValueError(f"at least two tokens are needed to score one, got {length} in row {group[0]}")
             packed = torch.stack([rows[index] for index in group])
             losses = score_stream(model, packed, block_size=block_size, config=config, engine=engine)
-            assert isinstance(losses, Tensor)  # nothing but losses was asked for
             for index, of_row in zip(group, losses, strict=True):
                 nll[index, mask[index].nonzero()[1:, 0].to(nll.device) - 1] = of_row
     return nll
@@ -236,4 +235,4 @@ class _Collector:
     def result(self) -> Tensor | tuple[Tensor, Tensor]:
         self._flush()
         joined = tuple(torch.cat(parts, dim=1) for parts in zip(*self._done, strict=True))
-        return (joined[0], joined[1]) if self.keep_hidden else joined[0]
+        return joined if self.keep_hidden else joined[0]

@@ -183,8 +183,8 @@ class StreamingLayer(CacheLayerMixin):
     def _plan(self, first_key: int, end: int, previous: tuple[Tensor, ...] = ()) -> BlockPlan:
         n_sink = self.layout.config.n_sink
         far = n_sink > 0 and end > self.layout.capacity
-        keys, values = (self.sinks, self.values[:, :, :n_sink]) if far else (None, None)
-        return BlockPlan(self.layout, first_key, self.progress.seen[0], self.rotation, keys, values, previous)
+        sinks = (self.sinks, self.values[:, :, :n_sink]) if far else (None, None)
+        return BlockPlan(self.layout, first_key, self.progress.seen[0], self.rotation, *sinks, previous)
 
     # Sizes, as Transformers asks for them
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -27,8 +25,8 @@ def streaming_generate(
     window_size: int = 1020,
     config: StreamingConfig | None = None,
     engine: str = "auto",
-    **model_kwargs: Any,
-) -> Any:
+    **model_kwargs,
+):
     """For Transformers' hook, in constant memory and exact::
 
         model.generate(**inputs, custom_generate=streaming_generate, n_sink=4, window_size=1020)

@@ -79,7 +79,7 @@ class StreamingDecoder:
     def __enter__(self) -> StreamingDecoder:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, *exc_info) -> None:
         self.close()
 
     @property
@@ -236,7 +236,7 @@ class StreamingDecoder:
         version, logits = self._logits
         up_to_date = version == self._cache.progress.version
         self._cache.move_to(position)
-        if up_to_date and logits is not None:
+        if up_to_date:
             self._keep(logits)
 
     @property
@@ -272,9 +272,7 @@ class StreamingDecoder:
         self._require_open()
         self._cache.restore(state, device=layer_devices(self._inner, self._cache.family.stores), dtype=dtype)
         logits, random = state.tensors.get(LOGITS), state.tensors.get(RANDOM)
-        if logits is not None:
-            logits = logits.to(output_device(self._inner), self._inner.dtype)
-        self._logits = self._cache.progress.version, logits
+        self._keep(None if logits is None else logits.to(output_device(self._inner), self._inner.dtype))
         self._generator = None
         if random is not None:
             self._generator = torch.Generator(output_device(self._inner))

@@ -54,9 +54,8 @@ def generate_until(
             tokens = tokens[:, : max(lengths)]
         ids = torch.cat((ids, tokens), dim=1)
         left -= tokens.shape[1]
-        if streamer is not None:
-            for token in tokens.cpu().unbind(1):
-                streamer.put(token)
+        for token in tokens.cpu().unbind(1) if streamer is not None else ():
+            streamer.put(token)
     if streamer is not None:
         streamer.end()
     return ids, logits
@@ -89,7 +88,6 @@ def _stop(
     if any(too_far):
         # The last token that stays goes in again, for the logits behind it.
         back = [length - end + 1 if far else 0 for length, end, far in zip(lengths, ends, too_far, strict=True)]
-        assert overwritten is not None  # of a single token nothing is taken back
         overwritten.take_back(engine.cache, back)
         last = torch.tensor([max(end - 1, 0) for end in ends], device=tokens.device)[:, None]
         again = engine.step(tokens.gather(1, last)[:, 0])

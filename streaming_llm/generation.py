@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class GenerationView(StreamingKVCache):
             self.overwritten.take_back(self.cache, [n_tokens])
         self.columns -= n_tokens
 
-    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def update(self, *args, **kwargs):
         raise RuntimeError("generate() gave a view of the cache to a model that is not in the StreamingLLMWrapper")
 
 
@@ -129,10 +129,10 @@ class GenerationForwards:
         self._changed.__enter__()
         return self
 
-    def __exit__(self, *exc_info: Any) -> None:
+    def __exit__(self, *exc_info) -> None:
         self._changed.__exit__(*exc_info)
 
-    def _prepare(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _prepare(self, input_ids: Tensor, *args, **kwargs) -> dict[str, Any]:
         """The model's own preparation, but where that drops the stream's cache (Phi-3 does at its original length)."""
         inputs = self._prepare_inputs(input_ids, *args, **kwargs)
         if kwargs.get("past_key_values") is self.view and inputs.get("past_key_values") is not self.view:
@@ -141,7 +141,7 @@ class GenerationForwards:
 
     # The forwards
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, *args, **kwargs):
         """In place of the model's forward."""
         cache = kwargs.get("past_key_values")
         if cache is not self.view:
@@ -162,7 +162,7 @@ class GenerationForwards:
         tokens = _last_and_draft(kwargs) if self.drafts else kwargs["input_ids"]
         return self._run_tokens(kwargs, tokens)
 
-    def _run_prompt(self, kwargs: dict[str, Any]) -> Any:
+    def _run_prompt(self, kwargs: dict[str, Any]):
         """Feed what is unseen of the prompt block by block, and the last of it as ``generate`` asks for."""
         name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
         tokens = kwargs[name]
@@ -185,7 +185,7 @@ class GenerationForwards:
         last = torch.stack([row[-1:] for row in unseen]).repeat_interleave(self.expand_size, dim=0)
         return self._run_tokens(kwargs, _last_and_draft(kwargs) if self.drafts else last.to(tokens.device), name)
 
-    def _run_tokens(self, kwargs: dict[str, Any], tokens: Tensor, name: str = "input_ids") -> Any:
+    def _run_tokens(self, kwargs: dict[str, Any], tokens: Tensor, name: str = "input_ids"):
         """Feed new tokens ``[batch, n]`` (or embeddings) by the engine, or by the model's own call."""
         alone = tokens.dim() == 2 and tokens.shape[1] == 1 and self.working.n_seen > 0
         if self._engines is not None and alone and not self._more_than_logits(kwargs):
@@ -196,7 +196,7 @@ class GenerationForwards:
             return self._output(logits)
         if self.drafts:
             self.view.overwritten = OverwrittenSlots(self.working, tokens.shape[1])
-        own: dict[str, Any] = {"attention_mask": None, "position_ids": None, "cache_position": None}
+        own = {"attention_mask": None, "position_ids": None, "cache_position": None}
         own = {key: None for key in own if key in kwargs} | {name: tokens, "past_key_values": self.working}
         output = self._forward(**(kwargs | own))
         self.view.columns += tokens.shape[1]

@@ -77,7 +77,7 @@ class StreamingKVCache(SaveableCache):
 
     def __init__(
         self,
-        model_config: Any,
+        model_config,
         n_sink: int = 4,
         window_size: int = 1020,
         *,
@@ -164,8 +164,8 @@ class StreamingKVCache(SaveableCache):
         value_states: Tensor,
         layer_idx: int,
         cache_kwargs: dict[str, Any] | None = None,
-        *args: Any,
-        **kwargs: Any,
+        *args,
+        **kwargs,
     ) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, detached; see :meth:`StreamingLayer.store`.
 
@@ -321,11 +321,10 @@ class StreamingKVCache(SaveableCache):
         """Remembers the recurrent states of rows, which a step is not to change; what it returns puts them back."""
         if self.recurrent is None or not rows or not self.n_seen:
             return lambda: None
-        recurrent, n_rows = self.recurrent, self.layers[0].batch_size
-        before = recurrent.value.select(lambda x: x[rows].clone())
+        before = self.recurrent.value.select(lambda x: x[rows].clone())
 
         def put_back() -> None:
-            recurrent.value = recurrent.value.with_rows(rows, before, n_rows)
+            self.recurrent.value = self.recurrent.value.with_rows(rows, before, self.batch_size)
 
         return put_back
 
@@ -356,7 +355,7 @@ class StreamingKVCache(SaveableCache):
         """Take over ``part``'s rows as these of ``n_rows``; buffers that fit stay in place."""
         for layer, of_part in zip(self.layers, part.layers, strict=True):
             layer.put_rows(rows, of_part, n_rows)
-        if self.recurrent is not None and part.recurrent is not None:
+        if self.recurrent is not None:
             self.recurrent.value = self.recurrent.value.with_rows(rows, part.recurrent.value, n_rows)
         progress = self.progress.of_rows(n_rows)
         for row, of_row in zip(rows, part.progress.of_rows(len(rows)), strict=True):

@@ -10,7 +10,6 @@ that nobody writes, and waits before it reads what that kernel wrote.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 import triton
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, pdl: bool = False, **meta: Any) -> None:
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args, pdl: bool = False, **meta) -> None:
     """Launch ``kernel[grid](*args, **meta)`` on the device of its arguments, and that device's current stream.
 
     Args:
@@ -36,7 +35,7 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, pdl: b
 
 
 @triton.jit
-def wait_for_input(PDL: tl.constexpr) -> None:
+def wait_for_input(PDL: tl.constexpr):
     """Let the next kernel start, and wait for the one in front to have written its results."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

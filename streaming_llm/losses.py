@@ -10,7 +10,7 @@ from .families import lm_head, transformers_model
 try:
     from .fused import elementwise
 except ImportError:  # no Triton: PyTorch's own operators do the same
-    elementwise = None  # type: ignore[assignment]
+    elementwise = None
 
 LOGITS_BYTES = 1 << 28
 """Logits, counted in float32, that are held at a time."""

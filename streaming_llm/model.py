@@ -74,9 +74,8 @@ class StreamingLLMWrapper:
         self._attachment = Attachment.enter(self.model)
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        if self._attachment is not None:
-            self._attachment.leave()
+    def __exit__(self, *exc_info) -> None:
+        self._attachment.leave()
         self._attachment = None
 
     def _require_entered(self) -> None:
@@ -88,7 +87,7 @@ class StreamingLLMWrapper:
         self._require_entered()
         return StreamingKVCache.from_model(self.model, config=self.streaming_config)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args, **kwargs):
         """The model's forward; pass ``past_key_values=stream.new_cache()``."""
         self._require_entered()
         return self.model(*args, **kwargs)
@@ -115,7 +114,7 @@ class StreamingLLMWrapper:
         hidden = feed_rows(self.model, cache, rows, block_size, self._block)
         return last_logits(transformers_model(self.model), hidden)
 
-    def generate(self, inputs: Tensor | None = None, *, continues: bool = False, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, *, continues: bool = False, **kwargs):
         """``model.generate`` on a streaming cache: prompts of any length, as many new tokens as one likes.
 
         Takes what ``model.generate`` takes, and returns what it returns. A prompt longer than the cache is fed block
@@ -161,7 +160,7 @@ class StreamingLLMWrapper:
             lambda view: self.model.generate(past_key_values=view, **kwargs), cache, prompt, expand_size, kwargs
         )
         sequences = getattr(output, "sequences", output)
-        if prompt is not None and continues and expand_size > 1:  # the stream goes on with the best beam
+        if continues and expand_size > 1:  # the stream goes on with the best beam
             self._feed_best(prompt, cache, sequences)
         if continues or expand_size == 1:
             cache.set_pending(sequences[:, -1].clone())
@@ -174,7 +173,7 @@ class StreamingLLMWrapper:
         prompt: Prompt | None,
         expand_size: int,
         kwargs: dict[str, Any],
-    ) -> Any:
+    ):
         """Run ``generate(view)``, whose forwards with the view go to ``cache``.
 
         Args:

@@ -139,7 +139,7 @@ class ExactRotaryEmbedding(nn.Module):
         super().__init__()
         self.replaced, self.layout = replaced, layout or AngleLayout()
         self.stands_in, self.positions = stands_in, positions
-        self.rotaries: dict[str | None, Rotary] = rotary if isinstance(rotary, dict) else {None: rotary}
+        self.rotaries = rotary if isinstance(rotary, dict) else {None: rotary}
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -55,11 +55,11 @@ def feed_rows(
         alike.setdefault((len(row), *progress[index]), []).append(index)
     if len(alike) == 1:
         return feed(model, cache, torch.stack(list(rows)), block_size, forward)
-    hidden: dict[int, Tensor] = {}
+    hidden: list[Tensor | None] = [None] * n_rows
     for group in alike.values():
         part = cache.take_rows(group, n_rows)
         last = feed(model, part, torch.stack([rows[index] for index in group]), block_size, forward)
         cache.put_rows(group, part, n_rows)
         for index, state in zip(group, last, strict=True):
             hidden[index] = state
-    return torch.stack([hidden[index] for index in range(n_rows)])
+    return torch.stack(hidden)

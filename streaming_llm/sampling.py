@@ -89,7 +89,6 @@ class Ending:
         if n_eos > len(self.eos_token_ids):
             raise ValueError(f"at most {len(self.eos_token_ids)} tokens can end a row, got {n_eos}")
         self.eos_token_ids.fill_(-1)[:n_eos] = other.eos_token_ids
-        assert isinstance(self.pad_token_id, Tensor)  # a number would be fixed in the recording
         self.pad_token_id.fill_(other.pad_token_id)
         self.active.copy_(other.active)
 

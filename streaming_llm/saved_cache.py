@@ -112,7 +112,7 @@ class SaveableCache(Cache):
     def load(
         cls,
         path: str | os.PathLike,
-        model: Any,
+        model,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -79,7 +79,7 @@ def _read(path: str | os.PathLike, with_tensors: bool) -> tuple[dict[str, str], 
 
 
 def _facts(path: str | os.PathLike, header: dict[str, str]) -> dict[str, Any]:
-    kinds: dict[str, Any] = {"model": dict, "n_sink": int, "window_size": int, "rotary": list, "rotary_of_layer": list}
+    kinds = {"model": dict, "n_sink": int, "window_size": int, "rotary": list, "rotary_of_layer": list}
     kinds |= {"n_seen": int | list, "position_offset": int | list, "slots": list, "dtype": str | None}
     try:
         facts = json.loads(header["facts"])

@@ -65,8 +65,7 @@ class SinkRotation:
             turns = self.on(device).cos_sin(angles)
             if paired:
                 one_of_each = slice(None, None, 2) if self.rotary.interleaved else slice(self.rotary.rotary_dim // 2)
-                cos, sin = (x[:, one_of_each].float().contiguous() for x in turns)
-                turns = cos, sin
+                turns = tuple(x[:, one_of_each].float().contiguous() for x in turns)
             while len(self._turns) > 2:  # a block needs three at most: each part that it is cut into has its own
                 del self._turns[next(iter(self._turns))]
             self._turns[key] = turns

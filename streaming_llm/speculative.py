@@ -50,8 +50,8 @@ class OverwrittenSlots:
                     "draft fewer (num_assistant_tokens, prompt_lookup_num_tokens)"
                 )
             layer.reserve(min(end, capacity))
-            of_rows = [[layer.layout.slot(seen + i) for i in range(n_tokens)] for seen, _ in progress]
-            slots = torch.tensor(of_rows, device=layer.device)
+            slots = [[layer.layout.slot(seen + i) for i in range(n_tokens)] for seen, _ in progress]
+            slots = torch.tensor(slots, device=layer.device)
             at = rows.to(layer.device), slice(None), slots
             self._kept.append((slots, layer.keys[at], layer.values[at]))
 

@@ -76,7 +76,7 @@ def as_fact(values: Sequence[int]) -> int | list[int]:
     return values[0] if len(values) == 1 else list(values)
 
 
-def model_facts(config: Any) -> dict[str, Any]:
+def model_facts(config) -> dict[str, Any]:
     """What a Transformers configuration says about the shape of keys and values."""
     config = config.get_text_config(decoder=True)
     return {name: value for name in MODEL_FACTS if (value := value_of(config, name)) is not None}

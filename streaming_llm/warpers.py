@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import FloatTensor, LongTensor, Tensor
+from torch import FloatTensor, LongTensor
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.logits_process import LogitsProcessor
 
@@ -18,7 +18,7 @@ class TopKTopPLogitsWarper(LogitsProcessor):
         self.top_k, self.top_p = top_k.top_k, top_p.top_p
         self.min_tokens_to_keep, self.filter_value = top_p.min_tokens_to_keep, top_p.filter_value
 
-    def __call__(self, input_ids: LongTensor, scores: FloatTensor) -> Tensor:
+    def __call__(self, input_ids: LongTensor, scores: FloatTensor) -> FloatTensor:
         """Scores ``[batch, vocab]`` with ``filter_value`` at what is not kept."""
         values = scores.topk(min(self.top_k, scores.shape[-1])).values  # in descending order
         weights = (values - values[:, :1]).exp()

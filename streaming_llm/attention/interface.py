@@ -142,9 +142,7 @@ def _own_window(window: int, q_len: int, kv_len: int) -> BlockPlan:
     return BlockPlan(StreamLayout(StreamingConfig(0, window - 1)), 0, kv_len - q_len)
 
 
-def _explicit(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **unused: Any
-) -> tuple[Tensor, Tensor]:
+def _explicit(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **unused):
     """Eager attention of a layer whose model file has no function of it."""
     key, value = repeat_heads(query, key, "math"), repeat_heads(query, value, "math")
     out, weights = explicit_attention(query, key, value, scaling)
@@ -163,7 +161,7 @@ def _attention_function(delegate: str) -> Callable[..., Attended]:
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
-        **rest: Any,
+        **rest,
     ) -> Attended:
         """Attention of ``query`` ``[batch, num_heads, q_len, head_dim]`` over keys from a cache or a plain forward."""
         require_no_mask(attention_mask)
@@ -204,11 +202,7 @@ def refuse_images(kwargs: dict[str, Any]) -> None:
 
 
 def _no_mask(
-    *args: Any,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    config: Any = None,
-    **sizes: Any,
+    *args, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, config=None, **sizes
 ) -> None:
     """The mask function of attached models: none, after making sure that none is needed.
 
@@ -226,7 +220,7 @@ def _no_mask(
 
 
 def _has_unwritten_keys(
-    q_length: int | None = None, q_offset: int | Tensor = 0, kv_length: int = 0, kv_offset: int = 0, **other: Any
+    q_length: int | None = None, q_offset=0, kv_length: int = 0, kv_offset: int = 0, **other
 ) -> bool:
     """Whether a cache has more slots than tokens: a static one, which newer Transformers does not announce."""
     if q_length is None:  # older Transformers, which does

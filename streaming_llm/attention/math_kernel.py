@@ -110,7 +110,7 @@ def band_math(
     """
     window, n_sink = plan.layout.config.window_size, plan.layout.config.n_sink
     q_len = query.shape[2]
-    if turned is not None and plan.sink_keys is not None and plan.sink_values is not None:
+    if turned is not None:
         groups = query.shape[1] // plan.sink_keys.shape[1]
         sink_keys = plan.sink_keys.repeat_interleave(groups, dim=1)
         sink_values = plan.sink_values.repeat_interleave(groups, dim=1)

@@ -59,8 +59,8 @@ class BlockPlan:
         n = self.sinks_in_front
         if not n:
             return key, value, self
-        plan = replace(self, sink_keys=key[:, :, :n], sink_values=value[:, :, :n], sinks_in_front=0)
-        return key[:, :, n:], value[:, :, n:], plan
+        sinks = {"sink_keys": key[:, :, :n], "sink_values": value[:, :, :n], "sinks_in_front": 0}
+        return key[:, :, n:], value[:, :, n:], replace(self, **sinks)
 
     def all_in_one(self, key: Tensor, value: Tensor, rotation: SinkRotation) -> tuple[Tensor, Tensor, BlockPlan]:
         """Sinks, earlier tokens and new ones one behind the other, and the plan for them: see ``sinks_in_front``.
@@ -70,7 +70,7 @@ class BlockPlan:
         """
         given = [self.previous] if self.previous else []
         n_sink = 0
-        if self.sink_keys is not None and self.sink_values is not None:
+        if self.sink_keys is not None:
             given, n_sink = [(self.sink_keys, self.sink_values), *given], self.sink_keys.shape[2]
         key, value = (torch.cat(parts, dim=2) for parts in zip(*given, (key, value), strict=True))
         plan = BlockPlan(self.layout, self.first_key, self.first_query, rotation, sinks_in_front=n_sink)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,7 +22,7 @@ def attend(
     layer: nn.Module,
     implementation: str,
     states: tuple[Tensor, Tensor, Tensor],
-    layer_past: Any,
+    layer_past,
     scaling: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
@@ -69,17 +68,16 @@ class _GPTJ:
             if self.rotary.inv_freq.device != positions.device:
                 self.rotary = self.rotary.to(positions.device)
             self._last = (positions, *self.rotary.cos_sin(positions))
-        _, cos, sin = self._last
-        return cos, sin
+        return self._last[1:]
 
     def __call__(
         self,
         layer: nn.Module,
         hidden_states: Tensor,
-        layer_past: Any = None,
+        layer_past=None,
         attention_mask: Tensor | None = None,
-        position_ids: Any = None,
-        **unused: Any,
+        position_ids: Tensor | None = None,
+        **unused,
     ) -> tuple[Tensor, Tensor | None]:
         require_no_mask(attention_mask)
         query, key, value = (
@@ -105,10 +103,10 @@ class _Falcon:
         alibi: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        layer_past: Any = None,
-        *args: Any,
+        layer_past=None,
+        *args,
         position_embeddings: tuple[Tensor, Tensor],
-        **unused: Any,
+        **unused,
     ) -> tuple[Tensor, Tensor | None]:
         require_no_mask(attention_mask)
         query, key, value = self._split(layer, layer.query_key_value(hidden_states))
@@ -141,10 +139,10 @@ class _StableLm:
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        *args: Any,
+        past_key_values=None,
+        *args,
         position_embeddings: tuple[Tensor, Tensor],
-        **unused: Any,
+        **unused,
     ) -> tuple[Tensor, Tensor | None]:
         require_no_mask(attention_mask)
         query, key, value = (
@@ -194,7 +192,7 @@ def rewritten_forwards(
         ValueError: the layers of this family cannot be replaced under the installed Transformers.
     """
 
-    def update_causal_mask(attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> None:
+    def update_causal_mask(attention_mask: Tensor | None, *args, **kwargs) -> None:
         check_mask(attention_mask)
 
     changes: list[tuple[nn.Module, str, Callable]] = [

@@ -18,8 +18,8 @@ def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     """
     if len({x.dtype for x in parts}) == 1 and not any(x.requires_grad for x in parts):
         for dtype in WIDE:
-            views = [view for x in parts if (view := _in_elements_of(dtype, x)) is not None]
-            if len(views) == len(parts):
+            views = [_in_elements_of(dtype, x) for x in parts]
+            if all(view is not None for view in views):
                 return torch.cat(views, dim=dim).view(parts[0].dtype)
     return torch.cat(tuple(parts), dim=dim)
 

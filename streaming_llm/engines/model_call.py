@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -59,9 +57,9 @@ class DeviceCache(Cache):
     """
 
     def __init__(self, cache: StreamingKVCache, device: torch.device) -> None:
-        self.source, n_rows = cache, cache.layers[0].batch_size
-        self.seen, self.offset = (torch.zeros(n_rows, dtype=torch.int64, device=device) for _ in range(2))
-        self.rows = torch.arange(n_rows, device=device)
+        self.source = cache
+        self.seen, self.offset = (torch.zeros(cache.batch_size, dtype=torch.int64, device=device) for _ in range(2))
+        self.rows = torch.arange(cache.batch_size, device=device)
         self._slots: dict[StreamLayout, Tensor] = {}
         self._turns: dict[tuple, tuple[Tensor, Tensor]] = {}
         super().__init__(layers=[DeviceLayer(layer, self) for layer in cache.layers])
@@ -109,9 +107,7 @@ class DeviceCache(Cache):
         """The token at hand attends to the whole ring."""
         return StepPlan()
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Store one layer's token; see :meth:`DeviceLayer.update`."""
         if self.source.family.latents:
             return self.layers[layer_idx].update(value_states, key_states)[::-1]
@@ -144,7 +140,7 @@ class DeviceLayer(CacheLayerMixin):
         self.turned.copy_(self.layer.sinks[..., self.rotary.span])
         self.quarter.copy_(self.rotary.quarter_turn(self.turned))
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store one token of each row and move the sinks: the whole ring is what the token attends to."""
         rows, slots = self.cache.rows, self.cache.slot(self.layer.layout)
         self.keys[rows, :, slots] = key_states[:, :, 0]

@@ -35,15 +35,13 @@ class EnginePool:
         """An engine that advances ``cache``, which is not empty."""
         first = cache.layers[0]
         key = cache.streaming_config, first.keys.shape[:2], first.dtype, first.device
-        kept = self._engines.pop(key, None)
-        if kept is None:
+        engine, holder = self._engines.pop(key, (None, None))
+        if engine is None:
             own = copy.copy(cache)
             own.__dict__ = cache.__dict__  # two names for one cache: the engine outlives the caller's
             engine = make_engine(self.model, own, self.name)
-        else:
-            engine, holder = kept
-            if holder() is not cache:
-                self._hand_over(engine.cache, holder(), cache)
+        elif holder() is not cache:
+            self._hand_over(engine.cache, holder(), cache)
         self._engines[key] = engine, weakref.ref(cache)
         if len(self._engines) > MAX_KEPT:
             self._engines.popitem(last=False)

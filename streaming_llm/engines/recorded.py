@@ -78,13 +78,11 @@ class RecordedStep(ABC):
     from_any_fill = False
     """Whether it runs on a cache that is not full."""
 
+    seen: Tensor
+    """Tokens that each row has been fed, int64 ``[batch]``, on the device: read and advanced by :meth:`run`."""
+
     @abstractmethod
     def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None: ...
-
-    @property
-    @abstractmethod
-    def seen(self) -> Tensor:
-        """Tokens that each row has been fed, int64 ``[batch]``, on the device: read and advanced by :meth:`run`."""
 
     @abstractmethod
     def load(self) -> None:
@@ -122,7 +120,7 @@ class RecordedEngine(Engine):
         return self._static.logits.clone()
 
     def score(self, logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        losses: list[Tensor] = []
+        losses = []
         while token_ids.shape[1] and not self._bind():
             loss, logits = super().score(logits, token_ids[:, :1])
             losses, token_ids = [*losses, loss], token_ids[:, 1:]
@@ -143,7 +141,7 @@ class RecordedEngine(Engine):
         generator: torch.Generator | None,
         ending: Ending | None = None,
     ) -> tuple[Tensor, Tensor]:
-        tokens: list[Tensor] = []
+        tokens = []
         while n and not self._bind():
             token, logits = super().generate(logits, 1, sampling, generator, ending)
             tokens, n = [*tokens, token], n - 1
@@ -176,10 +174,10 @@ class RecordedEngine(Engine):
         self._step.run()
 
     def _generate_one(self, sampling: Sampling, generator: torch.Generator | None, ending: Ending | None) -> None:
-        static, before = self._static, self._static.logits
+        static, before = self._static, None
         token = sampling.choose(static.logits, generator)
         if ending is not None:
-            token, before = torch.where(ending.active, token, ending.pad_token_id), before.clone()
+            token, before = torch.where(ending.active, token, ending.pad_token_id), static.logits.clone()
         static.tokens.copy_(token)
         static.chunk.index_copy_(1, static.index, token.unsqueeze(1))
         static.index += 1
@@ -225,9 +223,7 @@ class RecordedEngine(Engine):
 
     def _build(self) -> None:
         vocab = self.model.get_output_embeddings().weight.shape[0]
-        self._static = StaticTensors(
-            self.cache.layers[0].batch_size, vocab, self.model.dtype, output_device(self.model)
-        )
+        self._static = StaticTensors(self.cache.batch_size, vocab, self.model.dtype, output_device(self.model))
         self._step = self._make_step(self.model, self.cache, self._static)
         self._recordings: OrderedDict[object, Recording] = OrderedDict()
 
@@ -257,7 +253,7 @@ class RecordedEngine(Engine):
                 x.copy_(before)
             static.index.zero_()
             self._step.load()
-        if generator is not None and random_state is not None:
+        if random_state is not None:
             generator.set_state(random_state)
         torch.cuda.synchronize(device)
         self.compile_sec += time.perf_counter() - start

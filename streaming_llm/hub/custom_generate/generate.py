@@ -1,11 +1,9 @@
 """In the layout of the hub: ``model.generate(**inputs, custom_generate=FOLDER, trust_remote_code=True, n_sink=4)``."""
 
-from typing import Any
-
 from streaming_llm import StreamingLLMWrapper
 
 
-def generate(model: Any, n_sink: int = 4, window_size: int = 1020, engine: str = "auto", **kwargs: Any) -> Any:
+def generate(model, n_sink=4, window_size=1020, engine="auto", **kwargs):
     """``model.generate`` by StreamingLLM: exact, in constant memory.
 
     Args:
