@@ -5,7 +5,7 @@ A model here is a Transformers model, or one within PEFT or ``torch.compile``, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,20 @@ def layer_devices(model: Any, stores: Sequence[int]) -> list[torch.device]:
         return [input_device(model)] * len(stores)
     attention = [next((m for m in layer.modules() if hasattr(m, "_hf_hook")), layer) for layer in stacks[0]]
     return [_device_of(attention[index]) for index in stores]
+
+
+def weight_addresses(model: nn.Module) -> tuple[int, ...]:
+    """Where the data of all parameters lie: a quantised weight has none of its own, only the tensors that it holds."""
+    return tuple(x.data_ptr() for parameter in model.parameters() for x in _stored(parameter))
+
+
+def _stored(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that hold a tensor's data."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _stored(getattr(tensor, name))
 
 
 def is_split(model: nn.Module) -> bool:

@@ -15,6 +15,8 @@ from transformers import GPTNeoXForCausalLM
 
 from personal_adapters.neox_flash import NeoXFlashAttentionAdapter, unwrap_attention, wrap_attention
 from streaming_llm import StreamingDecoder, StreamingKVCache, StreamingLLMWrapper, score_stream
+from streaming_llm.fused.refusals import why_not
+from streaming_llm.placement import weight_addresses
 
 
 def small(**changes):
@@ -379,3 +381,20 @@ def test_bitsandbytes(tmp_path, bits):
     torch.testing.assert_close(logits.float(), expected, atol=5e-2, rtol=0)
     # Last: on a CPU, bitsandbytes' 4-bit layers compute something else after state_dict().
     assert list(model.state_dict()) == keys
+
+
+def test_torchao_weight_only():
+    """A model quantised in place streams as it does de-quantised; our kernels leave it to the model's own call."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model, ids = small(rotary_pct=0.25), make_ids(100)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    expected = copy.deepcopy(model)
+    for linear in (m for m in expected.modules() if isinstance(m, nn.Linear)):
+        linear.weight = nn.Parameter(linear.weight.dequantize())
+    assert "weights of class Int8Tensor" in why_not(model)
+    assert why_not(expected) is None
+    assert 0 not in weight_addresses(model)
+    with StreamingDecoder(expected, 4, 30) as one, StreamingDecoder(model, 4, 30) as other:
+        torch.testing.assert_close(one.prefill(ids), other.prefill(ids), atol=1e-5, rtol=0)
+        for token in ids[:, :40].unbind(1):
+            torch.testing.assert_close(one.step(token), other.step(token), atol=1e-5, rtol=0)

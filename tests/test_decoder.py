@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import make_ids, make_neox
 from family_models import make_family
 from reference import reference_logits
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -21,6 +22,7 @@ from streaming_llm import StreamingDecoder, resolve_block_engine, resolve_engine
 from streaming_llm.engines.base import EagerEngine
 from streaming_llm.fused import fused_forward, require_fused, why_not_fused
 from streaming_llm.fused.refusals import why_not
+from streaming_llm.placement import weight_addresses
 from streaming_llm.sampling import Sampling
 
 S, W = 4, 20
@@ -339,6 +341,12 @@ class AdaptedLinear(torch.nn.Module):
         self.base_layer = base_layer
 
 
+def in_two(layer: torch.nn.Module) -> torch.nn.Parameter:
+    """A weight that holds its data in other tensors, as torchao's do."""
+    weight = layer.mlp.dense_h_to_4h.weight.detach()
+    return torch.nn.Parameter(TwoTensor(weight, weight.clone()))
+
+
 def make_changed(change):
     model = make_neox()
     change(model, model.gpt_neox.layers[1])
@@ -367,6 +375,10 @@ UNFIT = {
         lambda: make_changed(lambda m, layer: setattr(layer.mlp, "dense_h_to_4h", torch.nn.Identity())),
         "it holds a Identity in place of a plain layer",
     ),
+    "a quantised weight": (  # it says of itself that it is of one of the dtypes, and contiguous
+        lambda: make_changed(lambda m, layer: setattr(layer.mlp.dense_h_to_4h, "weight", in_two(layer))),
+        "it has weights of class TwoTensor, which no kernel reads",
+    ),
     "two dtypes": (lambda: make_changed(lambda m, layer: layer.mlp.half()), "not all of one of"),
     "a hook": (
         lambda: make_changed(lambda m, layer: layer.register_forward_hook(lambda *args: None)),
@@ -383,6 +395,20 @@ UNFIT = {
 def test_models_that_no_recipe_covers_are_refused_with_the_reason(case):
     make, message = UNFIT[case]
     assert message in why_not(make())
+
+
+def test_quantised_weights_that_are_replaced_lie_elsewhere():
+    model = make_neox()
+    layer = model.gpt_neox.layers[1]
+    plain = weight_addresses(model)
+    layer.mlp.dense_h_to_4h.weight = in_two(layer)
+    first = weight_addresses(model)
+    assert len(first) == len(plain) + 1
+    assert 0 not in first
+    kept, layer.mlp.dense_h_to_4h.weight = layer.mlp.dense_h_to_4h.weight, in_two(make_neox().gpt_neox.layers[1])
+    assert weight_addresses(model) != first
+    layer.mlp.dense_h_to_4h.weight = kept
+    assert weight_addresses(model) == first
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_parallel_residual": False}, {"hidden_act": "relu"}], ids=str)

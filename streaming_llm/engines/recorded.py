@@ -22,7 +22,7 @@ from ..families import transformers_model
 from ..fused import sampler_of
 from ..kv_cache import StreamingKVCache
 from ..losses import cross_entropy
-from ..placement import output_device
+from ..placement import output_device, weight_addresses
 from ..sampling import Ending, Sampling
 from .base import EagerEngine, Engine
 from .recorder import Recording
@@ -239,7 +239,7 @@ class RecordedEngine(Engine):
         return (
             layers[0].batch_size,
             tuple(x.data_ptr() for layer in layers for x in (layer.keys, layer.values, layer.sinks)),
-            tuple(p.data_ptr() for p in self.model.parameters()),
+            weight_addresses(self.model),
             kernels_in_force(self._adapters),
         )
 

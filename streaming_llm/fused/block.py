@@ -15,6 +15,7 @@ from ..attention.plan import BlockPlan
 from ..attention.torch_kernels import causal_attention, repeat_heads
 from ..config import StreamingConfig
 from ..kv_cache import StreamingKVCache
+from ..placement import weight_addresses
 from ..positions import StreamLayout
 from ..rope_utils import Rotary
 from .block_heads import norm_and_rotate_
@@ -93,7 +94,7 @@ class BlockForward:
     @property
     def recipe(self) -> Recipe:
         """The model's recipe, made anew when weights have been replaced."""
-        built_for = tuple(parameter.data_ptr() for parameter in self.model.parameters())
+        built_for = weight_addresses(self.model)
         if built_for != self._built_for:
             self._built_for, self._recipe = built_for, recipe_of(self.model)
         return self._recipe

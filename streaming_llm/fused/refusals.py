@@ -23,6 +23,9 @@ def why_not(model: nn.Module) -> str | None:
         reason = _of_module(module)
         if reason is not None:
             return reason
+    kinds = {type(parameter) for parameter in model.parameters()} - {nn.Parameter, torch.Tensor}
+    if kinds:  # their data pointer is null, or what it points to are no plain numbers
+        return f"it has weights of class {', '.join(sorted(kind.__name__ for kind in kinds))}, which no kernel reads"
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         return (
