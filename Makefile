@@ -9,6 +9,9 @@
 PYTHON ?= python3
 ENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(ENV)/bin
+# Files of tests go to this many processes of one thread each; one process where a GPU is to be shared: make test WORKERS=0
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Says which checkout was installed into the environment last, and when.
 INSTALLED := $(ENV)/.streaming-llm-installed
 ifneq ($(shell cat $(INSTALLED) 2>/dev/null),$(CURDIR))
@@ -39,16 +42,16 @@ figures: $(INSTALLED)
 	$(BIN)/python experiments/plot_all.py --runs project
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-matrix: $(INSTALLED)
 	$(BIN)/python scripts/test_matrix.py $(MATRIX)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,7 +1,10 @@
 """Command lines: options from the fields of `ExperimentConfig`, and how a command ends: messages and exit codes."""
 
 import argparse
+import difflib
+import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
@@ -18,14 +21,29 @@ STREAM = ("n_sink", "window_size")
 TEXTS = ("datasets", "text_key", "bos")
 
 
+class _WideHelp(argparse.RawDescriptionHelpFormatter):
+    """Options and what they mean side by side, as wide as the examples below them; a list's name stands once."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=max(118, shutil.get_terminal_size().columns - 2))
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs == argparse.ONE_OR_MORE:
+            return f"{self._metavar_formatter(action, default_metavar)(1)[0]} ..."
+        return super()._format_args(action, default_metavar)
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that answers a wrong command line with one line, as everything else is answered here."""
+    """A parser that answers a wrong command line with one line, and whose help keeps to two screens."""
 
     def __init__(self, prog: str, description: str, epilog: str = ""):
-        shape = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=shape, allow_abbrev=False)
+        about = {"prog": prog, "usage": f"{prog} [options]", "description": description, "epilog": epilog}
+        super().__init__(**about, formatter_class=_WideHelp, allow_abbrev=False)
 
     def error(self, message: str):
+        for word in re.findall(r"(--[\w-]+)", message.partition("unrecognized arguments: ")[2])[:1]:
+            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            message += f" (did you mean {near[0]}?)" if near else ""
         print(f"error: {message} (--help lists the options)", file=sys.stderr)
         raise SystemExit(EXIT_SETUP)
 
@@ -51,6 +69,8 @@ def add_options(
             details |= {"type": number, "metavar": item.metadata.get("metavar", "NAME")}
             if item.metadata.get("many") and name not in one:
                 details["nargs"] = "+"
+            elif isinstance(item.default, tuple):
+                details["default"] = item.default[0]
         details |= changes.get(name, {})
         group.add_argument(*details.pop("flags", flags), **details)
     return group

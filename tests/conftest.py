@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,11 @@ def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("the shared data folder is not there")
     return SHARED / "data"
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT interrupts this process and those that it starts, also where the shell that started pytest ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

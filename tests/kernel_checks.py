@@ -14,18 +14,26 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from family_models import SLIDING, VOCAB, make_family
+from family_models import SLIDING, VOCAB, available, make_family
 from family_reference import family_reference_logits
 from reference import rotated
 from transformers import DynamicCache
 
-from streaming_llm import score_stream
+from streaming_llm import StreamingDecoder, score_stream
 from streaming_llm.attachment import maskless_attention
-from streaming_llm.attention import band, torch_kernels, triton_kernels
+from streaming_llm.attention import band, kernel_choice, torch_kernels, triton_kernels
+from streaming_llm.cache_layer import StreamingLayer
 from streaming_llm.config import StreamingConfig
-from streaming_llm.fused import attention, elementwise, gemv
-from streaming_llm.positions import StreamLayout
+from streaming_llm.fused import block_heads, elementwise, gemv, ring_attention
+from streaming_llm.fused.family_recipes import recipe_of
+from streaming_llm.fused.full_ring import FullRing
+from streaming_llm.fused.recipe import Attention, HeadPlaces, Linear, Norm
+from streaming_llm.fused.ring_attention import RingAttention
+from streaming_llm.fused.rings import Rings, begin_step
+from streaming_llm.fused.step import StepForward
+from streaming_llm.positions import Progress, StreamLayout
 from streaming_llm.rope_utils import Rotary
+from streaming_llm.sinks import SinkRotation
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 HIDDEN = 72
@@ -60,7 +68,7 @@ def _no_gradients():
         yield
 
 
-TILES = [(4, 32, 1), (4, 16, 3), (1, 128, 8)]
+TILES = [(4, 32, 2), (2, 128, 8)]
 """Rows, columns, and tiles ahead: sizes that divide nothing, and one that holds a whole row."""
 
 
@@ -74,27 +82,44 @@ def tiles(request, monkeypatch) -> None:
         monkeypatch.setitem(getattr(gemv, name), "AHEAD", ahead)
 
 
-def linear(columns: int, rows: int, bias: bool = True) -> torch.nn.Linear:
-    return torch.nn.Linear(columns, rows, bias=bias, device=DEVICE)
-
-
-def norm(hidden: int = HIDDEN) -> torch.nn.LayerNorm:
-    layer = torch.nn.LayerNorm(hidden, device=DEVICE)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter)
-    return layer
-
-
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
-def exact(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A linear layer or a norm in float64."""
+def linear(columns: int, rows: int, bias: bool = True) -> Linear:
+    return Linear(randn(rows, columns) / columns**0.5, randn(rows) if bias else None)
+
+
+def norm(kind: str = "layer", size: int = HIDDEN) -> Norm | None:
+    """``none``, ``layer`` with a bias, ``bare`` without weights, ``rms``, or ``rms+1``."""
+    if kind == "none":
+        return None
+    weight = None if kind == "bare" else randn(size)
+    return Norm(weight, randn(size) if kind == "layer" else None, 1e-5, kind in ("layer", "bare"), kind == "rms+1")
+
+
+def exact(module: Linear | Norm | None, x: torch.Tensor) -> torch.Tensor:
+    """A matrix product or a norm in float64."""
+    x = x.double()
+    if module is None:
+        return x
     weight, bias = (None if p is None else p.double() for p in (module.weight, module.bias))
-    if isinstance(module, torch.nn.Linear):
-        return F.linear(x.double(), weight, bias)
-    return F.layer_norm(x.double(), module.normalized_shape, weight, bias, module.eps)
+    if isinstance(module, Linear):
+        return F.linear(x, weight, bias)
+    if module.centred:
+        x = x - x.mean(-1, keepdim=True)
+    x = x / (x.square().mean(-1, keepdim=True) + module.eps).sqrt()
+    x = x if weight is None else x * (weight + module.plus_one)
+    return x if bias is None else x + bias
+
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
@@ -105,49 +130,97 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) ->
 # ------------------------------------------------------------------------------------------- matrix-vector products
 
 
+NORMS = ["none", "layer", "bare", "rms", "rms+1"]
+
+
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("with_gelu", [False, True])
-@pytest.mark.parametrize(("rows", "bias"), [(54, True), (33, False)])
-def test_norm_and_matrix(rows, bias, with_gelu):
-    x, first, layer = randn(HIDDEN) * 3 + 1, norm(), linear(HIDDEN, rows, bias)
-    expected = exact(layer, exact(first, x))
-    expected = F.gelu(expected) if with_gelu else expected
-    for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 1e-2)):
-        out = torch.full((rows,), torch.nan, device=DEVICE, dtype=dtype)
-        gemv.norm_gemv(x, first, layer, out, with_gelu=with_gelu)
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize(("rows", "bias"), [((54,), True), ((33, 12, 9), False), ((20, 6, 6), True)])
+def test_norm_and_matrices(rows, bias, kind):
+    x, first, layers = randn(HIDDEN) * 3 + 1, norm(kind), tuple(linear(HIDDEN, n, bias) for n in rows)
+    expected = torch.cat([exact(layer, exact(first, x)) for layer in layers])
+    out = torch.full((sum(rows),), torch.nan, device=DEVICE)
+    gemv.norm_gemv(x, first, layers, out)
+    close(out, expected)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_first_half_of_an_mlp(gated, activation):
+    x, first = randn(HIDDEN) * 3 + 1, norm("rms")
+    layers = tuple(linear(HIDDEN, 13) for _ in range(1 + gated))
+    outputs, act = [exact(layer, exact(first, x)) for layer in layers], ACTIVATIONS[activation]
+    expected = act(outputs[0]) * outputs[1] if gated else act(outputs[0])
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 2e-2)):
+        out = torch.full((13,), torch.nan, device=DEVICE, dtype=dtype)
+        gemv.norm_gemv(x, first, layers, out, activation=activation, gated=gated)
         close(out, expected, tolerance)
 
 
 @pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("kind", ["layer", "rms+1"])
+def test_an_output_is_normed_and_added_by_the_kernel_that_reads_it(kind):
+    x, output, new_x, y = randn(HIDDEN), randn(HIDDEN), randn(HIDDEN) * torch.nan, randn(54) * torch.nan
+    first, of_output, layer = norm(kind), norm("rms+1" if kind == "rms+1" else "rms"), linear(HIDDEN, 54)
+    total = x.double() + exact(of_output, output)
+    gemv.norm_gemv(x, first, (layer,), y, pending=gemv.Pending(output, of_output, new_x))
+    close(new_x, total)
+    close(y, exact(layer, exact(first, total)))
+
+
+@pytest.mark.parametrize(
+    ("how", "change"),
+    [
+        ({"clip": 0.5}, lambda y: y.clamp(-0.5, 0.5)),
+        ({"scale": 0.3}, lambda y: y * 0.3),
+        ({"scale": 2.0, "cap": 1.5}, lambda y: (y * 2.0 / 1.5).tanh() * 1.5),
+    ],
+    ids=str,
+)
+def test_outputs_are_limited(how, change):
+    x, first, layer, y = randn(HIDDEN), norm("rms"), linear(HIDDEN, 54), randn(54) * torch.nan
+    gemv.norm_gemv(x, first, (layer,), y, **how)
+    close(y, change(exact(layer, exact(first, x))))
+
+
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("two", [True, False])
-@pytest.mark.parametrize("residuals", [0, 1, 2])
-def test_sum_of_products(two, residuals):
+@pytest.mark.parametrize(("residuals", "multiplier"), [(0, 1.0), (1, 1.0), (2, 1.0), (2, 0.22)])
+def test_sum_of_products(two, residuals, multiplier):
     pairs = [(linear(40, 54), randn(40)), (linear(HIDDEN, 54, bias=residuals == 1), randn(HIDDEN))]
     added, out = [randn(54) for _ in range(residuals)], torch.full((54,), torch.nan, device=DEVICE)
-    gemv.gemv_sum(pairs[0], pairs[1] if two else None, out, *added)
+    gemv.gemv_sum(pairs[0], pairs[1] if two else None, out, *added, multiplier=multiplier)
     used = pairs if two else pairs[:1]
-    close(out, sum(exact(layer, x) for layer, x in used) + sum(x.double() for x in added))
+    close(out, multiplier * sum(exact(layer, x) for layer, x in used) + sum(x.double() for x in added))
 
 
 # ------------------------------------------------------------------------------------------------------ elementwise
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("adds", [True, False])
-def test_sum_and_norms(count, adds):
-    x, norms = randn(3, 5, HIDDEN), tuple(norm() for _ in range(count))
-    add = (randn(3, 5, HIDDEN), randn(3, 5, HIDDEN)) if adds else None
-    total = x.double() + sum(y.double() for y in add or ())
-    new_x, outs = elementwise.sum_and_norms(x, add, norms)
+@pytest.mark.parametrize(("kind", "count"), [("layer", 2), ("bare", 1), ("rms", 1), ("rms+1", 1), ("none", 1)])
+@pytest.mark.parametrize("adds", [0, 1, 2])
+@pytest.mark.parametrize(("normed", "factor"), [(False, 1.0), (True, 1.0), (True, 0.22)])
+def test_sum_and_norms(kind, count, adds, normed, factor):
+    x, norms = randn(3, 5, HIDDEN), [norm(kind) for _ in range(count)]
+    given = [randn(3, 5, HIDDEN) for _ in range(adds)]
+    out_norm = norm("rms+1" if kind == "rms+1" else "rms") if normed and adds else None
+    total = x.double() + factor * exact(out_norm, sum(y.double() for y in given)) if adds else x.double() * factor
+    new_x, outs = elementwise.add_and_norm(x, given, norms, torch.float32, out_norm=out_norm, factor=factor)
     close(new_x, total)
     assert len(outs) == count
     for layer, out in zip(norms, outs, strict=True):
         close(out, exact(layer, total))
 
 
-def test_gelu():
-    x = randn(1000) * 4
-    close(elementwise.gelu_(x.clone()), F.gelu(x.double()), 1e-6)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS)[1:])
+@pytest.mark.parametrize("gated", [False, True])
+def test_activations(activation, gated):
+    both = randn(7, 2 * HIDDEN) * 4
+    gate, up = both.chunk(2, dim=-1)
+    act = ACTIVATIONS[activation]
+    expected = act(gate.double()) * up.double() if gated else act(up.double())
+    close(elementwise.activated(up, gate if gated else None, activation), expected, 1e-5)
 
 
 @pytest.mark.usefixtures("loops")
@@ -163,18 +236,72 @@ def frequencies(rotary_dim: int) -> torch.Tensor:
     return torch.logspace(0, -3, rotary_dim // 2, dtype=torch.float64, device=DEVICE)
 
 
-@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(20, 6), (16, 16)])
-def test_queries_and_keys_are_rotated_in_place(head_dim, rotary_dim):
-    qkv, positions, inv_freq = (
-        randn(2, 9, 3, 3 * head_dim),
-        torch.arange(5, 14, device=DEVICE),
-        frequencies(rotary_dim),
+def turned(x: torch.Tensor, positions: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """``x`` ``[batch, heads, n, head_dim]`` rotated to ``positions`` ``[n]``, in float64."""
+    rotary_dim, inv_freq = rotary.rotary_dim, rotary.inv_freq.to(x.device)
+    pairs = [*range(0, rotary_dim, 2), *range(1, rotary_dim, 2)] if rotary.interleaved else [*range(rotary_dim)]
+    order = [*pairs, *range(rotary_dim, x.shape[-1])]  # of neighbours, as halves
+    out = torch.empty_like(x, dtype=torch.float64)
+    out[..., order] = rotated(x[..., order].double(), positions, inv_freq)
+    return out
+
+
+HEAD_NORMS = ["none", "rms", "rms+1", "layer of each head", "bare", "all"]
+
+
+def attention_of(
+    head_dim: int, rotary_dim: int, heads: int, kv_heads: int, *, interleaved: bool = False, norms: str = "none",
+    together: bool = False, softcap: float | None = None,
+) -> Attention:  # fmt: skip
+    """A layer with random norms, whose products are not needed: queries, keys and values come from the tests."""
+    places = (HeadPlaces.by_kv_head if together else HeadPlaces.separate)(heads, kv_heads)
+    rotary = Rotary(frequencies(rotary_dim).cpu(), interleaved)
+
+    def head_norm(n: int) -> Norm | None:
+        if norms == "all":
+            return norm("rms", n * head_dim)
+        if norms == "layer of each head":
+            return Norm(randn(n, head_dim), randn(n, head_dim), 1e-5, centred=True)
+        if norms == "bare":
+            return Norm(randn(head_dim), None, 1e-5, centred=True)
+        return norm(norms, head_dim)
+
+    widths = [(heads + 2 * kv_heads) * head_dim] if together else [n * head_dim for n in (heads, kv_heads, kv_heads)]
+    projections = tuple(Linear(torch.zeros(width, 1, device=DEVICE)) for width in widths)
+    return Attention(
+        torch.nn.Identity(), projections, places, projections[0], heads, kv_heads, head_dim, rotary, SCALE,
+        softcap=softcap, query_norm=head_norm(heads), key_norm=head_norm(kv_heads), norms_all_heads=norms == "all",
+    )  # fmt: skip
+
+
+def normed_heads(x: torch.Tensor, given: Norm | None, *, together: bool) -> torch.Tensor:
+    """``x`` ``[batch, heads, n, head_dim]`` normed in float64, each head or all together."""
+    x = x.double().transpose(1, 2)
+    if not together:
+        return exact(given, x).transpose(1, 2)
+    return exact(given, x.flatten(2)).unflatten(2, x.shape[2:]).transpose(1, 2)
+
+
+@pytest.mark.parametrize("norms", HEAD_NORMS)
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(("head_dim", "rotary_dim", "interleaved"), [(20, 6, False), (16, 16, True)])
+def test_queries_and_keys_are_normed_and_rotated_in_place(head_dim, rotary_dim, interleaved, together, norms):
+    attention = attention_of(
+        head_dim, rotary_dim, 6, 3, interleaved=interleaved, norms=norms, together=together and norms != "all"
     )
-    by_head = qkv.transpose(1, 2).double().split(head_dim, dim=-1)
-    turned = [*(rotated(x, positions, inv_freq) for x in by_head[:2]), by_head[2]]
-    angles = positions.double()[:, None] * inv_freq
-    elementwise.rotate_qk_(qkv, angles.cos().float(), angles.sin().float())
-    close(qkv.transpose(1, 2), torch.cat(turned, dim=-1))
+    qkv, positions = randn(2, 9, attention.width), torch.arange(5, 14, device=DEVICE)
+    split = attention.places.split(qkv.unflatten(-1, (-1, head_dim)), 3)
+    query, key, value = (x.transpose(1, 2).clone() for x in split)
+    expected = [
+        turned(normed_heads(x, of, together=norms == "all"), positions, attention.rotary)
+        for x, of in ((query, attention.query_norm), (key, attention.key_norm))
+    ]
+    angles = positions.double()[:, None] * attention.rotary.inv_freq.to(DEVICE)
+    for queries in (True, False):
+        block_heads.norm_and_rotate_(qkv, attention, angles.cos().float(), angles.sin().float(), queries=queries)
+    got = attention.places.split(qkv.unflatten(-1, (-1, head_dim)), 3)
+    for now, then in zip(got, (*expected, value), strict=True):
+        close(now.transpose(1, 2), then)
 
 
 # head_dim, rotary_dim, heads, of keys, sinks
@@ -211,13 +338,10 @@ def test_parts_and_sinks_are_merged(head_dim, rotary_dim, heads, kv_heads, n_sin
         parts.append(tuple(in_order(x, n, backward=True) for x in older))
     keys, values = (randn(2, kv_heads, n_sink, head_dim) for _ in range(2))
     turn, inv_freq = 60 - torch.arange(length, device=DEVICE), frequencies(rotary_dim)
-    pairs = [*range(0, rotary_dim, 2), *range(1, rotary_dim, 2)] if interleaved else [*range(rotary_dim)]
-    order = [*pairs, *range(rotary_dim, head_dim)]  # of neighbours, as halves
-    turned = torch.empty_like(query, dtype=torch.float64)
-    turned[..., order] = rotated(query[..., order].double(), turn, inv_freq)
+    moved = turned(query, turn, Rotary(inv_freq, interleaved))
     for sink in range(n_sink):
         key, value = (x[:, :, sink, None].repeat_interleave(heads // kv_heads, dim=1) for x in (keys, values))
-        parts.append((value.expand_as(query), (turned * key.double()).sum(-1) * SCALE))
+        parts.append((value.expand_as(query), (moved * key.double()).sum(-1) * SCALE))
     angles = turn.double()[:, None] * inv_freq
     sinks = triton_kernels.Sinks(keys, values, angles.cos().float(), angles.sin().float(), interleaved)
     for given, expected in ((sinks, parts), (None, parts[:-n_sink])):
@@ -239,9 +363,9 @@ def use_kernels(monkeypatch, kernel: str) -> None:
     """Have blocks on a CPU go the way that they go on a CUDA device; cuDNN's calls are made by another kernel."""
     if DEVICE.type == "cuda":
         pytest.skip("the tests marked gpu run the kernels themselves")
-    monkeypatch.setattr(torch_kernels, "choose_kernel", lambda query: kernel)
+    monkeypatch.setattr(kernel_choice, "choose_kernel", lambda query: kernel)
     monkeypatch.setattr(triton_kernels, "available", lambda query: True)
-    monkeypatch.setitem(torch_kernels.FUSED, "cudnn", torch_kernels.flash)
+    monkeypatch.setitem(torch_kernels.WITH_LSE, "cudnn", torch_kernels.flash)
 
 
 @pytest.mark.usefixtures("loops")
@@ -282,67 +406,104 @@ def test_a_sliding_window_of_the_models_own(monkeypatch, kernel):
 
 
 class Ring:
-    """A stream of random tokens, and what the cache holds of it before token ``now``.
+    """Streams of random tokens, and what a layer of the cache holds of them before token ``now``.
 
     Args:
+        attention: of the layer.
+        layout: batch size, sinks, and window.
         score: added to every score, by a dimension that is not rotated.
     """
 
     def __init__(
-        self, sizes: tuple[int, ...], now: int, offset: int, dtype: torch.dtype, score: float | None = None
-    ) -> None:
-        self.head_dim, rotary_dim, self.heads, self.batch, self.n_sink, self.window = sizes
-        self.now, self.offset, self.dtype = now, offset, dtype
-        self.layout = StreamLayout(StreamingConfig(self.n_sink, self.window))
-        self.inv_freq = frequencies(rotary_dim)
-        self.state = attention.RingState(self.layout, Rotary(self.inv_freq), DEVICE)
-        self.state.set(now, offset)
-        self.qkv = randn(self.batch, self.heads, now + 1, 3 * self.head_dim, dtype=dtype)
+        self, attention: Attention, layout: tuple[int, int, int], now: int, offset: int,
+        dtype: torch.dtype = torch.float32, score: float | None = None,
+    ) -> None:  # fmt: skip
+        self.attention, self.now, self.offset, self.dtype = attention, now, offset, dtype
+        self.batch, self.n_sink, self.window = layout
+        progress = Progress()
+        progress.set((now,), (offset,))
+        config = StreamingConfig(self.n_sink, self.window)
+        self.layer = StreamingLayer(StreamLayout(config), SinkRotation(attention.rotary), progress)
+        self.rings = Rings([self.layer], self.batch, DEVICE)
+        self.rings.set(progress)
+        self.state = self.rings.states[0]
+        self.qkv = randn(self.batch, now + 1, attention.width, dtype=dtype)
+        heads = self.qkv.unflatten(-1, (-1, attention.head_dim))
+        split = attention.places.split(heads, attention.num_kv_heads)
         if score is not None:
-            self.qkv[..., self.head_dim - 1], self.qkv[..., 2 * self.head_dim - 1] = 10.0, score / SCALE / 10.0
-        _, keys, self.stream_values = self.qkv.split(self.head_dim, dim=-1)
+            split[0][..., -1], split[1][..., -1] = 10.0, score / SCALE / 10.0
+        query, key, value = (x.transpose(1, 2) for x in split)
+        together = attention.norms_all_heads
+        self.query = normed_heads(query[:, :, -1:], attention.query_norm, together=together)
+        key = normed_heads(key, attention.key_norm, together=together)
         positions = torch.arange(now + 1, device=DEVICE) + offset
-        self.stream_keys = rotated(keys.double(), positions, self.inv_freq).to(dtype)
-        ring = self.batch, self.heads, self.layout.capacity, self.head_dim
-        self.keys, self.values = (torch.full(ring, torch.nan, dtype=dtype, device=DEVICE) for _ in range(2))
+        self.stream_keys, self.stream_values = turned(key, positions, attention.rotary).to(dtype), value
+        self.layer.lazy_initialization(self.stream_keys, self.stream_values)
+        self.layer.reserve(self.layer.layout.capacity)
+        self.layer.keys.fill_(torch.nan)
+        self.layer.values.fill_(torch.nan)
         for token in range(now):  # later tokens overwrite earlier ones
-            self.keys[:, :, self.slot(token)] = self.stream_keys[:, :, token]
-            self.values[:, :, self.slot(token)] = self.stream_values[:, :, token]
+            self.layer.keys[:, :, self.slot(token)] = self.stream_keys[:, :, token]
+            self.layer.values[:, :, self.slot(token)] = self.stream_values[:, :, token]
+        self.layer.sinks.copy_(torch.nan_to_num(self.layer.keys[:, :, : self.n_sink]))
 
     def slot(self, token: int) -> int:
         return token if token < self.n_sink else self.n_sink + (token - self.n_sink) % (self.window + 1)
 
-    @property
-    def last(self) -> torch.Tensor:
-        """What the projection gives for the token at hand."""
-        return self.qkv[:, :, -1].contiguous()
+    def attend(self, kernel: RingAttention | FullRing) -> torch.Tensor:
+        """What a kernel gives for the token at hand: ``[batch, heads, head_dim]``."""
+        attention = self.attention
+        out = torch.full((self.batch, attention.num_heads * attention.head_dim), torch.nan, device=DEVICE)
+        out = kernel(attention, self.qkv[:, -1].contiguous(), self.layer, out.to(self.dtype))
+        return out.unflatten(-1, (-1, attention.head_dim))
 
     def attended(self) -> torch.Tensor:
-        """From the definition, in float64: ``[batch, heads, head_dim]``."""
-        query = self.qkv[:, :, -1:, : self.head_dim].double()
+        """The same from the definition, in float64."""
+        groups, softcap = self.attention.num_heads // self.attention.num_kv_heads, self.attention.softcap
+        keys, values = (x.double().repeat_interleave(groups, 1) for x in (self.stream_keys, self.stream_values))
         in_cache = min(self.now, self.n_sink + self.window)
         by_distance, to_sinks = (
-            (rotated(query, torch.tensor([at], device=DEVICE), self.inv_freq) * self.stream_keys.double()).sum(-1)
+            (turned(self.query, torch.tensor([at], device=DEVICE), self.attention.rotary) * keys).sum(-1)
             for at in (self.now + self.offset, in_cache + self.offset)
         )
         token = torch.arange(self.now + 1, device=DEVICE)
         is_sink = token < self.n_sink
         scores = torch.where(is_sink, to_sinks, by_distance) * SCALE
+        scores = scores if softcap is None else (scores / softcap).tanh() * softcap
         scores = scores.masked_fill(~is_sink & (token < self.now - self.window), -torch.inf)
-        return (scores.softmax(-1).unsqueeze(-1) * self.stream_values.double()).sum(2)
+        return (scores.softmax(-1).unsqueeze(-1) * values).sum(2)
 
 
 def begin(ring: Ring) -> None:
     """Run the kernel that opens a step, and check what it leaves."""
     table, tokens = randn(11, HIDDEN, dtype=ring.dtype), torch.randint(11, (ring.batch,), device=DEVICE)
     x = torch.full((ring.batch, HIDDEN), torch.nan, device=DEVICE)
-    attention.begin_step(tokens, table, x, ring.state)
-    assert torch.equal(x, table[tokens].float())
-    assert ring.state.counters.tolist() == [ring.now + 1, ring.offset, ring.now, ring.slot(ring.now)]
+    begin_step(tokens, table, x, ring.rings, 2.0)
+    assert torch.equal(x, 2.0 * table[tokens].float())
+    assert ring.rings.seen.tolist() == [ring.now + 1] * ring.batch
+    assert ring.rings.offset.tolist() == [ring.offset] * ring.batch
+    assert ring.state.counters.tolist() == [[ring.now, ring.slot(ring.now)]] * ring.batch
 
 
-# head_dim, rotary_dim, heads, batch, n_sink, window_size
-SIZES = [(20, 6, 4, 2, 4, 21), (16, 16, 3, 1, 0, 40), (80, 20, 2, 1, 3, 70)]
+def tile_of(monkeypatch, attention: Attention, slots: int, parts: int | None = None) -> None:
+    """Have programs take ``slots`` slots at a time, and put ``parts`` parts together at a time."""
+    dim_p = triton.next_power_of_2(attention.head_dim)
+    warps = RingAttention.warps_for(attention.num_heads // attention.num_kv_heads)
+    monkeypatch.setattr(RingAttention, "TILE", slots * dim_p // warps)
+    if parts is not None:
+        monkeypatch.setattr(RingAttention, "PARTIAL", parts * dim_p // warps)
+
+
+# head_dim, rotary_dim, heads, of keys; batch, n_sink, window_size
+SIZES = [((20, 6, 4, 4), (2, 4, 21)), ((16, 16, 3, 3), (1, 0, 40)), ((80, 20, 2, 2), (1, 3, 70))]
+OTHERS = [
+    {"interleaved": True},
+    {"norms": "rms", "together": True},
+    {"norms": "rms+1", "softcap": 0.7},
+    {"norms": "layer of each head"},
+    {"norms": "bare"},
+    {"norms": "all"},
+]
 MOMENTS = {
     "first": lambda s, w: 0,
     "among the sinks": lambda s, w: s // 2,
@@ -353,61 +514,104 @@ MOMENTS = {
 }
 
 
+def check_ring_attention(ring: Ring) -> None:
+    begin(ring)
+    kernel = RingAttention(ring.attention, ring.layer.keys, ring.state)
+    assert kernel.splits > 1
+    for _ in range(2):  # nothing is left over from a call to the next
+        close(ring.attend(kernel), ring.attended())
+    slot = ring.slot(ring.now)
+    close(ring.layer.keys[:, :, slot], ring.stream_keys[:, :, -1])
+    assert torch.equal(ring.layer.values[:, :, slot], ring.stream_values[:, :, -1])
+    if slot < ring.n_sink:
+        close(ring.layer.sinks[:, :, slot], ring.stream_keys[:, :, -1])
+
+
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("offset", [0, 1000])
 @pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_ring_attention(monkeypatch, sizes, moment, offset):
-    monkeypatch.setattr(attention.RingAttention, "TILE", 8 * triton.next_power_of_2(sizes[0]))
-    ring = Ring(sizes, moment(*sizes[-2:]), offset, torch.float32)
-    begin(ring)
-    attend = attention.RingAttention(ring.keys, ring.state, SCALE)
-    assert attend.splits > 1
-    for _ in range(2):  # nothing is left over from a call to the next
-        out = torch.full((ring.batch, ring.heads, ring.head_dim), torch.nan, device=DEVICE)
-        attend(ring.last, ring.keys, ring.values, out)
-        close(out, ring.attended())
-    slot = ring.slot(ring.now)
-    close(ring.keys[:, :, slot], ring.stream_keys[:, :, -1])
-    assert torch.equal(ring.values[:, :, slot], ring.stream_values[:, :, -1])
+@pytest.mark.parametrize(("sizes", "layout"), SIZES, ids=str)
+def test_ring_attention(monkeypatch, sizes, layout, moment, offset):
+    attention = attention_of(*sizes, together=True)
+    tile_of(monkeypatch, attention, 8)
+    check_ring_attention(Ring(attention, layout, moment(*layout[1:]), offset))
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("moment", ["among the sinks", "one to go", "turned"])
+@pytest.mark.parametrize("how", OTHERS, ids=str)
+def test_ring_attention_of_shared_keys(monkeypatch, how, moment):
+    layout, attention = (2, 10, 15), attention_of(20, 12, 4, 2, **how)  # sinks in more than one tile
+    tile_of(monkeypatch, attention, 8)
+    check_ring_attention(Ring(attention, layout, MOMENTS[moment](*layout[1:]), 5))
+
+
+@pytest.mark.usefixtures("loops")
+def test_ring_attention_of_more_query_heads_than_a_program_takes(monkeypatch):
+    monkeypatch.setattr(ring_attention, "MOST_SHARED", 2)
+    attention = attention_of(16, 16, 5, 1)
+    tile_of(monkeypatch, attention, 8)
+    check_ring_attention(Ring(attention, (1, 4, 20), 57, 0))
 
 
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("moment", ["among the sinks", "one to go", "turned"])
 def test_ring_attention_over_scores_far_below_zero(monkeypatch, moment):
     """What has not been seen, by a part of the ring or by all of it, weighs nothing, not one."""
-    sizes = SIZES[2]
-    monkeypatch.setattr(attention.RingAttention, "TILE", 8 * triton.next_power_of_2(sizes[0]))
-    monkeypatch.setattr(attention.RingAttention, "PARTIAL", 2 * triton.next_power_of_2(sizes[0]))
-    ring = Ring(sizes, MOMENTS[moment](*sizes[-2:]), 0, torch.float32, score=-150.0)
+    sizes, layout = SIZES[2]
+    attention = attention_of(*sizes, together=True)
+    tile_of(monkeypatch, attention, 8, parts=2)
+    ring = Ring(attention, layout, MOMENTS[moment](*layout[1:]), 0, score=-150.0)
     begin(ring)
-    attend = attention.RingAttention(ring.keys, ring.state, SCALE)
-    assert attend.splits > 2 * attend.parts
-    out = torch.full((ring.batch, ring.heads, ring.head_dim), torch.nan, device=DEVICE)
-    attend(ring.last, ring.keys, ring.values, out)
-    close(out, ring.attended(), 1e-4)
+    kernel = RingAttention(attention, ring.layer.keys, ring.state)
+    assert kernel.splits > 2 * kernel.parts
+    close(ring.attend(kernel), ring.attended(), 1e-4)
 
 
 @pytest.mark.usefixtures("loops")
 def test_ring_attention_by_one_program_in_half_precision():
-    ring = Ring(SIZES[0], 60, 0, torch.float16)
+    ring = Ring(attention_of(*SIZES[0][0]), SIZES[0][1], 60, 0, torch.float16)
     begin(ring)
-    attend = attention.RingAttention(ring.keys, ring.state, SCALE)
-    assert attend.splits == 1
-    out = randn(ring.batch, ring.heads, ring.head_dim, dtype=torch.float16)
-    attend(ring.last.float(), ring.keys, ring.values, out)
-    close(out, ring.attended(), 5e-3)
+    kernel = RingAttention(ring.attention, ring.layer.keys, ring.state)
+    assert kernel.splits == 1
+    close(ring.attend(kernel), ring.attended(), 5e-3)
 
 
-@pytest.mark.parametrize("offset", [0, 1000])
 @pytest.mark.parametrize("moment", ["full", "evicting", "turned"])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_a_full_ring_is_made_ready_for_pytorch_s_attention(sizes, moment, offset):
-    ring = Ring(sizes, MOMENTS[moment](*sizes[-2:]), offset, torch.float32)
+@pytest.mark.parametrize("how", [{"together": True}, *OTHERS], ids=str)
+@pytest.mark.parametrize(("sizes", "layout"), [SIZES[0], ((16, 16, 6, 3), (1, 0, 40))], ids=str)
+def test_a_full_ring_by_pytorch_s_attention(sizes, layout, moment, how):
+    ring = Ring(attention_of(*sizes, **how), layout, MOMENTS[moment](*layout[1:]), 1000)
     begin(ring)
-    sinks = ring.keys[:, :, : ring.n_sink].contiguous()
-    query = torch.full((ring.batch, ring.heads, 1, ring.head_dim), torch.nan, device=DEVICE)
+    kernel = FullRing(ring.attention, ring.layer.keys, ring.state)
     for _ in range(2):
-        attention.rotate_and_store(ring.last, query, ring.keys, ring.values, sinks, ring.state)
-        out = F.scaled_dot_product_attention(query.double(), ring.keys.double(), ring.values.double(), scale=SCALE)
-        close(out[:, :, 0], ring.attended())
+        close(ring.attend(kernel), ring.attended())
+
+
+# -------------------------------------------------------------------------------------------------------- whole steps
+
+
+STEPPED = [("gpt_neox", True, 1, 9), ("gemma3", True, 1, 9), ("llama", True, 2, 9), ("phi", False, 2, 11)]
+"""Case, own attention, batch size, and length of the prompt: with a cache of 10 that is full soon, or at once."""
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize(("case", "own", "batch", "prompt"), STEPPED)
+def test_steps_of_a_model(case, own, batch, prompt):
+    if not available(case):
+        pytest.skip("not in the installed Transformers")
+    n_sink, window, length = 3, 7, 12
+    ids = torch.randint(VOCAB, (batch, length))
+    model = make_family(case)
+    expected = family_reference_logits(model, ids, n_sink, window)
+    model, ids = model.to(DEVICE), ids.to(DEVICE)
+    with StreamingDecoder(model, n_sink, window, engine="eager") as decoder:
+        decoder.prefill(ids[:, :prompt])
+        for layer in decoder.cache.layers:
+            layer.reserve(layer.layout.capacity)
+        logits = torch.full((batch, VOCAB), torch.nan, device=DEVICE)
+        step = StepForward(recipe_of(model), decoder.cache, own_attention=own, logits=logits)
+        step.load()
+        for t in range(prompt, length):
+            step(ids[:, t])
+            close(logits.cpu(), expected[:, t], 1e-4)

@@ -13,10 +13,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from streaming_llm.attention import triton_kernels
+from streaming_llm.cache_layer import StreamingLayer
 from streaming_llm.config import StreamingConfig
-from streaming_llm.fused import attention, elementwise, gemv
-from streaming_llm.positions import StreamLayout
+from streaming_llm.fused import block_heads, elementwise, gemv
+from streaming_llm.fused.full_ring import FullRing
+from streaming_llm.fused.recipe import Attention, HeadPlaces, Linear, Norm
+from streaming_llm.fused.ring_attention import RingAttention
+from streaming_llm.fused.rings import Rings, begin_step
+from streaming_llm.positions import Progress, StreamLayout
 from streaming_llm.rope_utils import Rotary
+from streaming_llm.sinks import SinkRotation
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -46,45 +52,82 @@ def compiled(monkeypatch) -> list[str]:
     return names
 
 
-def norm_and_linear(columns: int, rows: int, dtype: torch.dtype) -> tuple[nn.LayerNorm, nn.Linear]:
-    return nn.LayerNorm(columns).to(dtype), nn.Linear(columns, rows).to(dtype)
+def linear(rows: int, columns: int, dtype: torch.dtype, bias: bool = True) -> Linear:
+    return Linear(torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows, dtype=dtype) if bias else None)
+
+
+def norm(size: int, dtype: torch.dtype, kind: str = "layer") -> Norm:
+    weight, bias = torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype) if kind == "layer" else None
+    return Norm(weight, bias, 1e-5, centred=kind == "layer", plus_one=kind == "rms+1")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hidden", [512, 2560])
 def test_matrix_vector_products(hidden, dtype, compiled):
     x, y = torch.zeros(hidden), torch.zeros(hidden)
-    norm, linear = norm_and_linear(hidden, hidden, dtype)
-    wide = nn.Linear(4 * hidden, hidden).to(dtype), torch.zeros(4 * hidden, dtype=dtype)
-    gemv.norm_gemv(x, norm, linear, y, with_gelu=True, pdl=True)
+    one, narrow = linear(hidden, hidden, dtype), linear(hidden // 4, hidden, dtype)
+    wide = linear(hidden, 4 * hidden, dtype), torch.zeros(4 * hidden, dtype=dtype)
+    gemv.norm_gemv(x, norm(hidden, dtype), (one,), y, activation="gelu", pdl=True)
+    gemv.norm_gemv(x, norm(hidden, dtype, "rms"), (one, narrow, narrow), torch.zeros(2 * hidden), clip=8.0, pdl=True)
+    pending = gemv.Pending(x, norm(hidden, dtype, "rms+1"), y)
+    how = {"activation": "silu", "gated": True, "pending": pending, "pdl": True}
+    gemv.norm_gemv(x, norm(hidden, dtype, "rms+1"), (one, one), torch.zeros(hidden, dtype=dtype), **how)
+    gemv.norm_gemv(x, norm(hidden, dtype, "rms"), (linear(3, hidden, dtype, False),), y, scale=0.5, cap=30.0, pdl=True)
     gemv.gemv_sum(wide, None, y, pdl=True)
-    gemv.gemv_sum((linear, x.to(dtype)), None, y, residual=x, other=x, pdl=True)
-    gemv.gemv_sum((linear, x.to(dtype)), wide, y, residual=x, pdl=True)
-    assert compiled == ["_norm_gemv", *3 * ["_gemv_sum"]]
+    gemv.gemv_sum((one, x.to(dtype)), None, y, residual=x, other=x, multiplier=0.2, pdl=True)
+    gemv.gemv_sum((one, x.to(dtype)), wide, y, residual=x, pdl=True)
+    assert compiled == [*4 * ["_norm_gemv"], *3 * ["_gemv_sum"]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "head_dim"), [(8, 64), (32, 80), (32, 128), (8, 256), (2048, 64)])
-def test_attention_over_a_ring(heads, head_dim, dtype, compiled):
-    layout = StreamLayout(StreamingConfig(4, 2044))
-    state = attention.RingState(layout, Rotary(torch.ones(head_dim // 8, dtype=torch.float64)), torch.device("cpu"))
-    ring = torch.zeros(1, dtype=dtype).expand(1, heads, layout.capacity, head_dim)  # its shape counts, not its memory
-    qkv, out = torch.zeros(1, heads, 3 * head_dim), torch.zeros(1, heads, head_dim, dtype=dtype)
+# Heads, heads of keys, head_dim, norm, softcap, dtype: like Pythia, Qwen 3, and Gemma
+SIZES = [
+    (8, 8, 64, None, None, torch.float32),
+    (32, 32, 80, None, None, torch.bfloat16),
+    (32, 8, 128, "rms", None, torch.bfloat16),
+    (4, 1, 256, "rms+1", 30.0, torch.float32),
+]
+
+
+def layer_of(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, how: dict) -> tuple[Attention, ...]:
+    """A layer's recipe, and its ring: of the right shape without its memory."""
+    rotary = Rotary(torch.ones(head_dim // 8, dtype=torch.float64))
+    places = HeadPlaces.by_kv_head(heads, kv_heads) if heads == kv_heads else HeadPlaces.separate(heads, kv_heads)
+    projections = (Linear(torch.zeros((heads + 2 * kv_heads) * head_dim, 1)),)
+    attention = Attention(
+        nn.Identity(), projections, places, projections[0], heads, kv_heads, head_dim, rotary, 0.1, **how
+    )
+    layer = StreamingLayer(StreamLayout(StreamingConfig(4, 2044)), SinkRotation(rotary), Progress())
+    layer.keys = layer.values = torch.zeros(1, dtype=dtype).expand(1, kv_heads, layer.layout.capacity, head_dim)
+    layer.sinks = layer.keys[:, :, :4]
+    return attention, layer
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "kind", "softcap", "dtype"), SIZES)
+def test_attention_over_a_ring(heads, kv_heads, head_dim, kind, softcap, dtype, compiled):
+    of_heads = norm(head_dim, dtype, kind) if kind else None
+    how = {"query_norm": of_heads, "key_norm": of_heads, "softcap": softcap}
+    attention, layer = layer_of(heads, kv_heads, head_dim, dtype, how)
+    rings = Rings([layer], 1, torch.device("cpu"))
+    qkv, out = torch.zeros(1, attention.width), torch.zeros(1, heads * head_dim, dtype=dtype)
     tokens, table = torch.zeros(1, dtype=torch.int64), torch.zeros(3, 512, dtype=dtype)
-    attention.begin_step(tokens, table, torch.zeros(1, 512), state)
-    attention.RingAttention(ring, state, 0.1)(qkv, ring, ring, out, pdl=True)
-    attention.rotate_and_store(qkv, out, ring, ring, ring[:, :, :4], state, pdl=True)
+    begin_step(tokens, table, torch.zeros(1, 512), rings, 2.0)
+    RingAttention(attention, layer.keys, rings.states[0])(attention, qkv, layer, out, pdl=True)
+    FullRing(attention, layer.keys, rings.states[0])._store(attention, qkv, layer, pdl=True)
     assert compiled == ["_begin_step", "_ring_attention", "_rotate_and_store"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_passes_over_blocks(dtype, compiled):
-    x, norms = torch.zeros(2, 3, 512, dtype=dtype), tuple(norm_and_linear(512, 8, dtype)[0] for _ in range(2))
-    elementwise.sum_and_norms(x, (x, x), norms)
-    elementwise.gelu_(x)
-    elementwise.rotate_qk_(torch.zeros(2, 3, 4, 3 * 80, dtype=dtype), *(torch.zeros(3, 10) for _ in range(2)))
+    x, norms = torch.zeros(2, 3, 512, dtype=dtype), tuple(norm(512, dtype) for _ in range(2))
+    elementwise.add_and_norm(x, (x, x), norms, dtype, pdl=True)
+    elementwise.add_and_norm(x, (x,), norms[:1], dtype, out_norm=norm(512, dtype, "rms+1"), factor=0.2)
+    elementwise.activated(x, x, "silu")
+    elementwise.activated(x, None, "gelu")
+    attention, _ = layer_of(4, 4, 80, dtype, {"query_norm": norm(80, dtype), "key_norm": norm(80, dtype)})
+    angles = [torch.zeros(3, 10) for _ in range(2)]
+    block_heads.norm_and_rotate_(torch.zeros(2, 3, attention.width, dtype=dtype), attention, *angles, queries=True)
     elementwise.cross_entropy(torch.zeros(3, 5000, dtype=dtype), torch.zeros(3, dtype=torch.int64))
-    assert compiled == ["_sum_and_norms", "_gelu", "_rotate_in_place", "_cross_entropy"]
+    assert compiled == [*2 * ["_add_and_norm"], *2 * ["_activate"], "_norm_and_rotate", "_cross_entropy"]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

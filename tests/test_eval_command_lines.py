@@ -231,3 +231,10 @@ def test_folders_with_equal_names_are_refused(world, capsys):
     capsys.readouterr()
     assert final(world, "--model", str(world.model), str(other)) == 2
     assert_one_line(capsys, "same folder")
+
+
+def test_a_mistyped_option_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as exit:
+        run_final_experiments.main(["--modle", "demo"])
+    assert exit.value.code == 2
+    assert "--modle demo (did you mean --model?)" in capsys.readouterr().err

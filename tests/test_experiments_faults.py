@@ -102,7 +102,7 @@ def test_killed_twenty_times_at_random_moments_the_result_is_that_of_one_run(wor
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_cleanly_and_says_what_is_left(world):
+def test_ctrl_c_ends_cleanly_and_says_what_is_left(world, ctrl_c):
     output = world.base / "out"
     process = subprocess.Popen(
         command(world, output, "--max-eval-tokens", "2000"),

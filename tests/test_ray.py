@@ -178,7 +178,7 @@ def command(world, cluster, output: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_a_driver_that_is_stopped_goes_on_where_it_was(world, expected, cluster, how, code):
+def test_a_driver_that_is_stopped_goes_on_where_it_was(world, expected, cluster, ctrl_c, how, code):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = command(world, cluster, world.output)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)

@@ -13,7 +13,14 @@ from experiments.make_report import illustrate, roots_of
 from experiments.plotting.report import build_page, format_value, glance
 from experiments.plotting.table import read_results
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+BROWSERS = (
+    "chromium",
+    "chromium-headless-shell",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+)
 FLAGS = (
     "--headless",
     "--no-sandbox",

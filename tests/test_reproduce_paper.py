@@ -198,6 +198,15 @@ def test_the_smallest_run_writes_results_figures_and_the_page_and_goes_on(tmp_pa
     assert {path: path.stat().st_mtime_ns for path in (root / "tiny").glob("*.json")} == files
 
 
+def test_taking_attention_weights_leaves_the_fused_engine_possible(setting):
+    from streaming_llm.fused.refusals import why_not
+
+    assert why_not(setting.loaded.model) is None
+    for piece in EXPERIMENTS["attention"].pieces(setting):
+        piece.compute()
+    assert why_not(setting.loaded.model) is None
+
+
 def test_a_piece_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
     from experiments.methods import METHODS
 

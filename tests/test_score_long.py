@@ -364,7 +364,7 @@ def interrupt_at(monkeypatch, token: int, act) -> None:
     monkeypatch.setattr(blockwise.BlockScorer, "score", score)
 
 
-def test_ctrl_c_leaves_a_checkpoint(world, monkeypatch, capsys):
+def test_ctrl_c_leaves_a_checkpoint(world, monkeypatch, capsys, ctrl_c):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 640, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert score_long.main(arguments(world, "out.json")) == 130
@@ -378,7 +378,7 @@ def test_ctrl_c_leaves_a_checkpoint(world, monkeypatch, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["math", "flash"])
-def test_on_a_gpu_and_resumed_there(world, monkeypatch, backend):
+def test_on_a_gpu_and_resumed_there(world, monkeypatch, backend, ctrl_c):
     given = ["--device", GPU, "--dtype", "bfloat16", "--attn-backend", backend, "--save-token-nll"]
     with monkeypatch.context() as patch:
         interrupt_at(patch, 640, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -391,7 +391,7 @@ def test_on_a_gpu_and_resumed_there(world, monkeypatch, backend):
 
 
 @pytest.fixture
-def interrupted(world, monkeypatch, capsys):
+def interrupted(world, monkeypatch, capsys, ctrl_c):
     """A world with the checkpoint of a run that was interrupted."""
     with monkeypatch.context() as patch:
         interrupt_at(patch, 640, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -561,3 +561,7 @@ def test_a_tokenizer_without_offsets_is_given_the_text_whole(demo_tokenizer):
 
     parts = list(token_ids(Slow(), [BOOK[:300], BOOK[300:9000]], window=700))
     assert parts == [(demo_tokenizer(BOOK[:9000], add_special_tokens=False).input_ids, 9000)]
+
+
+def test_the_demo_is_the_default_model():
+    assert score_long.build_parser().parse_args(["--output", "out.json"]).model == "demo"

@@ -392,7 +392,7 @@ def talkative(tmp_path_factory) -> Path:
     return folder
 
 
-def test_ctrl_c_stops_the_answer_and_then_the_program(chat, monkeypatch, tmp_path, talkative):
+def test_ctrl_c_stops_the_answer_and_then_the_program(chat, monkeypatch, tmp_path, talkative, ctrl_c):
     def say(text: str) -> None:
         said.append(text)
         if len(said) in stops:
@@ -436,7 +436,7 @@ def test_a_reader_that_has_enough(chat, folder, tmp_path):
     assert chat("--endless", "--resume", path, "--max-new-tokens", "5")[0] == 0
 
 
-def test_in_a_terminal_it_asks_and_tells_speed_and_cache(talkative):
+def test_in_a_terminal_it_asks_and_tells_speed_and_cache(talkative, ctrl_c):
     run = [sys.executable, str(SCRIPT), "--model", str(talkative), *SIZES, "--max-new-tokens", "3000"]
     child, terminal = pty.fork()
     if not child:

@@ -89,11 +89,11 @@ class FullRing:
 
     def __call__(
         self, attention: Attention, qkv: Tensor, layer: StreamingLayer, out: Tensor, *, pdl: bool = False
-    ) -> None:
-        """See :meth:`.RingAttention.__call__`."""
+    ) -> Tensor:
+        """See :meth:`.RingAttention.__call__`; the result lies where the kernel has put it, not in ``out``."""
         self._store(attention, qkv, layer, pdl)
         with kernel_context(attention.module):
-            out.copy_(self._over_all_slots(attention, layer.keys, layer.values).view_as(out))
+            return self._over_all_slots(attention, layer.keys, layer.values).flatten(1)
 
     def _store(self, attention: Attention, qkv: Tensor, layer: StreamingLayer, pdl: bool) -> None:
         state, places, keys = self.state, attention.places, layer.keys

@@ -73,8 +73,7 @@ def _norm_gemv(
     PDL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    columns = tl.arange(0, BLOCK_K)
-    index = tl.arange(0, BLOCK_R)
+    columns, index = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     if GATED:  # rows of two matrices take turns
         rows = program * (BLOCK_R // 2) + index // 2
         in_rows = rows < N1
@@ -82,8 +81,7 @@ def _norm_gemv(
         starts = tl.where(index % 2 == 0, w1, w2)
         biases = tl.where(index % 2 == 0, b1, b2)
     else:
-        first, w, b, n = program, w1, b1, N1
-        before = 0
+        first, w, b, n, before = program, w1, b1, N1, 0
         if N2 > 0:
             P1: tl.constexpr = (N1 + BLOCK_R - 1) // BLOCK_R
             P2: tl.constexpr = (N2 + BLOCK_R - 1) // BLOCK_R
@@ -94,8 +92,7 @@ def _norm_gemv(
         rows = first * BLOCK_R + index
         in_rows = rows < n
         to = before + rows
-        starts = w
-        biases = b
+        starts, biases = w, b
     w_rows = (starts + rows.to(tl.int64) * K)[:, None] + columns[None, :]
     tiles = _first_tiles(w_rows, in_rows, columns, K, BLOCK_K, AHEAD)
     if BIAS:
@@ -103,43 +100,50 @@ def _norm_gemv(
     wait_for_input(PDL)
 
     add_rstd = _rstd(add_ptr, columns, add_eps, K, BLOCK_K) if ADDS else 1.0
-    mean = 0.0
     if NORM == "layer":
+        xs = ()
         total = tl.zeros((BLOCK_K,), tl.float32)
         for start in tl.static_range(0, K, BLOCK_K):
             at = start + columns
-            total += _residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
+            x = _residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
+            xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
+            total += x
         mean = tl.sum(total, 0) / K
+        total = tl.zeros((BLOCK_K,), tl.float32)
+        for start in tl.static_range(0, K, BLOCK_K):
+            x = tl.where(start + columns < K, xs[start // BLOCK_K] - mean, 0.0)
+            total += x * x
+        rstd = 1.0 / tl.sqrt(tl.sum(total, 0) / K + eps)
 
-    # The norm's factor is taken out of the product, so that both are summed up in one pass.
+    # An RMSNorm's factor is taken out of the product, so that both are summed up in one pass.
     squares = tl.zeros((BLOCK_K,), tl.float32)
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    acc_of_bias = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
         at = start + columns
         inside = at < K
-        x = _residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, inside, ADDS, PLUS_ONE)
+        if start < AHEAD * BLOCK_K:
+            tile = tiles[start // BLOCK_K]
+        else:
+            tile = _tile(w_rows, in_rows, columns, start, K)
+        if NORM == "layer":
+            x = xs[start // BLOCK_K]
+        else:
+            x = _residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, inside, ADDS, PLUS_ONE)
         if ADDS:
             if start // BLOCK_K % tl.num_programs(0) == program:
                 tl.store(new_x_ptr + at, x, inside)
         if NORM == "layer":
-            x = tl.where(inside, x - mean, 0.0)
-        squares += x * x
+            x = (x - mean) * rstd
+        if NORM == "rms":
+            squares += x * x
         if NORM != "none":
             x *= norm_weight(norm_w_ptr, at, inside, WEIGHT, PLUS_ONE)
-        if start < AHEAD * BLOCK_K:
-            tile = tiles[start // BLOCK_K].to(tl.float32)
-        else:
-            tile = _tile(w_rows, in_rows, columns, start, K).to(tl.float32)
-        acc += tile * x[None, :]
         if NORM_BIAS:
-            acc_of_bias += tile * tl.load(norm_b_ptr + at, inside, 0.0).to(tl.float32)[None, :]
-    if NORM != "none":
-        rstd = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
-        acc *= rstd
-        if NORM_BIAS:
-            acc += acc_of_bias
+            x += tl.load(norm_b_ptr + at, inside, 0.0).to(tl.float32)
+        acc += tile.to(tl.float32) * x[None, :]
     y = tl.sum(acc, 1)
+    if NORM == "rms":
+        y *= 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
     if BIAS:
         y += bias
     if GATED:

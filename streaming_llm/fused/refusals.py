@@ -6,9 +6,13 @@ import torch
 from torch import nn
 
 from ..attention.kernel_choice import OWN_MODULES
-from .family_recipes import NotCoveredError, recipe_of
+from .family_recipes import recipe_of
+from .model_parts import NotCoveredError
 from .recipe import Recipe
 
+# Of this library, and those that Transformers leaves behind once it was asked for attention weights or hidden states:
+# they do nothing until it is asked again.
+_IDLE_HOOKS = ("streaming_llm.", "transformers.utils.output_capturing")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -37,7 +41,7 @@ def _of_module(module: nn.Module) -> str | None:
     if not kind.__module__.startswith(OWN_MODULES):  # PEFT's, with a plain layer inside, or a quantising library's
         return f"it holds a {kind.__name__}, whose forward would be left out"
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if any(not hook.__module__.startswith("streaming_llm.") for hook in hooks):
+    if any(not hook.__module__.startswith(_IDLE_HOOKS) for hook in hooks):
         return "hooks are registered on it"
     replaced = module.__dict__.get("forward")
     if replaced is not None and not _own(replaced):

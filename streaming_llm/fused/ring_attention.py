@@ -34,24 +34,29 @@ def _scores(queries, key, scale, softcap, SHARED: tl.constexpr, CAP: tl.constexp
 
 
 @triton.jit
-def _with_sinks(
-    scores, key, token, qkv, kv_head, chunk, norm_w, norm_b, eps, rstd, angles_ptr, scale, softcap,
-    N_SINK: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, GROUPS: tl.constexpr,
-    SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, Q_STEP: tl.constexpr,
-    NORM: tl.constexpr, NORM_STEP: tl.constexpr, CAP: tl.constexpr,
+def _queries(
+    qkv, kv_head, chunk, norm_w, norm_b, eps, rstd, angles_ptr,
+    WIDTH: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUPS: tl.constexpr, SHARED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, Q_STEP: tl.constexpr, NORM: tl.constexpr, NORM_STEP: tl.constexpr,
 ):  # fmt: skip
-    """The scores with those of sinks corrected: they lie as first rotated, and the query is turned for them."""
-    corrected = ()
+    """The queries ``[DIM_P]`` of a program, normed and rotated by the angles given."""
+    queries = ()
     for j in tl.static_range(SHARED):
         group = tl.minimum(chunk * SHARED + j, GROUPS - 1)
         x, partner = load_head(
             qkv + (kv_head * Q_STEP + group) * HEAD_DIM, kv_head * GROUPS + group, norm_w, norm_b, eps, rstd,
             HALF, INTERLEAVED, HEAD_DIM, DIM_P, NORM, NORM_STEP,
         )  # fmt: skip
-        query = rotate(x, partner, angles_ptr + 2 * WIDTH, WIDTH, HALF, INTERLEAVED, DIM_P)
-        score = tl.sum(key.to(tl.float32) * query[None, :], 1) * scale
-        score = capped(score, softcap) if CAP else score
-        corrected = corrected + (tl.where(token < N_SINK, score, scores[j]),)  # type: ignore[assignment]  # noqa: RUF005
+        queries = queries + (rotate(x, partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P),)  # type: ignore[assignment]  # noqa: RUF005
+    return queries
+
+
+@triton.jit
+def _corrected(scores, of_sinks, token, SHARED: tl.constexpr, N_SINK: tl.constexpr):
+    """Scores with those of sinks taken from ``of_sinks``."""
+    corrected = ()
+    for j in tl.static_range(SHARED):
+        corrected = corrected + (tl.where(token < N_SINK, of_sinks[j], scores[j]),)  # type: ignore[assignment]  # noqa: RUF005
     return corrected
 
 
@@ -84,9 +89,9 @@ def _ring_attention(
     SPLIT_LEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     GROUPS: tl.constexpr = HEADS // KV_HEADS
-    program, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    ring, chunk = program // CHUNKS, program % CHUNKS
-    row, kv_head = ring // KV_HEADS, ring % KV_HEADS
+    program, split = tl.program_id(0), tl.program_id(1)
+    chunk, kv_head = program % CHUNKS, program // CHUNKS % KV_HEADS
+    ring, row = (program // CHUNKS).to(tl.int64), (program // CHUNKS // KV_HEADS).to(tl.int64)
     dims = tl.arange(0, DIM_P)
     inside = dims < HEAD_DIM
     k_ptr += ring * CAPACITY * HEAD_DIM
@@ -108,19 +113,19 @@ def _ring_attention(
     if NORM == "all":
         q_rstd = all_heads_rstd(qkv, q_eps, HEADS * HEAD_DIM, 1024)
         k_rstd = all_heads_rstd(qkv + K_START * HEAD_DIM, k_eps, KV_HEADS * HEAD_DIM, 1024)
-    queries = ()
-    state = ()
-    for j in tl.static_range(SHARED):
-        group = tl.minimum(chunk * SHARED + j, GROUPS - 1)
-        q, partner = load_head(
-            qkv + (kv_head * Q_STEP + group) * HEAD_DIM, kv_head * GROUPS + group, q_norm_w, q_norm_b, q_eps, q_rstd,
-            HALF, INTERLEAVED, HEAD_DIM, DIM_P, NORM, NORM_STEP,
+    queries = _queries(
+        qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr,
+        WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
+    )  # fmt: skip
+    if N_SINK > 0:  # sinks lie as first rotated, and the queries are turned for them
+        to_sinks = _queries(
+            qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr + 2 * WIDTH,
+            WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
         )  # fmt: skip
-        queries = queries + (rotate(q, partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P),)  # type: ignore[assignment]  # noqa: RUF005
+    state = ()
+    for _ in tl.static_range(SHARED):
         largest = tl.full((), float("-inf"), tl.float32)
-        total = tl.zeros((), tl.float32)
-        acc = tl.zeros((DIM_P,), tl.float32)
-        state = state + ((largest, total, acc),)  # type: ignore[assignment]  # noqa: RUF005
+        state = state + ((largest, tl.zeros((), tl.float32), tl.zeros((DIM_P,), tl.float32)),)  # type: ignore[assignment]  # noqa: RUF005
     if split == 0:  # the token itself, which no other program reads
         k, partner = load_head(
             qkv + (K_START + kv_head * K_STEP) * HEAD_DIM, kv_head, k_norm_w, k_norm_b, k_eps, k_rstd,
@@ -147,10 +152,8 @@ def _ring_attention(
     scores = _scores(queries, key, scale, softcap, SHARED, CAP)
     if N_SINK > 0:
         if first < N_SINK:
-            scores = _with_sinks(
-                scores, key, token, qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr, scale, softcap,
-                N_SINK, HALF, WIDTH, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP, CAP,
-            )  # fmt: skip
+            of_sinks = _scores(to_sinks, key, scale, softcap, SHARED, CAP)
+            scores = _corrected(scores, of_sinks, token, SHARED, N_SINK)
     state = _attend(scores, value, visible, state, SHARED)
     start = first + BLOCK
     while start < end:
@@ -160,13 +163,10 @@ def _ring_attention(
         mask = visible[:, None] & inside[None, :]
         key, value = tl.load(k_ptr + at, mask, 0.0), tl.load(v_ptr + at, mask, 0.0)
         scores = _scores(queries, key, scale, softcap, SHARED, CAP)
-        if N_SINK > BLOCK:
+        if N_SINK > 0:  # a branch behind which no request is moved: both tiles are asked for at once
             if start < N_SINK:
-                scores = _with_sinks(
-                    scores, key, token, qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr, scale,
-                    softcap,
-                    N_SINK, HALF, WIDTH, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP, CAP,
-                )  # fmt: skip
+                of_sinks = _scores(to_sinks, key, scale, softcap, SHARED, CAP)
+                scores = _corrected(scores, of_sinks, token, SHARED, N_SINK)
         state = _attend(scores, value, visible, state, SHARED)
         start += BLOCK
 
@@ -177,7 +177,7 @@ def _ring_attention(
             out = out_ptr + (row * HEADS + kv_head * GROUPS + group) * HEAD_DIM
             tl.store(out + dims, (acc / total).to(out_ptr.dtype.element_ty), inside & (group < GROUPS))
         else:
-            part = (program * SPLITS + split) * SHARED + j
+            part = (program.to(tl.int64) * SPLITS + split) * SHARED + j
             tl.store(partial_ptr + part * DIM_P + dims, acc)
             peaks_ptr = partial_ptr + tl.num_programs(0) * SPLITS * SHARED * DIM_P + part * 2
             tl.store(peaks_ptr, largest)
@@ -187,10 +187,9 @@ def _ring_attention(
         if tl.atomic_add(arrived_ptr + program, 1, sem="acq_rel") == SPLITS - 1:  # the last puts the parts together
             for j in tl.static_range(SHARED):
                 group = chunk * SHARED + j
-                whole = _put_together(
-                    partial_ptr, program * SPLITS * SHARED + j, tl.num_programs(0) * SPLITS * SHARED * DIM_P,
-                    SHARED, SPLITS, PARTS, DIM_P,
-                )  # fmt: skip
+                part = program.to(tl.int64) * SPLITS * SHARED + j
+                stats = tl.num_programs(0) * SPLITS * SHARED * DIM_P
+                whole = _put_together(partial_ptr, part, stats, SHARED, SPLITS, PARTS, DIM_P)
                 out = out_ptr + (row * HEADS + kv_head * GROUPS + group) * HEAD_DIM
                 tl.store(out + dims, whole.to(out_ptr.dtype.element_ty), inside & (group < GROUPS))
             tl.store(arrived_ptr + program, 0)
@@ -264,12 +263,15 @@ class RingAttention:
 
     def __call__(
         self, attention: Attention, qkv: Tensor, layer: StreamingLayer, out: Tensor, *, pdl: bool = False
-    ) -> None:
+    ) -> Tensor:
         """Store the token of ``qkv`` ``[batch, attention.width]`` in a layer's ring, and attend.
 
         Args:
             layer: with room for all slots; its first copies of the sinks are written too while these come.
-            out: ``[batch, num_heads * head_dim]``.
+            out: ``[batch, num_heads * head_dim]``, where the result may go.
+
+        Returns:
+            The result, of the shape of ``out``.
         """
         state, places = self.state, attention.places
         norms = attention.query_norm, attention.key_norm
@@ -288,3 +290,4 @@ class RingAttention:
             SPLITS=self.splits, PARTS=self.parts, SPLIT_LEN=self.split_len, BLOCK=self.block,
             num_warps=self.warps, pdl=pdl,
         )  # fmt: skip
+        return out

@@ -180,8 +180,7 @@ class StepForward:
         kernel = self._kernels[key]
 
         def attend(qkv: Tensor) -> Tensor:
-            kernel(attention, qkv, layer, self.attended, pdl=self.pdl)
-            return self.attended
+            return kernel(attention, qkv, layer, self.attended, pdl=self.pdl)
 
         return attend
 
