@@ -15,7 +15,7 @@ from personal_adapters.neox_flash import wrap_attention
 from streaming_llm import StreamingDecoder, score_stream
 from streaming_llm.engines.recorder import GraphedCall
 from streaming_llm.fused import fused_forward, why_not_fused
-from streaming_llm.fused.family_names import NAMES
+from streaming_llm.fused.family_recipes import NAMES
 
 pytestmark = pytest.mark.gpu
 

@@ -74,7 +74,8 @@ def sampler_of(logits: Tensor) -> Any:
         return None
     from .sampling import HistogramSampler
 
-    return HistogramSampler(*logits.shape, logits.device)
+    batch, vocab = logits.shape
+    return HistogramSampler(batch, vocab, logits.device)
 
 
 def fused_forward(model: nn.Module) -> Callable[[Tensor], Tensor] | None:

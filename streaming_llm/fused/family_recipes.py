@@ -1,7 +1,12 @@
-"""The recipe of a model, read off its modules by the names that its family gives them."""
+"""The recipe of a model of each family: by what names its parts go, and what differs beside names.
+
+Adding a family is a row of the table, and a case of the test that compares recipes with the models' own forwards.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,23 +15,152 @@ from torch import nn
 from ..attention.kernel_choice import unwrapped
 from ..families import decoder_of, layer_windows, module_name, rotaries_from_model, text_config
 from ..rope_utils import Rotary
-from .family_names import NAMES, Names
-from .recipe import MLP, Attention, Layer, Linear, Norm, Recipe
+from .model_parts import NotCoveredError, activation_of, first_of, head_norm_of, linear_of, norm_of
+from .recipe import MLP, Attention, HeadPlaces, Layer, Recipe
 
-ACTIVATION_OF = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",  # before Transformers 5
-    "ReLU": "relu",
+
+@dataclass(frozen=True)
+class Names:
+    """By what names a family's parts go, and what of it is not as in Llama.
+
+    Args:
+        qkv: attributes of the attention layer: one matrix or three.
+        places: ``(num_heads, num_kv_heads) -> HeadPlaces`` in what they give.
+        kv_heads: ``config -> num_kv_heads``.
+        head_norms: norms of query and key, where the layer has them.
+        gate, up, down: attributes of the MLP; ``gate`` is ``None`` where there is none, and ``up`` where the rows of
+            both are those of one matrix.
+        norms: of a layer: before and after attention, before and after the MLP. Of several names the one that is
+            there; where there is none before the MLP of a parallel layer, that shares attention's.
+        parallel: ``config -> bool``.
+        final_norm: of the decoder.
+        embedding_scale: ``config -> factor``.
+        logit_scale: ``config -> factor``.
+    """
+
+    layers: str = "layers"
+    attention: str = "self_attn"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    places: Callable[[int, int], HeadPlaces] = HeadPlaces.separate
+    kv_heads: Callable[[Any], Any] = lambda config: getattr(config, "num_key_value_heads", None)
+    output: str = "o_proj"
+    head_norms: tuple[str, str] = ("q_norm", "k_norm")
+    norms_all_heads: bool = False
+    gate: str | None = "gate_proj"
+    up: str | None = "up_proj"
+    down: str = "down_proj"
+    norms: tuple[tuple[str, ...], ...] = (("input_layernorm",), (), ("post_attention_layernorm",), ())
+    plus_one: bool = False
+    parallel: Callable[[Any], bool] = lambda config: False
+    final_norm: str = "norm"
+    embedding_scale: Callable[[Any], float] = lambda config: 1.0
+    logit_scale: Callable[[Any], float] = lambda config: 1.0
+
+
+def _sandwich(*names: str) -> tuple[tuple[str, ...], ...]:
+    return tuple((name,) if name else () for name in names)
+
+
+def _plain_mlp(up: str, down: str) -> dict[str, Any]:
+    return {"gate": None, "up": up, "down": down}
+
+
+def _is_parallel(config: Any) -> bool:
+    return True
+
+
+def _residual_flag(config: Any) -> bool:
+    return config.use_parallel_residual
+
+
+def _falcon_places(num_heads: int, num_kv_heads: int) -> HeadPlaces:
+    shared_by_all = num_kv_heads == 1
+    return (HeadPlaces.separate if shared_by_all else HeadPlaces.by_kv_head)(num_heads, num_kv_heads)
+
+
+def _falcon_kv_heads(config: Any) -> int:
+    if config.new_decoder_architecture:
+        return config.num_kv_heads
+    return 1 if config.multi_query else config.num_attention_heads
+
+
+_LLAMA = Names()
+_GEMMA: dict[str, Any] = {"plus_one": True, "embedding_scale": lambda config: config.hidden_size**0.5}
+_GEMMA_SANDWICH = _sandwich(
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)
+_FUSED_GATE: dict[str, Any] = {"gate": "gate_up_proj", "up": None}
+_COHERE = Names(parallel=_is_parallel, logit_scale=lambda config: config.logit_scale)
+_OF_TRANSFORMER: dict[str, Any] = {"layers": "h", "final_norm": "ln_f", "parallel": _is_parallel}
+
+NAMES: dict[str, Names] = {
+    "cohere": _COHERE,
+    "cohere2": _COHERE,
+    "falcon": Names(
+        layers="h",
+        final_norm="ln_f",
+        parallel=lambda config: config.new_decoder_architecture or config.parallel_attn,
+        attention="self_attention",
+        qkv=("query_key_value",),
+        places=_falcon_places,
+        kv_heads=_falcon_kv_heads,
+        output="dense",
+        norms=(("ln_attn", "input_layernorm"), (), ("ln_mlp", "post_attention_layernorm"), ()),
+        **_plain_mlp("dense_h_to_4h", "dense_4h_to_h"),
+    ),
+    "gemma": Names(**_GEMMA),
+    "gemma2": Names(**_GEMMA, norms=_GEMMA_SANDWICH),
+    "gemma3_text": Names(**_GEMMA, norms=_GEMMA_SANDWICH),
+    "glm": Names(**_FUSED_GATE),
+    "glm4": Names(
+        **_FUSED_GATE,
+        norms=_sandwich(
+            "input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"
+        ),
+    ),
+    "gpt_neox": Names(
+        attention="attention",
+        qkv=("query_key_value",),
+        places=HeadPlaces.by_kv_head,
+        output="dense",
+        parallel=_residual_flag,
+        final_norm="final_layer_norm",
+        **_plain_mlp("dense_h_to_4h", "dense_4h_to_h"),
+    ),
+    "gptj": Names(
+        **_OF_TRANSFORMER,
+        attention="attn",
+        output="out_proj",
+        norms=(("ln_1",), (), (), ()),
+        **_plain_mlp("fc_in", "fc_out"),
+    ),
+    "granite": Names(
+        embedding_scale=lambda config: config.embedding_multiplier,
+        logit_scale=lambda config: 1.0 / config.logits_scaling,
+    ),
+    "llama": _LLAMA,
+    "ministral": _LLAMA,
+    "mistral": _LLAMA,
+    "olmo": _LLAMA,
+    "olmo2": Names(
+        norms=_sandwich("", "post_attention_layernorm", "", "post_feedforward_layernorm"), norms_all_heads=True
+    ),
+    "phi": Names(
+        output="dense",
+        parallel=_is_parallel,
+        head_norms=("q_layernorm", "k_layernorm"),
+        final_norm="final_layernorm",
+        **_plain_mlp("fc1", "fc2"),
+    ),
+    "phi3": Names(**_FUSED_GATE, qkv=("qkv_proj",)),
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
+    "stablelm": Names(parallel=_residual_flag, head_norms=("q_layernorm", "k_layernorm")),
+    "starcoder2": Names(**_plain_mlp("c_fc", "c_proj")),
 }
-"""Class of an activation in a model -> its name in recipes."""
-
-
-class NotCoveredError(ValueError):
-    """A recipe cannot say what this model computes; the message says what that is."""
+"""Transformers' ``model_type`` -> names of its parts."""
+NAMES["olmo3"] = NAMES["olmo2"]
 
 
 def recipe_of(model: Any) -> Recipe:
@@ -72,7 +206,7 @@ def _require_own(layers: Any, names: Names, module_name: str) -> None:
 
 
 def _layer(layer: Any, names: Names, config: Any, rotary: Rotary, window: int | None) -> Layer:
-    found = [_first(layer, of_place) for of_place in names.norms]
+    found = [first_of(layer, of_place) for of_place in names.norms]
     norms = [None if norm is None else norm_of(norm, names.plus_one) for norm in found]
     parallel = names.parallel(config)
     return Layer(
@@ -85,10 +219,6 @@ def _layer(layer: Any, names: Names, config: Any, rotary: Rotary, window: int | 
         mlp_out_norm=norms[3],
         multiplier=getattr(layer, "residual_multiplier", 1.0),
     )
-
-
-def _first(parent: nn.Module, names: tuple[str, ...]) -> Any:
-    return next((found for name in names if (found := getattr(parent, name, None)) is not None), None)
 
 
 def _attention(module: nn.Module, names: Names, config: Any, rotary: Rotary, window: int | None) -> Attention:
@@ -119,45 +249,9 @@ def _attention(module: nn.Module, names: Names, config: Any, rotary: Rotary, win
 
 
 def _mlp(module: Any, names: Names) -> MLP:
-    function = _first(module, ("act_fn", "activation_fn", "act"))
-    activation = ACTIVATION_OF.get(type(function).__name__)
-    if activation is None:
-        raise NotCoveredError(f"no kernel computes its activation {type(function).__name__}")
-    down = linear_of(getattr(module, names.down))
+    down, activation = linear_of(getattr(module, names.down)), activation_of(module)
     gate: Any = None if names.gate is None else linear_of(getattr(module, names.gate))
     if names.up is not None:
         return MLP(gate, linear_of(getattr(module, names.up)), down, activation, None)
     first, second = gate.halves()
     return MLP(first, second, down, activation, gate)
-
-
-def linear_of(module: nn.Module) -> Linear:
-    """A linear layer of a model."""
-    if not isinstance(module, nn.Linear):
-        raise NotCoveredError(f"it holds a {type(module).__name__} in place of a plain layer")
-    return Linear(module.weight, module.bias)
-
-
-def norm_of(module: nn.Module, plus_one: bool = False) -> Norm:
-    """A norm of a model, by the last word of its class's name."""
-    kind = type(module).__name__
-    if not kind.endswith(("RMSNorm", "LayerNorm")):
-        raise NotCoveredError(f"it has a norm of class {kind}")
-    eps = _first(module, ("variance_epsilon", "eps"))
-    return Norm(
-        weight=getattr(module, "weight", None),
-        bias=getattr(module, "bias", None),
-        eps=1e-5 if eps is None else eps,  # OLMo's has it in its forward
-        centred=kind.endswith("LayerNorm"),
-        plus_one=plus_one,
-    )
-
-
-def head_norm_of(module: Any, plus_one: bool) -> Norm:
-    """A norm of queries or keys; one of StableLM, which has a module for each head, as one with a row for each."""
-    if not hasattr(module, "norms"):
-        return norm_of(module, plus_one)
-    parts = [norm_of(norm, plus_one) for norm in module.norms]
-    weights, biases = ([x for part in parts if (x := getattr(part, name)) is not None] for name in ("weight", "bias"))
-    bias = torch.stack(biases) if biases else None
-    return Norm(torch.stack(weights), bias, parts[0].eps, centred=True)

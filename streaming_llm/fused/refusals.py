@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from ..attention.kernel_choice import OWN_MODULES
-from .family_recipes import NotCoveredError, recipe_of
+from .family_recipes import recipe_of
+from .model_parts import NotCoveredError
 from .recipe import Recipe
 
 # Of this library, and those that Transformers leaves behind once it was asked for attention weights or hidden states:
