@@ -25,7 +25,7 @@ ELSEWHERE = re.compile(r"random:|EleutherAI/|Qwen/|\.gguf|\bfused|ray\b|books|--
 """What only a GPU, the network, a cluster or an extra can run: their options alone are checked."""
 SMALL = {
     "experiments/run_final_experiments.py": "--max-eval-tokens 300 --only main --repeats 1 --output-dir {out}",
-    "eval_streaming_llm.py": "--max-eval-tokens 300 --repeats 1 --output-dir {out}",
+    "eval_streaming_llm.py": "--max-eval-tokens 300 --output {out}/one.json",
     "experiments/plot_all.py": "--output-dir {out}/figures",
     "scripts/benchmark_decode.py": "--figures {out}/figures",
 }
