@@ -14,7 +14,7 @@ import pytest
 from conftest import make_ids, make_neox
 from evaluation_support import World, no_collection  # noqa: F401 - a fixture
 
-from experiments import engines, measuring, methods
+from experiments import engines, measuring, method_base, methods
 from experiments.config import SetupError
 from experiments.methods import METHODS, MethodSettings
 from experiments.perplexity import compute_perplexity
@@ -63,7 +63,7 @@ def captured(monkeypatch) -> list[tuple[int, ...]]:
         kind = replace(ENGINES[name], make=make, why_not=lambda model: None, blocks="eager")
         monkeypatch.setitem(ENGINES, name, kind)
     monkeypatch.setattr(StandInEngine, "made", [])
-    monkeypatch.setattr(methods, "capture", capture)
+    monkeypatch.setattr(method_base, "capture", capture)
     monkeypatch.setattr(methods, "forward_of", lambda model, engine: engines.plain_forward(model))
     return shapes
 
