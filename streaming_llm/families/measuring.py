@@ -112,13 +112,12 @@ def _keeps_state(model: nn.Module) -> bool:
 def _run(model: Any, modules: dict[str, nn.Module], positions: Tensor) -> Notes:
     notes, ids = Notes(), torch.ones(len(positions), 1, dtype=torch.int64)
     hooks = [x.register_forward_hook(notes.noting(path), with_kwargs=True) for path, x in modules.items()]
-    for module in model.modules():
-        if hasattr(module, "_update_causal_mask"):  # older files make their masks themselves, but not in a stream
-            module._update_causal_mask = lambda *args, **kwargs: None
     if uses_attention_functions(model):
         for module in model.modules():
             if "config" in vars(module):
                 module.config._attn_implementation_internal = MEASURING
+            if hasattr(module, "_update_causal_mask"):  # older files make their masks themselves, but not in a stream
+                module._update_causal_mask = lambda *args, **kwargs: None
     _notes.append(notes)
     try:
         cache = native_cache(model, len(positions), "cpu", torch.float32)
