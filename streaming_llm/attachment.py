@@ -123,6 +123,7 @@ class Attachment:
         decoder, hooks = decoder_of(self.model), []
         if decoder is not self.model.base_model:
             hooks.append(self.model.register_forward_pre_hook(_refuse_images, with_kwargs=True))
+        self._scales_queries = scaled_from(self.model.config) is not None
         self._parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]  # without self
         return [
             *hooks,
@@ -156,7 +157,7 @@ class Attachment:
         if not cache.progress.together:
             rows = cache.progress.of_rows(len(tokens))
             own["position_ids"] = torch.tensor([[seen + offset] for seen, offset in rows], device=tokens.device)
-        if scaled_from(self.model.config) is not None:  # queries grow with their position, which is that in the cache
+        if self._scales_queries:  # they grow with their position, which is that in the cache
             first, n_tokens, last = cache.progress.position, tokens.shape[1], cache.streaming_config.cache_size
             here = torch.arange(first, first + n_tokens, device=tokens.device).unsqueeze(0)
             self._at_hand.positions = here if own["position_ids"] is None else own["position_ids"]

@@ -199,12 +199,12 @@ class RecordedEngine(Engine):
         token = chooser.choose(static.logits, generator)
         if ending is not None:
             token = torch.where(ending.active, token, ending.pad_token_id)
-        before = None if ending is None else static.logits.clone()
+        before = static.logits if ending is None else static.logits.clone()
         static.tokens.copy_(token)
         static.chunk.index_copy_(1, static.index, token.unsqueeze(1))
         static.index += 1
         self._step.run()
-        if ending is not None and before is not None:
+        if ending is not None:
             static.logits.copy_(torch.where(ending.active[:, None], static.logits, before))
             self._step.seen.sub_((~ending.active).long())
             ending.active &= ~ending.ends(token)
