@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..launch import launch, wait_for_input
 from .activations import activate, capped
-from .norms import kind_of, norm_weight, or_other, pointers_of
+from .norms import kind_of, norm_weight, or_other, pointers_of, residual, rstd_of
 from .recipe import Linear, Norm
 
 TILE_OF_NORM = {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 1, "num_warps": 2}
@@ -42,25 +42,14 @@ def _first_tiles(w_rows, in_rows, columns, K: tl.constexpr, BLOCK_K: tl.constexp
 
 
 @triton.jit
-def _residual(
-    x_ptr, add_ptr, add_w_ptr, add_rstd, at, inside, ADDS: tl.constexpr, PLUS_ONE: tl.constexpr
+def _next_tile(
+    tiles, w_rows, in_rows, columns, start: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr
 ):  # fmt: skip
-    """The residual stream, with a normed output added that is not in it yet."""
-    x = tl.load(x_ptr + at, inside, 0.0)
-    if ADDS:
-        add = tl.load(add_ptr + at, inside, 0.0) * add_rstd
-        x += add * norm_weight(add_w_ptr, at, inside, True, PLUS_ONE)
-    return x
-
-
-@triton.jit
-def _rstd(x_ptr, columns, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """One over the root of the mean square of ``x`` ``[K]``."""
-    total = tl.zeros((BLOCK_K,), tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
-        x = tl.load(x_ptr + start + columns, start + columns < K, 0.0)
-        total += x * x
-    return 1.0 / tl.sqrt(tl.sum(total, 0) / K + eps)
+    """The tile from column ``start`` on: one of the first, or requested now."""
+    if start < AHEAD * BLOCK_K:
+        return tiles[start // BLOCK_K]
+    else:
+        return _tile(w_rows, in_rows, columns, start, K)
 
 
 @triton.jit
@@ -99,13 +88,13 @@ def _norm_gemv(
         bias = tl.load(biases + rows, in_rows, 0.0).to(tl.float32)
     wait_for_input(PDL)
 
-    add_rstd = _rstd(add_ptr, columns, add_eps, K, BLOCK_K) if ADDS else 1.0
+    add_rstd = rstd_of(add_ptr, columns, add_eps, K, BLOCK_K) if ADDS else 1.0
     if NORM == "layer":
         xs = ()
         total = tl.zeros((BLOCK_K,), tl.float32)
         for start in tl.static_range(0, K, BLOCK_K):
             at = start + columns
-            x = _residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
+            x = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
             xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
             total += x
         mean = tl.sum(total, 0) / K
@@ -115,20 +104,18 @@ def _norm_gemv(
             total += x * x
         rstd = 1.0 / tl.sqrt(tl.sum(total, 0) / K + eps)
 
-    # An RMSNorm's factor is taken out of the product, so that both are summed up in one pass.
+    # An RMSNorm's factor is taken out of the product, so that both are summed up in one pass. Its input is requested
+    # before each tile: the other way round, as behind a LayerNorm, a step of Llama-3.1-8B took 1.22 times as long.
     squares = tl.zeros((BLOCK_K,), tl.float32)
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
         at = start + columns
         inside = at < K
-        if start < AHEAD * BLOCK_K:
-            tile = tiles[start // BLOCK_K]
-        else:
-            tile = _tile(w_rows, in_rows, columns, start, K)
         if NORM == "layer":
+            tile = _next_tile(tiles, w_rows, in_rows, columns, start, K, BLOCK_K, AHEAD)
             x = xs[start // BLOCK_K]
         else:
-            x = _residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, inside, ADDS, PLUS_ONE)
+            x = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, inside, ADDS, PLUS_ONE)
         if ADDS:
             if start // BLOCK_K % tl.num_programs(0) == program:
                 tl.store(new_x_ptr + at, x, inside)
@@ -140,10 +127,12 @@ def _norm_gemv(
             x *= norm_weight(norm_w_ptr, at, inside, WEIGHT, PLUS_ONE)
         if NORM_BIAS:
             x += tl.load(norm_b_ptr + at, inside, 0.0).to(tl.float32)
+        if NORM != "layer":
+            tile = _next_tile(tiles, w_rows, in_rows, columns, start, K, BLOCK_K, AHEAD)
         acc += tile.to(tl.float32) * x[None, :]
-    y = tl.sum(acc, 1)
     if NORM == "rms":
-        y *= 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
+        acc *= 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
+    y = tl.sum(acc, 1)
     if BIAS:
         y += bias
     if GATED:
@@ -228,10 +217,7 @@ def _add_product(
 ):  # fmt: skip
     """``acc`` plus the products of rows and input, tile by tile; ``tiles`` are the first ``AHEAD``."""
     for start in tl.static_range(0, K, BLOCK_K):
-        if start < AHEAD * BLOCK_K:
-            tile = tiles[start // BLOCK_K]
-        else:
-            tile = _tile(w_rows, in_rows, columns, start, K)
+        tile = _next_tile(tiles, w_rows, in_rows, columns, start, K, BLOCK_K, AHEAD)
         x = tl.load(x_ptr + start + columns, start + columns < K, 0.0).to(tl.float32)
         acc += tile.to(tl.float32) * x[None, :]
     return acc
