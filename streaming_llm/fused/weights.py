@@ -67,12 +67,12 @@ def stored(weight: Tensor) -> Tensor | Packed:
     kind = type(weight).__name__
     if type(weight) in (Tensor, nn.Parameter):
         return weight
-    if kind not in _PACKED:
-        raise NotCoveredError(f"it has weights of class {kind}, which no kernel reads (only {', '.join(_PACKED)})")
+    if kind not in READERS:
+        raise NotCoveredError(f"it has weights of class {kind}, which no kernel reads (only {', '.join(READERS)})")
     for name in ("act_quant_kwargs", "act_pre_scale", "act_quant_scale"):
         if getattr(weight, name, None) is not None:
             raise NotCoveredError(f"its weights of class {kind} change or quantise their input too ({name})")
-    packed = _PACKED[kind](weight)
+    packed = READERS[kind](weight)
     rows, columns = weight.shape
     if packed.shape != (rows, columns):
         raise NotCoveredError(f"its weights of class {kind} hold {packed.shape} numbers for {tuple(weight.shape)}")
@@ -110,5 +110,5 @@ def _int4(weight: Any) -> Packed:
     return Packed(_words(weight.qdata, "Int4Tensor"), 4, weight.scale, weight.zero_point, weight)
 
 
-_PACKED = {"Int8Tensor": _int8, "Int4Tensor": _int4}
+READERS = {"Int8Tensor": _int8, "Int4Tensor": _int4}
 """Class of a tensor -> what it holds."""
