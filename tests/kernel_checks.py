@@ -201,7 +201,7 @@ def test_sum_of_products(two, residuals, multiplier):
     close(out, multiplier * sum(exact(layer, x) for layer, x in used) + sum(x.double() for x in added))
 
 
-PACKED_COLUMNS = 192
+PACKED_COLUMNS, SMALL_KINDS = 192, ["int8", "int4 by 16", "int4 by 64"]
 """No multiple of every tile, and three groups of 64."""
 
 
@@ -214,7 +214,7 @@ def packed(columns: int, rows: int, kind: str) -> tuple[Linear, Linear]:
 
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("given", ["none", "layer", "rms"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SMALL_KINDS)
 def test_norm_and_packed_matrices(kind, given):
     x, first = randn(PACKED_COLUMNS) * 3 + 1, norm(given, PACKED_COLUMNS)
     layers, plain = zip(*(packed(PACKED_COLUMNS, rows, kind) for rows in (33, 12, 9)), strict=True)
@@ -225,7 +225,7 @@ def test_norm_and_packed_matrices(kind, given):
 
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SMALL_KINDS)
 def test_the_first_half_of_a_packed_mlp(kind, together):
     x, first = randn(PACKED_COLUMNS), norm("rms", PACKED_COLUMNS)
     if together:
@@ -241,13 +241,27 @@ def test_the_first_half_of_a_packed_mlp(kind, together):
 
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("two", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SMALL_KINDS)
 def test_sum_of_packed_products(kind, two):
     given = [(packed(columns, 54, kind), randn(columns)) for columns in (64, PACKED_COLUMNS)[: 1 + two]]
     residual, out = randn(54), torch.full((54,), torch.nan, device=DEVICE)
     pairs = [(layer, x) for (layer, _), x in given]
     gemv.gemv_sum(pairs[0], pairs[1] if two else None, out, residual, multiplier=0.22)
     close(out, residual.double() + 0.22 * sum(exact(plain, x) for (_, plain), x in given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["int8", "int4 by 128"])
+def test_packed_products_by_the_tiles_that_are_used(kind, dtype):
+    columns = 1152  # two tiles and a quarter, nine groups
+    (layer, plain), x, out = packed(columns, 20, kind), randn(columns, dtype=dtype), randn(20) * torch.nan
+    gemv.gemv_sum((layer, x), None, out)
+    close(out, exact(plain, x))
+    gemv.norm_gemv(x.float(), None, (layer,), out)
+    close(out, exact(plain, x))
+    gemv.norm_gemv(x.float(), None, layer.halves(), out[:10], gated=True)
+    gate, up = (exact(half, x) for half in plain.halves())
+    close(out[:10], gate * up)
 
 
 # ------------------------------------------------------------------------------------------------------ elementwise
@@ -722,8 +736,10 @@ def test_steps_of_a_model(case, own, batch, prompt):
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("kind", ["int8", "int4 by 16"])
-@pytest.mark.parametrize("case", ["gpt_neox", "llama", "phi3"])  # both matrices at once; three; halves of one
+@pytest.mark.parametrize("case", ["gpt_neox", "llama", "phi3", "gemma3"])  # joined; three; halves of one; normed after
 def test_steps_of_a_quantised_model(case, kind, batch):
+    if not available(case):
+        pytest.skip("not in the installed Transformers")
     ids, model = torch.randint(VOCAB, (batch, 12)), make_family(case)
     plain = quantise_(model.to(DEVICE), kind)
     expected = family_reference_logits(plain.cpu(), ids, 3, 7)

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KINDS = {"int8": (8, None), "int4 by 16": (4, 16), "int4 by 64": (4, 64)}
+from streaming_llm.fused.weights import Packed
+
+KINDS = {"int8": (8, None), "int4 by 16": (4, 16), "int4 by 64": (4, 64), "int4 by 128": (4, 128)}
 """Name -> bits, and columns that share a factor, all of a row if ``None``."""
 
 
@@ -80,6 +82,16 @@ def quantised(weight: Tensor, bits: int, group: int | None) -> Int8Tensor | Int4
     kind = Int8Tensor if bits == 8 else Int4Tensor
     held = {"qdata": qdata, "scale": scale, "zero_point": zero, "block_size": [1, size], "exact": exact.flatten(1)}
     return kind((rows, columns), weight.dtype, **held)
+
+
+def unpacked(packed: Packed) -> Tensor:
+    """What a packed matrix stands for, in float64."""
+    half = 1 << (packed.bits - 1)
+    places = packed.bits * torch.arange(packed.values, device=packed.words.device)
+    unsigned = (packed.words.to(torch.int64).unsqueeze(-1) >> places) & (2 * half - 1)
+    numbers = ((unsigned + half) % (2 * half) - half).flatten(1).double()
+    scale, zero = (x.double().T.repeat_interleave(packed.group, dim=1) for x in (packed.scale, packed.zero))
+    return numbers * scale + zero
 
 
 def quantise_(model: nn.Module, kind: str) -> nn.Module:

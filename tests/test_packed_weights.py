@@ -5,22 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from family_models import make_family
-from packed_weights import KINDS, Int4Tensor, Int8Tensor, quantise_, quantised
+from packed_weights import KINDS, Int4Tensor, Int8Tensor, quantise_, quantised, unpacked
 from torch import Tensor, nn
 
 from streaming_llm.fused.family_recipes import recipe_of
 from streaming_llm.fused.refusals import why_not
-from streaming_llm.fused.weights import NotCoveredError, Packed, stored
-
-
-def unpacked(packed: Packed) -> Tensor:
-    """What a packed matrix stands for, in float64."""
-    half = 1 << (packed.bits - 1)
-    places = packed.bits * torch.arange(packed.values)
-    unsigned = (packed.words.to(torch.int64).unsqueeze(-1) >> places) & (2 * half - 1)
-    numbers = ((unsigned + half) % (2 * half) - half).flatten(1).double()
-    scale, zero = (x.double().T.repeat_interleave(packed.group, dim=1) for x in (packed.scale, packed.zero))
-    return numbers * scale + zero
+from streaming_llm.fused.weights import NotCoveredError, stored
 
 
 def weight(rows: int = 6, columns: int = 128) -> Tensor:
