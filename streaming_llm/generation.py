@@ -26,7 +26,6 @@ from .generate_arguments import Prompt
 from .kv_cache import StreamingKVCache
 from .rows import feed_rows
 from .speculative import OverwrittenSlots
-from .warpers import joined
 
 OF_EVERY_FORWARD = (
     "input_ids",
@@ -108,7 +107,7 @@ class GenerationForwards:
         self.expand_size, self.drafts = expand_size, drafts
         self.view = GenerationView(cache, 0 if prompt is None or prompt.mask is not None else prompt.n_seen[0])
         self._block, self._engines = block, engines
-        self._is_first = True
+        self._is_first, self._needs_ids_alone = True, False
         self._forward, self._prepare_inputs = model.forward, model.prepare_inputs_for_generation
 
     @property
@@ -122,9 +121,6 @@ class GenerationForwards:
             "forward": (self._run, self._forward),
             "prepare_inputs_for_generation": (self._prepare, self._prepare_inputs),
         }
-        if hasattr(self.model, "_get_logits_processor"):
-            processors = self.model._get_logits_processor
-            own["_get_logits_processor"] = (lambda *args, **kwargs: joined(processors(*args, **kwargs)), processors)
         changes = [(self.model, n, functools.update_wrapper(functools.partial(f), old)) for n, (f, old) in own.items()]
         self._changed = changed(changes)
         self._changed.__enter__()
@@ -134,7 +130,12 @@ class GenerationForwards:
         self._changed.__exit__(*exc_info)
 
     def _prepare(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The model's own preparation, but where that drops the stream's cache (Phi-3 does at its original length)."""
+        """The model's own preparation, but where that drops the stream's cache (Phi-3 does at its original length).
+
+        Once an engine has run a token, the preparation of the next ones is left out: the device waits for it.
+        """
+        if self._needs_ids_alone and kwargs.get("past_key_values") is self.view:
+            return {"input_ids": input_ids[:, -1:], "past_key_values": self.view}
         inputs = self._prepare_inputs(input_ids, *args, **kwargs)
         if kwargs.get("past_key_values") is self.view and inputs.get("past_key_values") is not self.view:
             inputs = GenerationMixin.prepare_inputs_for_generation(self.model, input_ids, *args, **kwargs)
@@ -194,6 +195,7 @@ class GenerationForwards:
             self.view.show(self.working)
             logits = engine.step(tokens[:, 0]).unsqueeze(1)
             self.view.columns += 1
+            self._needs_ids_alone = not self.drafts
             return self._output(logits)
         if self.drafts:
             self.view.overwritten = OverwrittenSlots(self.working, tokens.shape[1])
