@@ -18,7 +18,7 @@ from ..launch import launch, wait_for_input
 from .activations import activate, capped
 from .norms import kind_of, norm_weight, or_other, pointers_of, residual, rstd_of
 from .recipe import Linear, Norm
-from .tiles import add_product, first_tiles, row_sums, tile_at
+from .tiles import add_product, first_tiles, row_factors, row_sums, tile_at
 
 TILE_OF_NORM = {
     0: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 1, "num_warps": 2},
@@ -74,6 +74,7 @@ def _norm_gemv(
         starts, biases, scales, zeros, step = w, b, s, z, n
     of_rows = starts + rows.to(tl.int64) * (K // VALUES), in_rows, scales + rows, zeros + rows, step
     tiles = first_tiles(of_rows, K, BLOCK_K, AHEAD, BITS, GROUP)
+    row_scale, row_zero = row_factors(of_rows, BITS, GROUP < K)
     if BIAS:
         bias = tl.load(biases + rows, in_rows, 0.0).to(tl.float32)
     wait_for_input(PDL)
@@ -120,7 +121,7 @@ def _norm_gemv(
         if NORM_BIAS:
             x += tl.load(norm_b_ptr + at, inside, 0.0).to(tl.float32)
         acc, x_total = add_product(acc, x_total, tile, x, BITS, GROUP < K)
-    y = row_sums(acc, x_total, of_rows, BITS, GROUP < K)
+    y = row_sums(acc, x_total, row_scale, row_zero, BITS, GROUP < K)
     if NORM == "rms":
         y *= 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
     if BIAS:
@@ -236,6 +237,7 @@ def _gemv_sum(
     in_rows = rows < N
     rows1 = w1 + rows.to(tl.int64) * (K1 // VALUES), in_rows, s1 + rows, z1 + rows, N
     tiles = first_tiles(rows1, K1, BLOCK_K, AHEAD, BITS, GROUP1)
+    scale1, zero1 = row_factors(rows1, BITS, GROUP1 < K1)
     y = tl.zeros((BLOCK_R,), tl.float32)
     if BIAS1:
         y += tl.load(bias1 + rows, in_rows, 0.0).to(tl.float32)
@@ -252,12 +254,13 @@ def _gemv_sum(
     if K2 > 0:
         rows2 = w2 + rows.to(tl.int64) * (K2 // VALUES), in_rows, s2 + rows, z2 + rows, N
         if BITS > 0:  # the factors of whole rows are others
-            y += row_sums(acc, x_total, rows1, BITS, GROUP1 < K1)
+            y += row_sums(acc, x_total, scale1, zero1, BITS, GROUP1 < K1)
             acc, x_total = tl.zeros_like(acc), tl.zeros_like(x_total)
+        scale2, zero2 = row_factors(rows2, BITS, GROUP2 < K2)
         acc, x_total = _add_products(acc, x_total, (), x2, rows2, K2, BLOCK_K, 0, BITS, GROUP2)
-        y += row_sums(acc, x_total, rows2, BITS, GROUP2 < K2)
+        y += row_sums(acc, x_total, scale2, zero2, BITS, GROUP2 < K2)
     else:
-        y += row_sums(acc, x_total, rows1, BITS, GROUP1 < K1)
+        y += row_sums(acc, x_total, scale1, zero1, BITS, GROUP1 < K1)
     if SCALE:
         y *= multiplier
     tl.store(y_ptr + rows, y + added, in_rows)

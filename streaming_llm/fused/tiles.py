@@ -87,13 +87,22 @@ def add_product(acc, x_total, tile, x, BITS: tl.constexpr, GROUPED: tl.constexpr
 
 
 @triton.jit
-def row_sums(acc, x_total, rows, BITS: tl.constexpr, GROUPED: tl.constexpr):
-    """The products of whole rows, ``[BLOCK_R]``."""
+def row_factors(rows, BITS: tl.constexpr, GROUPED: tl.constexpr):
+    """Factors and zeros of whole rows ``[BLOCK_R]``, where packed weights have such."""
+    if BITS == 0 or GROUPED:
+        return 1.0, 0.0
+    else:
+        scale, zero = tl.load(rows[2], rows[1], 0.0), tl.load(rows[3], rows[1], 0.0)
+        return scale.to(tl.float32), zero.to(tl.float32)
+
+
+@triton.jit
+def row_sums(acc, x_total, scale, zero, BITS: tl.constexpr, GROUPED: tl.constexpr):
+    """The products of whole rows ``[BLOCK_R]``, with what :func:`row_factors` gave."""
     y = tl.sum(acc, 1)
     if BITS > 0:
         y *= 2.0**53
         if not GROUPED:
-            scale, zero = tl.load(rows[2], rows[1], 0.0), tl.load(rows[3], rows[1], 0.0)
             x = tl.sum(x_total, 0)
-            y = (y - x * (1 << (BITS - 1))) * scale.to(tl.float32) + x * zero.to(tl.float32)
+            y = (y - x * (1 << (BITS - 1))) * scale + x * zero
     return y
