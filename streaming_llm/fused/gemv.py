@@ -28,7 +28,7 @@ TILE_OF_NORM = {
 TILE_OF_SUM = {
     0: {"BLOCK_R": 2, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
     8: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
-    4: {"BLOCK_R": 8, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
+    4: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
 }
 """By the bits of packed weights (0: plain ones), rows and columns of a tile, tiles requested ahead, and warps.
 Of two dozen tried in whole steps on an H200, for the sizes of Pythia-70m, 2.8b and 6.9b, those for plain weights were
