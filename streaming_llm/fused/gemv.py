@@ -23,7 +23,7 @@ from .tiles import add_product, first_tiles, row_factors, row_sums, tile_at
 TILE_OF_NORM = {
     0: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 1, "num_warps": 2},
     8: {"BLOCK_R": 8, "BLOCK_K": 512, "AHEAD": 2, "num_warps": 2},
-    4: {"BLOCK_R": 16, "BLOCK_K": 512, "AHEAD": 2, "num_warps": 2},
+    4: {"BLOCK_R": 8, "BLOCK_K": 512, "AHEAD": 2, "num_warps": 2},
 }
 TILE_OF_SUM = {
     0: {"BLOCK_R": 2, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
