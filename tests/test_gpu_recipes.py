@@ -169,6 +169,15 @@ def test_steps_of_quantised_models_in_half_precision(case, kind):
         assert error(stepped(model, engine, 1, 4, 10), expected).mean() < 1.1 * own, engine
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4 by 16"])
+@pytest.mark.parametrize("case", QUANTISED)
+def test_blocks_of_quantised_models(case, kind):
+    model = model_of(case, torch.float32).to(GPU)
+    plain = quantise_(model, kind)
+    one, other = (score_stream(m, ids_of(3), 4, W, block_size=37, engine="fused") for m in (plain, model))
+    assert error(one, other).max() < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int4WeightOnlyConfig"])
 def test_steps_of_models_that_torchao_quantised(kind):
     quantization = pytest.importorskip("torchao.quantization")
