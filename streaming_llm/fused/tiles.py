@@ -53,7 +53,8 @@ def _products_of_words(words, x, BITS: tl.constexpr):
     """Sums over the numbers of each word: of products with ``x``, by ``2 ** -53``, ``[BLOCK_R, n]``; of ``x`` ``[n]``.
 
     The numbers count from the lowest. They are read as float32 without a conversion: where they lie in a word, they
-    are the last bits of a float without an exponent, multiples of ``2 ** -149``. ``x`` makes up for that, exactly.
+    are the last bits of a float without an exponent, multiples of ``2 ** -149``. ``x`` makes up for that, exactly, as
+    long as it is below ``2 ** 31``.
     """
     SIGNS: tl.constexpr = -0x77777778 if BITS == 4 else -0x7F7F7F80
     place = tl.arange(0, 32 // BITS)[None, None, :] * BITS
