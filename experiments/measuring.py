@@ -5,11 +5,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from experiments.config import DTYPES, ExperimentConfig, SetupError
 from experiments.environment import environment, what_matters
+from experiments.kept import Found
 from experiments.kvpress_support import PRESSES, import_adapter
 from experiments.methods import DEFAULT_METHODS, METHODS, MethodSettings
 from experiments.models import LoadedModel, ModelSource
@@ -75,19 +75,17 @@ def resolve_machine(config: ExperimentConfig) -> Machine:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell: its `run` as `results.run_record` makes it, or the reason why there is none.
+    """What became of a cell.
 
-    `nll`, `position`: losses in nats and the positions of their tokens. `matters`: what could change a figure, as
-    it was found where the cell ran.
+    `found`: its run as `results.run_record` makes it, with the losses `nll` in nats and the `position` of their
+    tokens; or None and the `reason`. `matters`: what could change a figure, as it was found where the cell ran.
     """
 
     cell: Cell
-    run: dict | None
-    wall_sec: float
-    matters: dict
+    found: Found | None = None
+    wall_sec: float = 0.0
+    matters: dict = field(default_factory=dict)
     reason: str = ""
-    nll: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32), repr=False)
-    position: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
 
 
 class Bench:
@@ -132,14 +130,14 @@ class Bench:
         result = compute_perplexity(
             loaded.model,
             task.ids,
-            METHODS[cell.method](loaded.model, self._method_settings((cell.n_sink, cell.window_size), cell.engine)),
+            METHODS[cell.method](loaded.model, self._method_settings(cell.sizes, cell.engine)),
             scoring=cell.scoring,
             decode_sample=config.decode_sample,
             warmup_steps=config.warmup_steps,
             progress=display,
         )
-        run, wall_sec = run_record(result, cell.backend), time.perf_counter() - start
-        return Outcome(cell, run, wall_sec, what_matters(self.machine.device), "", result.nll, result.position)
+        found = Found(run_record(result, cell.backend), {"nll": result.nll, "position": result.position})
+        return Outcome(cell, found, time.perf_counter() - start, what_matters(self.machine.device))
 
     def _load(self, source: ModelSource) -> LoadedModel:
         if self._source != source:
@@ -208,7 +206,7 @@ def outcome_of(measure: Callable[[], Outcome], cell: Cell) -> Outcome:
     except Exception as error:  # whatever it is, it concerns this cell
         reason = describe(error)
     free_memory()  # what the failed run held must not be missing to the next one
-    return Outcome(cell, None, 0.0, {}, reason)
+    return Outcome(cell, reason=reason)
 
 
 def describe(error: Exception) -> str:

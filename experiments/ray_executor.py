@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from experiments.cell_queue import CellQueue
 from experiments.config import ExperimentConfig, SetupError, unknown_name
 from experiments.environment import ROOT, commit, sources_hash
-from experiments.executors import Executor, Queue
+from experiments.executors import Executor
 from experiments.measuring import Bench, Outcome, outcome_of
 from experiments.models import ModelSource
 from experiments.plan import Facts, Task
@@ -180,28 +181,25 @@ class RayExecutor(Executor):
             self._facts[source.name] = answer
         return [self._facts[source.name] for source in sources]
 
-    def measure(self, queue: Queue) -> Iterator[Outcome]:
+    def measure(self, queue: CellQueue) -> Iterator[Outcome]:
         visible = self.config.progress and sys.stderr.isatty()
         with tqdm(desc="cells", total=len(queue), unit="cell", disable=not visible) as bar:
             for task, answer in self._calls("measure", queue.next, lambda: len(queue)):
-                yield (
-                    Outcome(task.cell, None, 0.0, {}, answer) if isinstance(answer, str) else self._of_one_kind(answer)
-                )
+                yield Outcome(task.cell, reason=answer) if isinstance(answer, str) else self._of_one_kind(answer)
                 bar.update()
                 bar.set_postfix_str(f"{len(self._busy)} running, {queue.progress()}")
 
     def _of_one_kind(self, outcome: Outcome) -> Outcome:
         """The outcome, if it was measured under the conditions of the others; figures of two cards never meet."""
         expected = self._facts[outcome.cell.model].matters
-        if outcome.run is None or outcome.matters == expected:
+        if outcome.found is None or outcome.matters == expected:
             return outcome
-        differing = {
-            key: (outcome.matters[key], expected[key]) for key in expected if outcome.matters[key] != expected[key]
-        }
-        reason = "; ".join(
-            f"{key} {own} where it ran, {others} for the others" for key, (own, others) in differing.items()
+        differing = "; ".join(
+            f"{key} {outcome.matters[key]} where it ran, {expected[key]} for the others"
+            for key in expected
+            if outcome.matters[key] != expected[key]
         )
-        return Outcome(outcome.cell, None, 0.0, {}, f"{reason}: see --gpu-type")
+        return Outcome(outcome.cell, reason=f"{differing}: see --gpu-type")
 
 
 def connect(address: str | None):

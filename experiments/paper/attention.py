@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from experiments.paper.pieces import Found, Piece
+from experiments.kept import Found
+from experiments.paper.pieces import Piece
 from experiments.paper.setting import Setting
 from personal_adapters.neox_flash import unwrap_attention
 from streaming_llm import StreamingLLMWrapper

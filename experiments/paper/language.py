@@ -4,7 +4,8 @@ import statistics
 
 import numpy as np
 
-from experiments.paper.pieces import Found, Piece
+from experiments.kept import Found
+from experiments.paper.pieces import Piece
 from experiments.paper.setting import Setting, curve, doubling, perplexity
 
 

@@ -13,9 +13,10 @@ import numpy as np
 
 from experiments.config import SetupError
 from experiments.hub import hub_rows
+from experiments.kept import Found
 from experiments.paper.asking import Asked, answered, binned, method_sizes
 from experiments.paper.made_questions import make_records
-from experiments.paper.pieces import Found, Piece
+from experiments.paper.pieces import Piece
 from experiments.paper.setting import Setting
 from experiments.storage import hash_of
 from experiments.stream_states import judged, states_at

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments.config import SetupError
-from experiments.paper.pieces import PIECES, Experiment, Found, Piece, PieceStore, attempt, distinct
+from experiments.kept import Found, KeptWork
+from experiments.paper.pieces import PIECES, Experiment, Piece, attempt, distinct
 from experiments.paper.setting import Setting
 from experiments.progress import TimeEstimator
 from experiments.results import SCHEMA_VERSION, save_result
@@ -20,7 +21,7 @@ class PaperModel:
     def __init__(self, setting: Setting, experiments: Sequence[Experiment], root: Path, force: bool, say: Say):
         self.setting, self.say, self.force = setting, say, force
         self.folder = root / (setting.source.slug or setting.source.name)
-        self.store = PieceStore(root / PIECES / self.folder.name, setting.common())
+        self.store, self.common = KeptWork(root / PIECES / self.folder.name), setting.common()
         self.experiments = {}
         for experiment in experiments:
             reason = experiment.why_not(setting)
@@ -46,7 +47,8 @@ class PaperModel:
     def find_finished(self, move_broken: bool) -> None:
         """Load what is finished."""
         for piece in () if self.force else self.pieces:
-            if (found := self.store.load(piece, self.say, move_broken)) is not None:
+            config_hash = hash_of(self.common | piece.config)
+            if (found := self.store.find(piece, config_hash, self.say, move_broken)) is not None:
                 self.found[self.key(piece)] = found
 
     def run(self) -> list[Path]:
@@ -66,7 +68,7 @@ class PaperModel:
                     self.failed[self.key(piece)] = reason
                     self.say(f"[{number}/{total}] {experiment.name}: {piece.name}: FAILED: {reason}")
                     continue
-                self.store.save(piece, found, took)
+                self.store.save(piece, self.common | piece.config, found, took)
                 self.found[self.key(piece)] = found
                 self.estimator.add(piece, took)
                 left = self.estimator.text(self.missing)
@@ -79,7 +81,7 @@ class PaperModel:
         failed = {piece.name: self.failed[self.key(piece)] for piece in pieces if self.key(piece) in self.failed}
         value = {"schema_version": SCHEMA_VERSION, "kind": "paper", "experiment": experiment.name}
         value |= {"title": experiment.title, "reference": experiment.reference, **self.setting.header()}
-        value |= {"config_hash": hash_of(self.store.common | {"pieces": [piece.config for piece in pieces]})}
+        value |= {"config_hash": hash_of(self.common | {"pieces": [piece.config for piece in pieces]})}
         value |= experiment.result(self.setting, found) if found else {"rows": []}
         value |= {"status": "failed" if failed else "ok", "failed": failed, "timestamp": now()}
         path = self.folder / f"{experiment.name}.json"

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from experiments.config import ExperimentConfig, SetupError
 from experiments.environment import environment, what_matters
+from experiments.kept import Found
 from experiments.measuring import Machine
 from experiments.method_base import MethodSettings
 from experiments.methods import METHODS
 from experiments.models import LoadedModel, ModelSource
-from experiments.paper.pieces import Found, Piece
+from experiments.paper.pieces import Piece
 from experiments.perplexity import compute_perplexity
 from experiments.placements import model_call_engine
 from experiments.results import run_record

@@ -7,8 +7,9 @@ import random
 
 import numpy as np
 
+from experiments.kept import Found
 from experiments.paper.asking import Asked, answered, binned, method_sizes
-from experiments.paper.pieces import Found, Piece
+from experiments.paper.pieces import Piece
 from experiments.paper.setting import Setting
 
 HEAD = "Below is a record of lines I want you to remember.\n"
