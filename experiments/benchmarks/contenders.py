@@ -1,4 +1,4 @@
-"""Who is compared: the evaluation's methods by each engine, Transformers' cache, and a peer. Imports no torch.
+"""Who is compared: the evaluation's methods by each engine, and Transformers' cache. Imports no torch.
 
 To add one: an entry of `CONTENDERS`.
 """
@@ -39,8 +39,6 @@ def _recomputation(engine: str) -> Contender:
     return Contender(f"Re-computation, {engine}", "baseline", engine)
 
 
-PEER = "attention-sinks"
-"""Runs in a Python of its own."""
 CONSTANT_DENSE = "dynamic-cache"
 """Transformers' own cache at a constant length: no method of the evaluation."""
 
@@ -50,7 +48,6 @@ CONTENDERS: dict[str, Contender] = {
     "recompute-fused": _recomputation("fused"),
     CONSTANT_DENSE: Contender("DynamicCache", CONSTANT_DENSE, group="dense", prefills=True, compared_with="recompute"),
     "kvpress": Contender("KVPress", "kvpress", compared_with="recompute"),
-    PEER: Contender("attention_sinks", "", group="mit"),
     "eager": _decoder("eager", "eager", "recompute", prefills=True),
     "graph": _decoder("graph", "graph", "recompute-graph"),
     "graph+compile": _decoder("graph+compile", "graph+compile", at_once=True),

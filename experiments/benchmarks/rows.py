@@ -52,7 +52,6 @@ class ResultFile:
         self.config_hash = hash_of(config)
         self.environment = environment(machine.device, command, timing.seed, kvpress_imported=False)
         self.models: dict[str, dict] = {}
-        self.overhead: list[dict] = []
         self._runs: dict[Cell, list[dict]] = {}
         self._failed: dict[Cell, tuple[str, str]] = {}
 
@@ -74,7 +73,6 @@ class ResultFile:
             cell = Cell(**row["cell"])
             self._runs[cell] = list(row["runs"])
         self.models = value["models"]
-        self.overhead = value["overhead"]
         return f"goes on with {sum(map(len, self._runs.values()))} finished runs in {self.path}"
 
     def has(self, cell: Cell, repeat: int) -> bool:
@@ -112,7 +110,6 @@ class ResultFile:
             "complete": complete,
             "models": self.models,
             "rows": self.rows(),
-            "overhead": self.overhead,
             "environment": self.environment,
             "timestamp": now(),
         }
