@@ -25,7 +25,7 @@ class _WideHelp(argparse.RawDescriptionHelpFormatter):
     """Options and what they mean side by side, as wide as the examples below them; a list's name stands once."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32, width=max(118, shutil.get_terminal_size().columns - 2))
+        super().__init__(prog, max_help_position=33, width=max(118, shutil.get_terminal_size().columns - 2))
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         if action.nargs == argparse.ONE_OR_MORE:

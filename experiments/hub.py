@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
-from experiments.config import SetupError
+from experiments.config import SetupError, first_line
 
 _TIMEOUT_SEC = 10
 _SPLITS = ("test", "validation", "train")  # the first that a data set has is taken
@@ -87,7 +87,7 @@ def hub_rows(name: str, repo: str, config: str | None, split: str | None) -> tup
         download = datasets.DownloadConfig(local_files_only=offline, max_retries=1)
         found = datasets.load_dataset(repo, config, split=split, download_config=download)
     except Exception as error:  # a missing copy, a broken download: the kinds differ between versions
-        reason = answer.reason or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = answer.reason or f"{type(error).__name__}: {first_line(error)}"
         raise SetupError(
             f"data set {name} could not be loaded: the hub was asked and this machine's cache was looked at "
             f"({reason}); pass a local file instead: --datasets path/to/text.txt"

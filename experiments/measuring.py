@@ -4,10 +4,11 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
-from experiments.config import DTYPES, ExperimentConfig, SetupError
+from experiments.config import DTYPES, ExperimentConfig, SetupError, first_line
 from experiments.environment import environment, what_matters
 from experiments.kept import Found
 from experiments.kvpress_support import PRESSES, import_adapter
@@ -20,6 +21,8 @@ from experiments.results import run_record
 from personal_adapters.neox_flash import wrap_attention
 from personal_adapters.sdpa import check_backend_available, resolve_attn_backend, select_dtype
 from streaming_llm import resolve_engine
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -34,21 +37,29 @@ class Machine:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    def load(self, source: ModelSource, device_map: str | None = None, backend: str | None = None) -> LoadedModel:
-        """A model with its attention wrapped for a backend, the first if none is named; raises SetupError."""
+    def load(self, source: ModelSource, device_map: str | None = None) -> LoadedModel:
+        """A model with its attention wrapped for the first backend; raises SetupError."""
         loaded = source.load(self.dtype, self.device, device_map)
-        self.wrap(loaded, source.name, backend or self.backends[0])
+        self.wrap(loaded, self.backends[0])
         return loaded
 
-    def wrap(self, loaded: LoadedModel, name: str, backend: str) -> None:
+    def wrap(self, loaded: LoadedModel, backend: str) -> None:
         """Let a backend compute the model's attention; raises SetupError where it cannot."""
         available = check_backend_available(backend, self.dtype, self.device, loaded.head_dim)
         if not available:
-            raise SetupError(f"attention backend {backend!r} cannot run {name!r}: {available.reason}")
+            raise SetupError(f"attention backend {backend!r} cannot run {loaded.name!r}: {available.reason}")
         try:
             wrap_attention(loaded.model, backend)
         except ValueError as error:
-            raise SetupError(f"model {name!r} cannot be measured: {error}") from None
+            raise SetupError(f"model {loaded.name!r} cannot be measured: {error}") from None
+
+    def engine(self, loaded: LoadedModel, asked: str, backend: str) -> str:
+        """The decode engine with a backend: what was asked for, or the fastest that runs; raises SetupError."""
+        self.wrap(loaded, backend)
+        try:
+            return resolve_engine(loaded.model, asked)
+        except ValueError as error:
+            raise SetupError(f"engine {asked!r} cannot run {loaded.name!r}: {error}") from None
 
 
 def resolve_machine(config: ExperimentConfig) -> Machine:
@@ -100,20 +111,17 @@ class Bench:
 
     def open(self, source: ModelSource) -> Facts:
         """Load a model and find out what of the configuration runs with it; raises SetupError where nothing does."""
-        loaded = self._load(source)
-        settings = model_settings(self.config, source, loaded)
-        sizes = settings.sizes
-        engines = {backend: self._engine(source, backend) for backend in self.machine.backends}
-        self.machine.wrap(loaded, source.name, self.machine.backends[0])
-        methods, skipped = self._methods(source, sizes, engines[self.machine.backends[0]])
-        device = self.machine.device
-        matters = what_matters(device)
-        asked = self.config.device_map
+        loaded, machine, asked = self._load(source), self.machine, self.config.device_map
+        sizes = model_settings(self.config, source, loaded).sizes
+        engines = {backend: machine.engine(loaded, self.config.engine, backend) for backend in machine.backends}
+        machine.wrap(loaded, machine.backends[0])
+        methods, skipped = self._methods(loaded, sizes, engines[machine.backends[0]])
+        matters = what_matters(machine.device)
         spread = None if asked is None else {"asked": asked, "weights_mb": loaded.weights_mb}
-        where = environment(device, self.config.command, self.config.seed, self._kvpress_imported)
+        where = environment(machine.device, self.config.command, self.config.seed, self._kvpress_imported)
         return Facts(
             device=matters["device"],
-            dtype=self.machine.dtype_name,
+            dtype=machine.dtype_name,
             engines=engines,
             methods=methods,
             skipped=skipped,
@@ -126,7 +134,7 @@ class Bench:
         """Run a cell. Raises whatever goes wrong; see `outcome_of`."""
         start, cell, config = time.perf_counter(), task.cell, task.config
         loaded = self._load(task.source)
-        self.machine.wrap(loaded, task.source.name, cell.backend)
+        self.machine.wrap(loaded, cell.backend)
         result = compute_perplexity(
             loaded.model,
             task.ids,
@@ -150,15 +158,7 @@ class Bench:
     def _method_settings(self, sizes: tuple[int, int], engine: str) -> MethodSettings:
         return MethodSettings(*sizes, engine, self.config.kvpress_press, self.config.seed)
 
-    def _engine(self, source: ModelSource, backend: str) -> str:
-        """The decode engine with a backend: what was asked for, or the fastest that runs."""
-        self.machine.wrap(self._loaded, source.name, backend)
-        try:
-            return resolve_engine(self._loaded.model, self.config.engine)
-        except ValueError as error:
-            raise SetupError(f"engine {self.config.engine!r} cannot run {source.name!r}: {error}") from None
-
-    def _methods(self, source: ModelSource, sizes: tuple[int, int], engine: str) -> tuple[tuple[str, ...], dict]:
+    def _methods(self, loaded: LoadedModel, sizes: tuple[int, int], engine: str) -> tuple[tuple[str, ...], dict]:
         """The methods that can run, by attaching each to the model, and of the default ones why another cannot."""
         able, skipped = [], {}
         for name in self.config.methods or DEFAULT_METHODS:
@@ -166,13 +166,13 @@ class Bench:
             try:
                 if reason is None:
                     settings = self._method_settings(sizes, METHODS[name].engine_for(engine))
-                    with METHODS[name](self._loaded.model, settings):
+                    with METHODS[name](loaded.model, settings):
                         able.append(name)
                         continue
             except (ValueError, ImportError) as error:
                 reason = str(error)
             if self.config.methods is not None or not METHODS[name].optional:
-                raise SetupError(f"method {name!r} cannot run with model {source.name!r}: {reason}")
+                raise SetupError(f"method {name!r} cannot run with model {loaded.name!r}: {reason}")
             skipped[name] = reason
         return tuple(able), skipped
 
@@ -199,22 +199,27 @@ def import_methods(config: ExperimentConfig) -> bool:
     return True
 
 
-def outcome_of(measure: Callable[[], Outcome], cell: Cell) -> Outcome:
-    """A cell's outcome: the boundary at which whatever goes wrong becomes a reason, and the other cells go on."""
+def attempt(compute: Callable[[], Value]) -> tuple[Value | None, str]:
+    """What a piece of work gives, or why it gives nothing: the boundary at which whatever goes wrong becomes a reason,
+    and the other pieces go on."""
     try:
-        return measure()
-    except Exception as error:  # whatever it is, it concerns this cell
+        return compute(), ""
+    except Exception as error:  # whatever it is, it concerns this piece
         reason = describe(error)
     free_memory()  # what the failed run held must not be missing to the next one
-    return Outcome(cell, reason=reason)
+    return None, reason
+
+
+def outcome_of(measure: Callable[[], Outcome], cell: Cell) -> Outcome:
+    """A cell's outcome, whatever goes wrong."""
+    outcome, reason = attempt(measure)
+    return outcome or Outcome(cell, reason=reason)
 
 
 def describe(error: Exception) -> str:
     """An error as a reason: its kind and first line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return f"out of memory: {lines[0] if lines else type(error).__name__}"
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return f"{'out of memory' if is_memory else type(error).__name__}: {first_line(error)}"
 
 
 def free_memory() -> None:

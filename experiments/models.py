@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.config import DEMO_MODEL, SetupError, unknown_name
+from experiments.config import DEMO_MODEL, SetupError, first_line, unknown_name
 from experiments.gguf_files import gguf_file, gguf_fingerprint, read_gguf
 from experiments.hub import ask_hub
 from experiments.random_models import RANDOM_SIZES, random_config, random_model
@@ -75,6 +75,7 @@ class LoadedModel(ModelInfo):
     """A model in evaluation mode on its device."""
 
     model: torch.nn.Module
+    name: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +139,7 @@ class ModelSource:
         info, where = self.info(), self._place()
         if self.weights == "random":
             model = random_model(RANDOM_SIZES[self.where], self.seed, dtype, device, device_map)
-            return LoadedModel(**vars(info), model=model)
+            return LoadedModel(**vars(info), model=model, name=self.name)
         known = {"config": copy.deepcopy(info.config)} if "gguf_file" in self.options else {}  # reading it takes long
         with self._readable(), _no_loading_bar():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -154,7 +155,7 @@ class ModelSource:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise SetupError(f"model {self.name!r} could not be loaded: weights are missing ({missing}, ...)")
         model = model if device_map else model.to(device)
-        return LoadedModel(**vars(info), model=model.eval().requires_grad_(False))
+        return LoadedModel(**vars(info), model=model.eval().requires_grad_(False), name=self.name)
 
     def _place(self) -> str:
         """The folder or hub name; raises SetupError where this machine has no such folder, or another."""
@@ -176,7 +177,8 @@ class ModelSource:
         try:
             yield
         except Exception as error:  # a file is missing, or is not what it should be: each reader has its own errors
-            raise SetupError(f"model {self.name!r} could not be loaded: {_first_line(error)}") from None
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise SetupError(f"model {self.name!r} could not be loaded: {what}") from None
 
 
 def find_model(name: str, seed: int = 0) -> ModelSource:
@@ -273,11 +275,6 @@ def _no_loading_bar() -> Iterator[None]:
     finally:
         if was_enabled:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _random(name: str, seed: int) -> ModelSource:

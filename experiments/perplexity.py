@@ -124,7 +124,7 @@ def compute_perplexity(
         reasons["peak_memory_mb"] = peak.kind
     losses = np.zeros(0, np.float32) if scored is None else scored.cpu().numpy()
     return PerplexityResult(
-        perplexity=None if scored is None else _perplexity(losses),
+        perplexity=None if scored is None else perplexity(losses),
         **figures,
         peak_memory_mb=peak.peak_mb,
         peak_memory_kind=peak.kind,
@@ -151,7 +151,8 @@ def decode_steps(num_tokens: int, prompt: int, scoring: str, decode_sample: int 
     return steps if scoring == "decode" or decode_sample is None else min(steps, decode_sample)
 
 
-def _perplexity(nll: np.ndarray) -> float:
+def perplexity(nll: np.ndarray) -> float:
+    """Of losses in nats; raises RuntimeError where they are not usable."""
     mean = float(np.mean(nll, dtype=np.float64))
     if not np.isfinite(nll).all() or mean > 700:  # exp overflows
         bad = int(np.count_nonzero(~np.isfinite(nll)))

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from experiments.cell_queue import CellQueue
-from experiments.config import ExperimentConfig, SetupError, unknown_name
+from experiments.config import ExperimentConfig, SetupError, first_line, unknown_name
 from experiments.environment import ROOT, commit, sources_hash
 from experiments.executors import Executor
 from experiments.measuring import Bench, Outcome, outcome_of
@@ -142,7 +142,7 @@ class RayExecutor(Executor):
                     if tries <= self.config.retries:
                         again.append(argument)
                         continue
-                    answer = f"its worker died {tries} times: {_first_line(answer)}"
+                    answer = f"its worker died {tries} times: {first_line(answer)}"
                 yield argument, answer
             if self._busy or self._capacity():
                 last_seen = time.monotonic()
@@ -220,7 +220,7 @@ def connect(address: str | None):
     try:
         ray.init(**options)
     except Exception as error:  # nothing listens there, another version, no space: each has its own errors
-        raise SetupError(f"--launcher ray: {address or 'Ray on this machine'}: {_first_line(error)}") from None
+        raise SetupError(f"--launcher ray: {address or 'Ray on this machine'}: {first_line(error)}") from None
     return ray
 
 
@@ -264,8 +264,3 @@ def share_of_a_cell(config: ExperimentConfig, nodes: Iterable[dict], on_gpu: boo
     if on_gpu and config.gpu_type is None and len(kinds) > 1:
         raise SetupError(f"the Ray cluster has GPUs of several kinds: choose one with --gpu-type ({', '.join(kinds)})")
     return share | ({"accelerator_type": config.gpu_type} if config.gpu_type else {})
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

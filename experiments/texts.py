@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from experiments.config import SetupError, unknown_name
+from experiments.config import SetupError, first_line, unknown_name
 from experiments.hub import datasets_library, hub_rows, quiet
 
 ASSETS = Path(__file__).resolve().parent / "assets" / "texts"
@@ -277,8 +277,7 @@ def _readable(path: Path, is_json_lines: bool = False) -> Iterator[None]:
         raise
     except Exception as error:
         where = _wrong_line(path) if is_json_lines else ""
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SetupError(f"data set {path}: cannot be read: {where or first}") from None
+        raise SetupError(f"data set {path}: cannot be read: {where or first_line(error)}") from None
 
 
 def _wrong_line(path: Path) -> str:

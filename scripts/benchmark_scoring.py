@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from experiments.cli import MODEL, OneLineParser, add_options, guarded
-from experiments.config import SetupError, at_least
+from experiments.config import SetupError, at_least, first_line
 from experiments.engines import block_engine, dense_losses
 from experiments.environment import device_name
 from experiments.measuring import resolve_machine
@@ -124,12 +124,12 @@ def run(argv: list[str]) -> int:
         for backend in machine.backends:
             what = f"{source.name} ({source.weights} weights), {backend}"
             try:
-                machine.wrap(loaded, source.name, backend)
+                machine.wrap(loaded, backend)
                 engine = block_engine(loaded.model, options.block_engine)
                 backends[backend] = {"status": "ok"} | measure(loaded, options, engine)
                 print(f"{what}: {line(backends[backend])}", flush=True)
             except (SetupError, ValueError, RuntimeError) as error:  # out of memory among them
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+                reason = first_line(error)
                 backends[backend] = {"status": "failed", "reason": reason}
                 failed.append(what)
                 print(f"{what}: failed: {reason}", file=sys.stderr, flush=True)

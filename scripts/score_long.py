@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from experiments import long_scoring, loss_figures
 from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SETUP, MODEL, STREAM, TEXTS, OneLineParser, add_options
-from experiments.config import SetupError, at_least
+from experiments.config import SetupError, at_least, first_line
 from experiments.engines import default_block_size
 from experiments.environment import environment, what_matters
 from experiments.long_scoring import LongScoring, ScoringError, StoppedError
@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     except SetupError as error:
         code, line = EXIT_SETUP, str(error)
     except (ScoringError, SaveError, torch.OutOfMemoryError) as error:
-        code, line = EXIT_FAILED, f"{str(error).splitlines()[0]}; {later}"
+        code, line = EXIT_FAILED, f"{first_line(error)}; {later}"
     except StoppedError as stopped:
         code, line = EXIT_SIGNAL + stopped.signal_number, f"{stopped}; the same command goes on from there"
     except KeyboardInterrupt:

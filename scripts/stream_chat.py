@@ -21,7 +21,7 @@ import torch
 from experiments.chat.talk import Talk, note, say
 from experiments.chat.turns import Turns
 from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, MODEL, STREAM, OneLineParser, add_options, guarded
-from experiments.config import SetupError, at_least
+from experiments.config import SetupError, at_least, first_line
 from experiments.model_setup import Subject, config_of, make_decoder, set_up, weights_fingerprint
 from experiments.storage import check_writable
 from streaming_llm import StreamingDecoder, read_metadata
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return guarded(lambda: run(sys.argv[1:] if argv is None else argv))
     except (torch.OutOfMemoryError, FloatingPointError, OSError) as error:
-        complain(str(error).splitlines()[0])
+        complain(first_line(error))
         return EXIT_FAILED
 
 

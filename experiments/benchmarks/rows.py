@@ -4,28 +4,19 @@
 configuration (device, versions, sources, number of steps, seed) is moved to `superseded/` and never used.
 """
 
-import hashlib
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.benchmarks.contenders import CONTENDERS
 from experiments.benchmarks.decode import DECODE, PREFILL, TOLERANCE, Cell, Timing
-from experiments.environment import environment, what_matters
+from experiments.environment import environment, sources_hash, what_matters
 from experiments.measuring import Machine
 from experiments.storage import hash_of, now, read_json, set_aside, write_json
 
 SCHEMA_VERSION = 1
 BENCHMARK = "decode"
 FIGURE = {DECODE: "tpot_ms", PREFILL: "prefill_ms"}
-
-
-def sources_hash() -> str:
-    """SHA-256 over the benchmark's own sources; the library's are part of the environment."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 class ResultFile:
@@ -48,7 +39,8 @@ class ResultFile:
             "floor": "bytes of weights (without the table of input embeddings) and of the keys and values attended "
             "to, over the bytes that a copy reads and writes per second in the same run",
         }
-        config = {**self.head, "seed": timing.seed, "benchmark_sources": sources_hash(), **matters}
+        own = sources_hash("experiments/benchmarks/*.py")
+        config = {**self.head, "seed": timing.seed, "benchmark_sources": own, **matters}
         self.config_hash = hash_of(config)
         self.environment = environment(machine.device, command, timing.seed, kvpress_imported=False)
         self.models: dict[str, dict] = {}

@@ -15,6 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from experiments.config import first_line
+
 END_OF_TEXT, END_OF_TEXT_ID = "<|endoftext|>", 0
 DOCUMENT_SEPARATOR = "\x1c"  # within a file
 ENCODED_AT_ONCE = 16  # documents: bounds the memory that encoding takes
@@ -59,8 +61,8 @@ def read_documents(data: str, min_characters: int) -> list[str]:
         try:
             texts = list(datasets.load_dataset(name, config or None, split=split or "train")[column or "text"])
         except Exception as error:  # the library raises dozens of kinds; all mean that there is no text to train on
-            reason = (str(error).splitlines() or [""])[0]
-            raise ValueError(f"--data {data}: could not be loaded ({type(error).__name__}: {reason})") from error
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise ValueError(f"--data {data}: could not be loaded ({what})") from error
     else:
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         texts = [part for file in files for part in read_text(file).split(DOCUMENT_SEPARATOR)]

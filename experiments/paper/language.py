@@ -6,7 +6,8 @@ import numpy as np
 
 from experiments.kept import Found
 from experiments.paper.pieces import Piece
-from experiments.paper.setting import Setting, curve, doubling, perplexity
+from experiments.paper.setting import Setting, curve, doubling
+from experiments.perplexity import perplexity
 
 
 class _Always:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from experiments.kept import Found
-from experiments.measuring import describe, free_memory
 from experiments.storage import hash_of
 
 PIECES = ".pieces"
@@ -46,16 +45,6 @@ class Experiment(Protocol):
 
     def result(self, paper, found: dict[str, Found]) -> dict:
         """What the result file says, from what the pieces found."""
-
-
-def attempt(piece: Piece) -> tuple[Found | None, str]:
-    """What a piece finds, or why it finds nothing: whatever goes wrong concerns this piece, and the others go on."""
-    try:
-        return piece.compute(), ""
-    except Exception as error:
-        reason = describe(error)
-    free_memory()
-    return None, reason
 
 
 def distinct(pieces: Iterable[Piece]) -> list[Piece]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from experiments.config import SetupError
 from experiments.kept import Found, KeptWork
-from experiments.paper.pieces import PIECES, Experiment, Piece, attempt, distinct
+from experiments.measuring import attempt
+from experiments.paper.pieces import PIECES, Experiment, Piece, distinct
 from experiments.paper.setting import Setting
 from experiments.progress import TimeEstimator
 from experiments.results import SCHEMA_VERSION, save_result
@@ -62,7 +63,7 @@ class PaperModel:
                     continue
                 number = total - len(self.missing) + 1
                 start = time.perf_counter()
-                found, reason = attempt(piece)
+                found, reason = attempt(piece.compute)
                 took = time.perf_counter() - start
                 if found is None:
                     self.failed[self.key(piece)] = reason

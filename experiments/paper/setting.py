@@ -1,8 +1,6 @@
 """What all experiments of a model share: the model on its device, the stream of tokens, and how long everything is."""
 
-import hashlib
 import itertools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,22 +11,20 @@ import torch
 from torch import Tensor
 
 from experiments.config import ExperimentConfig, SetupError
-from experiments.environment import environment, what_matters
+from experiments.environment import environment, sources_hash, what_matters
 from experiments.kept import Found
 from experiments.measuring import Machine
 from experiments.method_base import MethodSettings
 from experiments.methods import METHODS
 from experiments.models import LoadedModel, ModelSource
 from experiments.paper.pieces import Piece
-from experiments.perplexity import compute_perplexity
+from experiments.perplexity import compute_perplexity, perplexity
 from experiments.placements import model_call_engine
 from experiments.results import run_record
 from experiments.texts import Text
 from experiments.tokens import first_tokens
-from streaming_llm import StreamingConfig, resolve_block_engine, resolve_engine
+from streaming_llm import StreamingConfig, resolve_block_engine
 from streaming_llm.engines.blocks import block_forward
-
-_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ class Setting:
         """The model with its attention by the backend."""
         if self._loaded is None:
             self._loaded = self.machine.load(self.source, self.config.device_map)
-        self.machine.wrap(self._loaded, self.source.name, self.backend)
+        self.machine.wrap(self._loaded, self.backend)
         return self._loaded
 
     @property
@@ -120,10 +116,7 @@ class Setting:
     @property
     def engine(self) -> str:
         """How single tokens run; never "auto"."""
-        try:
-            return resolve_engine(self.loaded.model, self.config.engine)
-        except ValueError as error:
-            raise SetupError(f"engine {self.config.engine!r} cannot run {self.source.name!r}: {error}") from None
+        return self.machine.engine(self.loaded, self.config.engine, self.backend)
 
     @property
     def block_engine(self) -> str:
@@ -138,13 +131,12 @@ class Setting:
 
     def common(self) -> dict:
         """What could change anything that is found, as JSON values."""
-        own = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
         return {
             "model": self.source.fingerprint,
             "dtype": self.machine.dtype_name,
             "backend": self.backend,
             "engine": self.config.engine,
-            "paper_sources": own,
+            "paper_sources": sources_hash("experiments/paper/*.py"),
             **what_matters(self.machine.device),
         }
 
@@ -215,14 +207,6 @@ class Setting:
         config = {"what": "timed", "method": method, "n_sink": sizes.n_sink, "window_size": sizes.window_size}
         config |= {"steps": steps, "repeat": repeat, "data": self.text.sha256, "by_model_call": by_model_call}
         return Piece(name, config, compute, (self.source.name, "timed", method, str(cache)), steps)
-
-
-def perplexity(nll: np.ndarray) -> float:
-    """Of losses in nats; raises RuntimeError where they are not usable."""
-    mean = float(np.mean(nll, dtype=np.float64))
-    if not np.isfinite(nll).all() or mean > 700:
-        raise RuntimeError(f"the losses are not usable: their mean is {mean}")
-    return math.exp(mean)
 
 
 def curve(nll: np.ndarray, n_points: int = 100) -> dict[str, list]:
