@@ -16,17 +16,17 @@ DEFAULT_ABLATION_N_SINKS = (0, 1, 2, 4, 8, 16)
 DEMO_MODEL = "demo"
 _MODEL_HELP = """demo (the default), a hub name such as EleutherAI/pythia-2.8b, a folder, a .gguf file, or
 random:<size> such as random:pythia-2.8b (random weights: speed only)"""
-_DATASETS_HELP = """demo_encyclopaedia, demo_narrative (the default), wikitext, pg19, a file (.txt, .jsonl, .csv,
-.parquet, ..., or compressed), a folder, owner/name[:config][@split] of the hub"""
+_DATASETS_HELP = """demo_encyclopaedia, demo_narrative (the default), wikitext, pg19, a folder, a file (.txt, .jsonl,
+.csv, .parquet, ..., or compressed), of the hub owner/name[:config][@split]"""
 _BOS_HELP = "beginning-of-sequence token: always, never, auto (default: as the model was trained)"
 _METHODS_HELP = "baseline, streaming, kvpress (these are the default), window, dense"
 _WINDOW_HELP = "recent tokens kept; default: what fills the context, up to 2048 (demo: 252)"
 _BACKENDS_HELP = "math, flash, cudnn, auto; default: what FLASH_SDPA says (1: flash), else math"
-_ENGINE_HELP = f"{', '.join(ENGINES)}; default: auto, the fastest that runs"
+_ENGINE_HELP = f"{', '.join(ENGINES)}; default: auto"
 _DTYPE_HELP = f"{', '.join(DTYPES)}; default: bfloat16, on a CPU float32"
 _SPREAD_HELP = "auto: over all GPUs, for a model that is too large for one"
 _SCORING_HELP = "decode (default): by the token loop; parallel: in blocks, the speed from a sample"
-_PRESS_HELP = "streaming_llm (default), knorm, keydiff, random, lagkv, cur, tova, expected_attention, ..."
+_PRESS_HELP = "streaming_llm (default), knorm, keydiff, random, lagkv, cur, tova, cap, ..."
 
 
 class SetupError(ValueError):
