@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
 
-from experiments.config import ExperimentConfig, SetupError
+from experiments.config import ExperimentConfig, SetupError, first_line
 from experiments.storage import SaveError
 
 EXIT_FAILED, EXIT_SETUP, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_SIGNAL = 128  # plus the signal's number: 130 for Ctrl-C
+GOES_ON = "finished cells are kept, the same command goes on from there"
 _FIELDS: dict[str, Field] = {item.name: item for item in fields(ExperimentConfig)}
 
 MODEL = ("model", "dtype", "device", "seed")
@@ -82,16 +84,18 @@ def config_from(namespace: argparse.Namespace, argv: list[str], program: str, **
     return ExperimentConfig(**{**given, **more}, command=shlex.join(["python", program, *argv]))
 
 
-def guarded(command: Callable[[], int]) -> int:
-    """Run a command and turn what can go wrong into one line on stderr and an exit code."""
+def guarded(command: Callable[[], int], *failures: type[Exception], later: str = "") -> int:
+    """Run a command and turn what can go wrong into one line on stderr and an exit code.
+
+    `failures`: what else, beside a result that cannot be saved, ends it with exit code 1. `later`: what is there then.
+    """
     try:
         return command()
     except SetupError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_SETUP
-    except SaveError as error:
-        print(f"error: {error}; finished cells are kept, the same command goes on from there", file=sys.stderr)
-        return EXIT_FAILED
+        code, line = EXIT_SETUP, f"error: {error}"
+    except (SaveError, *failures) as error:
+        code, line = EXIT_FAILED, f"error: {first_line(error)}{later and '; '}{later}"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        code, line = EXIT_INTERRUPTED, "interrupted"
+    print(line, file=sys.stderr, flush=True)
+    return code

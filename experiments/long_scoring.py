@@ -22,6 +22,7 @@ from torch import Tensor
 
 from experiments.config import SetupError
 from experiments.memory import PeakMemory
+from experiments.progress import Show
 from experiments.stop_request import StopRequest
 from experiments.storage import read_json, write_json
 from streaming_llm import StreamingKVCache, StreamingLLMWrapper
@@ -33,8 +34,6 @@ CHECKPOINT = "checkpoint.json"
 
 Chunks = Callable[[int], Iterator[Tensor]]
 """The token ids of a pass from a given token on, in chunks int64 [1, n] of any length."""
-Show = Callable[[int, float | None], None]
-"""Called with the tokens done since the last call, and the running perplexity."""
 
 
 class ScoringError(RuntimeError):

@@ -13,16 +13,18 @@ _EVERY_STEPS = 32
 Kind = tuple[str, ...]
 """Cells of one kind take about equally long for each token: see `plan.Cell.kind`."""
 
+Show = Callable[[int, float | None], None]
+"""Called with the steps done since the last call, and the running perplexity (None until there is one)."""
+
 
 class LossDisplay:
     """Shows a bar's progress and the perplexity of the losses so far, a few steps late on a GPU.
 
-    `show(steps, perplexity)` is called every 32 steps with the number of steps done since the last call and the
-    running perplexity (None until there is one). On CUDA the mean loss is copied to pinned memory behind the work
+    `show` is called every 32 steps. On CUDA the mean loss is copied to pinned memory behind the work
     in flight, and read when an event says that it has arrived; nothing waits for it. Without `show` it does nothing.
     """
 
-    def __init__(self, show: Callable[[int, float | None], None] | None = None):
+    def __init__(self, show: Show | None = None):
         self._show = show
         self._steps = 0
         self._pinned: Tensor | None = None
@@ -57,10 +59,14 @@ def _exp(mean: float) -> float:
     return math.exp(min(mean, 700.0))
 
 
+def _watched(wanted: bool) -> bool:
+    return wanted and sys.stderr.isatty()
+
+
 @contextmanager
 def cell_bar(title: str, steps: int, wanted: bool, show_perplexity: bool) -> Iterator[LossDisplay]:
     """A bar on standard error for one cell; the display that it gives shows nothing where nobody watches."""
-    visible = wanted and sys.stderr.isatty()
+    visible = _watched(wanted)
     with tqdm(desc=title, total=steps, unit=" tokens", leave=False, disable=not visible) as bar:
 
         def show(done: int, perplexity: float | None) -> None:
@@ -69,6 +75,21 @@ def cell_bar(title: str, steps: int, wanted: bool, show_perplexity: bool) -> Ite
             bar.update(done)
 
         yield LossDisplay(show if visible else None)
+
+
+@contextmanager
+def token_bar(title: str, wanted: bool, expected: Callable[[], int | None] = lambda: None) -> Iterator[Show]:
+    """A bar on standard error for a stream of a length that is `expected` better and better."""
+    with tqdm(desc=title, unit=" tokens", unit_scale=True, leave=False, disable=not _watched(wanted)) as bar:
+
+        def show(done: int, perplexity: float | None) -> None:
+            if perplexity is not None:
+                bar.set_postfix_str(f"perplexity {perplexity:.2f}", refresh=False)
+            whole = expected()
+            bar.total = whole if whole is None else max(whole, bar.n + done)
+            bar.update(done)
+
+        yield show
 
 
 class TimeEstimator:

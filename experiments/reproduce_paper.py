@@ -10,7 +10,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file, perhaps from a checkout that is not installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.cli import MODEL, TEXTS, OneLineParser, add_options, config_from, guarded
+from experiments.cli import GOES_ON, MODEL, TEXTS, OneLineParser, add_options, config_from, guarded
 from experiments.config import SetupError, at_least
 from experiments.measuring import resolve_machine
 from experiments.models import find_model
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     namespace = build_parser().parse_args(argv)
-    return guarded(lambda: _run(namespace, argv))
+    return guarded(lambda: _run(namespace, argv), later=GOES_ON)
 
 
 def _run(namespace, argv: list[str]) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 if __name__ == "__main__":  # perhaps in a checkout that is not installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.cli import MODEL, STREAM, TEXTS, OneLineParser, add_options, config_from, guarded
+from experiments.cli import GOES_ON, MODEL, STREAM, TEXTS, OneLineParser, add_options, config_from, guarded
 from experiments.config import ExperimentConfig
 from experiments.runner import ExperimentRunner, RunSummary
 
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         config = config_from(namespace, argv, "experiments/run_final_experiments.py")
         return ExperimentRunner(config, say=functools.partial(print, flush=True)).run().exit_code
 
-    return guarded(command)
+    return guarded(command, later=GOES_ON)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ if __name__ == "__main__":  # perhaps in a checkout that is not installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from experiments.benchmarks.contenders import CONTENDERS
-from experiments.cli import OneLineParser, add_options, config_from, guarded
+from experiments.cli import GOES_ON, OneLineParser, add_options, config_from, guarded
 from experiments.config import DEMO_MODEL, SetupError, at_least, unknown_name
 from experiments.storage import check_writable, read_json
 
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     options = build_parser().parse_args(argv)
-    return guarded(lambda: run(options, shlex.join(["python", "scripts/benchmark_decode.py", *argv])))
+    return guarded(lambda: run(options, shlex.join(["python", "scripts/benchmark_decode.py", *argv])), later=GOES_ON)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.cli import EXIT_FAILED, MODEL, STREAM, TEXTS, OneLineParser, add_options, guarded
+from experiments.cli import MODEL, STREAM, TEXTS, OneLineParser, add_options, guarded
 from experiments.config import SetupError, at_least
 from experiments.engines import block_engine
 from experiments.memory import held_bytes, kind_of_held_bytes
@@ -176,11 +176,7 @@ def run(argv: list[str]) -> int:
     if options.output is not None:
         check_writable(options.output.parent, 1 << 20)
     subject = set_up(config_of(options), needs_text=True)
-    try:
-        value = measure(options, subject)
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+    value = measure(options, subject)
     print(summary(value))
     subject.keep_result(options.output, value, "measure_long_decode.py", argv, 0)
     return 0
@@ -188,7 +184,7 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    return guarded(lambda: run(sys.argv[1:] if argv is None else argv))
+    return guarded(lambda: run(sys.argv[1:] if argv is None else argv), FloatingPointError)
 
 
 if __name__ == "__main__":
