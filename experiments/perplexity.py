@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.methods import Method
+from experiments.method_base import Method
 from experiments.progress import LossDisplay
 from experiments.timing import measured, seconds, synchronise
 from streaming_llm.attachment import maskless_attention
@@ -218,6 +218,15 @@ def _decode(method: Method, ids: Tensor, prompt: int, progress: LossDisplay) -> 
     end = time.perf_counter() - start
     steps = max(0, n_tokens - 1 - prompt)
     return _Timing(prefill, first, end if steps else prefill, steps), nll
+
+
+@torch.inference_mode()
+def token_losses(method: Method, ids: Tensor) -> Tensor:
+    """Losses [N - 1] in nats of ids [1, N] by an attached method's own steps, without a clock."""
+    prompt = min(method.settings.cache_size, ids.shape[1])
+    nll = _decode(method, ids, prompt, LossDisplay())[1]
+    nll[: prompt - 1] = prompt_losses(method.model, ids[:, :prompt])
+    return nll
 
 
 def _score_parallel(method: Method, ids: Tensor) -> tuple[Tensor, float]:

@@ -181,8 +181,9 @@ class Setting:
 
         def compute() -> Found:
             ids, start = make_ids().to(self.loaded.device), time.perf_counter()
-            settings = MethodSettings(sizes.n_sink, sizes.window_size, self.block_engine)
-            nll = METHODS[method](self.loaded.model, settings).score(ids)[0].float().cpu().numpy()
+            cls = METHODS[method]
+            settings = MethodSettings(sizes.n_sink, sizes.window_size, cls.engine_for(self.engine))
+            nll = cls(self.loaded.model, settings).score(ids)[0].float().cpu().numpy()
             values = {"tokens": len(nll) + 1, "seconds": time.perf_counter() - start, "perplexity": perplexity(nll)}
             return Found(values, {"nll": nll})
 
