@@ -24,7 +24,7 @@ from experiments.config import SetupError
 from experiments.memory import PeakMemory
 from experiments.progress import Show
 from experiments.stop_request import StopRequest
-from experiments.storage import read_json, write_json
+from experiments.storage import differences, read_json, write_json
 from streaming_llm import StreamingKVCache, StreamingLLMWrapper
 from streaming_llm.blockwise import BlockScorer, in_blocks
 from streaming_llm.families import text_config
@@ -190,10 +190,7 @@ def read_checkpoint(path: Path, identity: dict) -> dict:
         raise SetupError(f"{path}: not a readable checkpoint ({error}); --force starts anew") from None
     if saved.get("format") != CHECKPOINT_FORMAT:
         raise SetupError(f"{path}: not a checkpoint of this program, or of another version; --force starts anew")
-    theirs = saved["identity"]
-    differing = [key for key in {**theirs, **identity} if theirs.get(key) != identity.get(key)]
-    if differing:
-        what = "; ".join(f"{key}: {theirs.get(key)} there, {identity.get(key)} now" for key in differing)
+    if what := differences(saved["identity"], identity):
         raise SetupError(f"{path}: belongs to another run ({what}); choose another --output, or --force to start anew")
     return saved
 

@@ -32,6 +32,12 @@ def hash_of(value: dict) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def differences(theirs: dict, ours: dict) -> str:
+    """What differs between the conditions of two runs, "" if nothing does."""
+    differing = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+    return "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} now" for key in differing)
+
+
 def now() -> str:
     """The time, in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

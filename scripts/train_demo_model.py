@@ -36,7 +36,6 @@ from transformers import (
 from experiments.demo_training import held_out
 from experiments.demo_training.recipe import Options, Recipe
 from experiments.demo_training.sequences import (
-    DOCUMENT_SEPARATOR,
     Windows,
     encode,
     read_documents,
@@ -44,6 +43,8 @@ from experiments.demo_training.sequences import (
     save_tokenizer,
     train_tokenizer,
 )
+from experiments.storage import differences, write_json
+from experiments.texts import DOCUMENT_SEPARATOR
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 DOCUMENT_CHARACTERS = 16  # per token of context: several sequences of each document
@@ -95,11 +96,9 @@ def claim_folder(options: Options, identity: dict[str, object]) -> bool:
             path.unlink(missing_ok=True)
     if note.exists():
         theirs = json.loads(note.read_text(encoding="utf-8"))
-        keys = [key for key in {**theirs, **identity} if theirs.get(key) != identity.get(key)]
-        if keys:
-            differences = "; ".join(f"{key}: {theirs.get(key)} there, {identity.get(key)} now" for key in keys)
+        if differing := differences(theirs, identity):
             raise ValueError(
-                f"--output-dir {options.output_dir}: belongs to a run of another configuration ({differences}); "
+                f"--output-dir {options.output_dir}: belongs to a run of another configuration ({differing}); "
                 "choose another folder, or --force to start anew"
             )
     elif model.exists():
@@ -224,10 +223,6 @@ def environment(options: Options) -> dict[str, object]:
         "python": platform.python_version(),
         **{module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
     }
-
-
-def write_json(path: Path, value: dict[str, object]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def complain(line: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import lzma
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,34 +15,15 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from experiments.config import first_line
+from experiments.texts import DOCUMENT_SEPARATOR, load_as_one
 
 END_OF_TEXT, END_OF_TEXT_ID = "<|endoftext|>", 0
-DOCUMENT_SEPARATOR = "\x1c"  # within a file
 ENCODED_AT_ONCE = 16  # documents: bounds the memory that encoding takes
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, unpacked where its name ends in `.xz`.
-
-    Raises:
-        ValueError: missing, unreadable, empty, or not UTF-8 text.
-    """
-    try:
-        raw = path.read_bytes()
-        text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file or folder") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: is not UTF-8 text (byte {error.object[error.start]:#04x} at {error.start})"
-        ) from None
-    except (OSError, lzma.LZMAError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
-    if "\0" in text:
-        raise ValueError(f"{path}: is not text (zero character at {text.index(chr(0))})")
-    if not text.strip():
-        raise ValueError(f"{path}: is empty")
-    return text.replace("\r\n", "\n")
+    """The text of a file or folder, as every command reads it; raises SetupError (a ValueError)."""
+    return DOCUMENT_SEPARATOR.join(load_as_one([str(path)]).documents()).replace("\r\n", "\n")
 
 
 def read_documents(data: str, min_characters: int) -> list[str]:
@@ -55,7 +35,6 @@ def read_documents(data: str, min_characters: int) -> list[str]:
     Raises:
         ValueError: there is no text to train on.
     """
-    path = Path(data)
     if data.startswith("hf:"):
         name, config, split, column = [*data.removeprefix("hf:").split(":"), "", "", "", ""][:4]
         try:
@@ -64,8 +43,7 @@ def read_documents(data: str, min_characters: int) -> list[str]:
             what = f"{type(error).__name__}: {first_line(error)}"
             raise ValueError(f"--data {data}: could not be loaded ({what})") from error
     else:
-        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        texts = [part for file in files for part in read_text(file).split(DOCUMENT_SEPARATOR)]
+        texts = read_text(Path(data)).split(DOCUMENT_SEPARATOR)
     documents = [""]
     for text in filter(str.strip, texts):
         if len(documents[-1]) >= min_characters:
@@ -73,7 +51,7 @@ def read_documents(data: str, min_characters: int) -> list[str]:
         else:
             documents[-1] += f"\n\n{text}" if documents[-1] else text
     if not documents[0]:
-        raise ValueError(f"--data {data}: holds no text (.txt files in a folder, or rows)")
+        raise ValueError(f"--data {data}: its rows hold no text")
     return documents
 
 
