@@ -23,13 +23,12 @@ from tqdm import tqdm
 
 from experiments.cli import MODEL, STREAM, TEXTS, OneLineParser, add_options, guarded
 from experiments.config import SetupError, at_least
-from experiments.engines import block_engine
 from experiments.memory import held_bytes, kind_of_held_bytes
 from experiments.model_setup import Subject, config_of, make_decoder, set_up
 from experiments.storage import check_writable
 from experiments.texts import Text, default_datasets, load_texts
 from experiments.tokens import first_tokens
-from streaming_llm import StreamingDecoder, score_stream
+from streaming_llm import StreamingDecoder, resolve_block_engine, score_stream
 
 CHUNKS = 1000
 """Parts of the stream whose times are taken: a hundredth is the median of ten."""
@@ -118,17 +117,13 @@ def measure(options: Namespace, subject: Subject) -> dict:
     ids, times = read_tokens(subject, texts, prompt + options.tokens)
     with make_decoder(subject.loaded, config, options.engine) as decoder:
         decoded = decode(decoder, ids, prompt)
-        engine, compile_sec, cache_bytes = (
-            decoder.engine,
-            decoder.compile_sec,
-            decoder.cache_nbytes,
-        )
+        engine, compile_sec, cache_bytes = decoder.engine, decoder.compile_sec, decoder.cache_nbytes
     expected = score_stream(model, ids, config.n_sink, config.window_size)[0, prompt - 1 :]
     return {
         "experiment": "long_decode",
         **subject.facts(),
         "decode_engine": engine,
-        "scoring_engine": block_engine(model),
+        "scoring_engine": resolve_block_engine(model),
         "texts": [text.dataset for text in texts],
         "texts_repeated": times,
         "prompt_tokens": prompt,

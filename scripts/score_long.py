@@ -23,7 +23,6 @@ from tqdm import tqdm
 from experiments import loss_figures
 from experiments.cli import EXIT_SIGNAL, MODEL, STREAM, TEXTS, OneLineParser, add_options, guarded
 from experiments.config import SetupError, at_least
-from experiments.engines import default_block_size
 from experiments.environment import environment, what_matters
 from experiments.long_scoring import LongScoring, ScoringError, StoppedError
 from experiments.memory import PeakMemory
@@ -36,6 +35,7 @@ from experiments.storage import check_writable, folder_lock, hash_of, now, remov
 from experiments.texts import DATASETS, RANDOM_TOKENS, Text, load_as_one
 from experiments.tokens import DocumentStream, RandomStream
 from streaming_llm import StreamingLLMWrapper
+from streaming_llm.engines.blocks import default_block_size
 
 _CHECKPOINT_ROOM = 1 << 20
 
