@@ -1,8 +1,9 @@
 """Pieces of work whose outcome is kept: an experiment is made of them, and goes on where it stopped."""
 
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
 
 from experiments.kept import Found
 from experiments.storage import hash_of
@@ -29,24 +30,27 @@ class Piece:
         """Names its record."""
         return "".join(c if c.isalnum() or c in "-." else "_" for c in "-".join(self.kind[1:]))
 
+    @cached_property
+    def key(self) -> str:
+        """The same for pieces that are the same."""
+        return hash_of(self.config)
 
-class Experiment(Protocol):
-    """A table or figure of the paper."""
+
+class Experiment(ABC):
+    """A table or figure of the paper; `reference` says where it is there."""
 
     name: str
     title: str
-    reference: str  # where it is in the paper
+    reference: str
 
-    def why_not(self, paper) -> str | None:
+    def why_not(self, setting) -> str | None:
         """Why it cannot be had of a model; None if it can."""
+        return None
 
-    def pieces(self, paper) -> list[Piece]:
+    @abstractmethod
+    def pieces(self, setting) -> list[Piece]:
         """What has to be computed, in order."""
 
-    def result(self, paper, found: dict[str, Found]) -> dict:
+    @abstractmethod
+    def result(self, setting, found: dict[str, Found]) -> dict:
         """What the result file says, from what the pieces found."""
-
-
-def distinct(pieces: Iterable[Piece]) -> list[Piece]:
-    """Pieces without those whose configuration came before."""
-    return list({hash_of(piece.config): piece for piece in reversed(list(pieces))}.values())[::-1]

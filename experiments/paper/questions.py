@@ -16,7 +16,7 @@ from experiments.hub import hub_rows
 from experiments.kept import Found
 from experiments.paper.asking import Asked, answered, binned, method_sizes
 from experiments.paper.made_questions import make_records
-from experiments.paper.pieces import Piece
+from experiments.paper.pieces import Experiment, Piece
 from experiments.paper.setting import Setting
 from experiments.storage import hash_of
 from experiments.stream_states import judged, states_at
@@ -109,7 +109,7 @@ def conversation(tokenizer, front: list[int], questions: list[Question]) -> Aske
     return Asked(ids, answers, [])
 
 
-class Questions:
+class Questions(Experiment):
     """Exact match by method; `one-shot`: each question by itself."""
 
     name, title, reference = "questions", "Streaming question answering", "Table 5"

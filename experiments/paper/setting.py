@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from experiments.config import ExperimentConfig, SetupError
 from experiments.environment import environment, sources_hash, what_matters
 from experiments.kept import Found
-from experiments.measuring import Machine
+from experiments.measuring import Machine, free_memory
 from experiments.method_base import MethodSettings
 from experiments.methods import METHODS
 from experiments.models import LoadedModel, ModelSource
@@ -108,6 +107,11 @@ class Setting:
             self._loaded = self.machine.load(self.source, self.config.device_map)
         self.machine.wrap(self._loaded, self.backend)
         return self._loaded
+
+    def free(self) -> None:
+        """Let go of the model."""
+        self._loaded = None
+        free_memory()
 
     @property
     def backend(self) -> str:
@@ -222,10 +226,3 @@ def doubling(nll: np.ndarray, first: int = 256) -> dict[str, list]:
     ends = [first << n for n in range(64) if first << n < len(nll)] + [len(nll)]
     parts = [nll[a:b] for a, b in itertools.pairwise([0, *ends])]
     return {"token": ends, "perplexity": [perplexity(part) for part in parts]}
-
-
-def free(setting: Setting) -> None:
-    """Let go of the model."""
-    setting._loaded = None
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
