@@ -6,7 +6,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, fields
 
 from experiments.config import ExperimentConfig, SetupError, first_line
@@ -78,9 +78,9 @@ def add_options(
     return group
 
 
-def config_from(namespace: argparse.Namespace, argv: list[str], program: str, **more) -> ExperimentConfig:
+def config_from(options: argparse.Namespace, argv: Sequence[str] = (), program: str = "", **more) -> ExperimentConfig:
     """The configuration that a parsed command line asks for; options that are no fields of it are left out."""
-    given = {name: value for name, value in vars(namespace).items() if name in _FIELDS}
+    given = {name: value for name, value in vars(options).items() if name in _FIELDS}
     return ExperimentConfig(**{**given, **more}, command=shlex.join(["python", program, *argv]))
 
 

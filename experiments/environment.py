@@ -64,13 +64,13 @@ def what_matters(device: torch.device) -> dict:
     }
 
 
-def environment(device: torch.device, command: str, seed: int, kvpress_imported: bool) -> dict:
+def environment(device: torch.device, command: str, seed: int) -> dict:
     """The record of where a result was measured: what is needed to reproduce it."""
     head, dirty = commit()
     return what_matters(device) | {
         "kvpress": kvpress_version(),
         "kvpress_imported": "before the first cell; its attention functions in force in its own cells only"
-        if kvpress_imported
+        if "kvpress" in sys.modules
         else "no",
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "platform": platform.platform(),

@@ -11,7 +11,7 @@ import torch
 from experiments.config import DTYPES, ExperimentConfig, SetupError, first_line
 from experiments.environment import environment, what_matters
 from experiments.kept import Found
-from experiments.kvpress_support import PRESSES, import_adapter
+from experiments.kvpress_support import PRESSES
 from experiments.methods import DEFAULT_METHODS, METHODS, MethodSettings
 from experiments.models import LoadedModel, ModelSource
 from experiments.perplexity import compute_perplexity
@@ -105,7 +105,7 @@ class Bench:
     def __init__(self, config: ExperimentConfig):
         self.config = config
         self.machine = resolve_machine(config)
-        self._kvpress_imported = import_methods(config)
+        require_methods(config)
         self._source: ModelSource | None = None
         self._loaded: LoadedModel | None = None
 
@@ -118,7 +118,7 @@ class Bench:
         methods, skipped = self._methods(loaded, sizes, engines[machine.backends[0]])
         matters = what_matters(machine.device)
         spread = None if asked is None else {"asked": asked, "weights_mb": loaded.weights_mb}
-        where = environment(machine.device, self.config.command, self.config.seed, self._kvpress_imported)
+        where = environment(machine.device, self.config.command, self.config.seed)
         return Facts(
             device=matters["device"],
             dtype=machine.dtype_name,
@@ -177,26 +177,14 @@ class Bench:
         return tuple(able), skipped
 
 
-def import_methods(config: ExperimentConfig) -> bool:
-    """Import what optional methods need, before anything is timed; whether kvpress was imported.
-
-    Raises SetupError where a method that was named explicitly cannot run in this environment.
-    """
+def require_methods(config: ExperimentConfig) -> None:
+    """Raise SetupError where a method that was named cannot run in this environment."""
     for name in config.methods or ():
         reason = METHODS[name].unavailable()
         if reason is not None:
             raise SetupError(f"method {name!r} cannot run here: {reason}")
     if PRESSES[config.kvpress_press].cannot:
         raise SetupError(f"kvpress_press {config.kvpress_press!r} cannot run: {PRESSES[config.kvpress_press].cannot}")
-    if "kvpress" not in (config.methods or DEFAULT_METHODS) or METHODS["kvpress"].unavailable() is not None:
-        return False
-    try:
-        import_adapter()
-    except ImportError as error:
-        if config.methods is not None:
-            raise SetupError(f"method 'kvpress' cannot run here: {error}") from None
-        return False
-    return True
 
 
 def attempt(compute: Callable[[], Value]) -> tuple[Value | None, str]:

@@ -157,8 +157,10 @@ def folder_lock(path: Path, name: str = "") -> Iterator[None]:
         yield
 
 
-def check_writable(folder: Path, nbytes: int) -> None:
-    """Make sure, by writing them, that `nbytes` fit into the folder; raises SetupError."""
+def check_writable(folder: Path | None, nbytes: int) -> None:
+    """Make sure, by writing them, that `nbytes` fit into the folder, if there is one; raises SetupError."""
+    if folder is None:
+        return
     probe = folder / f".probe.{os.getpid()}{TEMPORARY_SUFFIX}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,6 @@ from experiments.cli import GOES_ON, OneLineParser, add_options, config_from, gu
 from experiments.config import DEMO_MODEL, SetupError, at_least, unknown_name
 from experiments.storage import check_writable, read_json
 
-_NBYTES_NEEDED = 2**20
-
 EPILOG = """examples:
   the bundled demo model, whatever runs on this machine:
     python scripts/benchmark_decode.py --output results/decode.json --figures figures/decode
@@ -99,7 +97,7 @@ def prepare(options: argparse.Namespace, command: str, start: float):
     from experiments.models import find_model
     from personal_adapters.sdpa import ATTN_BACKENDS, check_backend_available
 
-    config = config_from(options, [], "")
+    config = config_from(options)
     machine = resolve_machine(config)
     backends = machine.backends
     if config.attn_backend_list is None:
@@ -115,8 +113,7 @@ def prepare(options: argparse.Namespace, command: str, start: float):
         n_sink=options.n_sink,
     )
     timing = Timing(options.steps, options.warmup_steps, options.max_run_seconds, config.seed)
-    if options.output is not None:
-        check_writable(options.output.parent, _NBYTES_NEEDED)
+    check_writable(options.output and options.output.parent, 1 << 20)
     file = ResultFile(options.output, machine, timing, command)
     if resumed := file.resume():
         print(resumed)

@@ -17,11 +17,11 @@ if __name__ == "__main__":  # perhaps in a checkout that is not installed
 import torch
 from torch import Tensor
 
-from experiments.cli import MODEL, OneLineParser, add_options, guarded
+from experiments.cli import MODEL, OneLineParser, add_options, config_from, guarded
 from experiments.config import SetupError, at_least, first_line
 from experiments.environment import device_name
 from experiments.measuring import resolve_machine
-from experiments.model_setup import config_of, keep_result
+from experiments.model_setup import keep_result
 from experiments.models import LoadedModel, find_model
 from experiments.storage import check_writable
 from experiments.timing import seconds
@@ -111,11 +111,10 @@ def run(argv: list[str]) -> int:
         at_least(f"--{name.replace('_', '-')}", getattr(options, name), 2)
     for length in options.peak_tokens:
         at_least("--peak-tokens", length, 2)
-    config = config_of(options)
+    config = config_from(options)
     machine = resolve_machine(config)
     sources = [find_model(name, config.seed) for name in config.model]
-    if options.output is not None:
-        check_writable(options.output.parent, 1 << 20)
+    check_writable(options.output and options.output.parent, 1 << 20)
     models, failed = {}, []
     result = {
         "benchmark": "scoring",

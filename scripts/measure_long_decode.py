@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.cli import MODEL, STREAM, TEXTS, OneLineParser, add_options, guarded
+from experiments.cli import MODEL, STREAM, TEXTS, OneLineParser, add_options, config_from, guarded
 from experiments.config import SetupError, at_least
 from experiments.memory import held_bytes, kind_of_held_bytes
-from experiments.model_setup import Subject, config_of, make_decoder, set_up
+from experiments.model_setup import Subject, keep_result, make_decoder, set_up
 from experiments.storage import check_writable
 from experiments.texts import Text, default_datasets, load_texts
 from experiments.tokens import first_tokens
@@ -168,12 +168,11 @@ def run(argv: list[str]) -> int:
     at_least("--tokens", options.tokens, 2 * CHUNKS)
     if options.tokens % CHUNKS:
         raise SetupError(f"--tokens must be a multiple of {CHUNKS}, got {options.tokens}")
-    if options.output is not None:
-        check_writable(options.output.parent, 1 << 20)
-    subject = set_up(config_of(options), needs_text=True)
+    check_writable(options.output and options.output.parent, 1 << 20)
+    subject = set_up(config_from(options), needs_text=True)
     value = measure(options, subject)
     print(summary(value))
-    subject.keep_result(options.output, value, "measure_long_decode.py", argv, 0)
+    keep_result(options.output, value, subject.machine, "measure_long_decode.py", argv, 0)
     return 0
 
 

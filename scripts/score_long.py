@@ -21,12 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments import loss_figures
-from experiments.cli import EXIT_SIGNAL, MODEL, STREAM, TEXTS, OneLineParser, add_options, guarded
+from experiments.cli import EXIT_SIGNAL, MODEL, STREAM, TEXTS, OneLineParser, add_options, config_from, guarded
 from experiments.config import SetupError, at_least
 from experiments.environment import environment, what_matters
 from experiments.long_scoring import LongScoring, ScoringError, StoppedError
 from experiments.memory import PeakMemory
-from experiments.model_setup import Subject, config_of, set_up
+from experiments.model_setup import Subject, set_up
 from experiments.models import RANDOM_PREFIX
 from experiments.progress import token_bar
 from experiments.results import SCHEMA_VERSION, read_result, save_result
@@ -130,7 +130,7 @@ def prepare(options: argparse.Namespace) -> Job:
     _check(options, is_random)
     names = options.datasets or ["demo_encyclopaedia"]
     text = DATASETS[RANDOM_TOKENS]() if is_random else load_as_one(names, options.text_key)
-    subject = set_up(config_of(options))
+    subject = set_up(config_from(options))
     loaded, beginning = subject.loaded, subject.beginning
     if text.warning:
         print(f"warning: {text.warning}", file=sys.stderr)
@@ -237,7 +237,7 @@ def result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | No
         "waiting_for_text_sec": state.waiting_for_text_sec,
         "toks_per_sec": state.tokens / state.scoring_sec,
         **run.facts,
-        "environment": environment(subject.machine.device, command, job.options.seed, kvpress_imported=False),
+        "environment": environment(subject.machine.device, command, job.options.seed),
         "config_hash": hash_of(job.identity()),
         "data_sha256": job.text.sha256,
         "status": "ok",

@@ -20,9 +20,9 @@ import torch
 
 from experiments.chat.talk import Talk, note, say
 from experiments.chat.turns import Turns
-from experiments.cli import EXIT_INTERRUPTED, MODEL, STREAM, OneLineParser, add_options, guarded
+from experiments.cli import EXIT_INTERRUPTED, MODEL, STREAM, OneLineParser, add_options, config_from, guarded
 from experiments.config import SetupError, at_least
-from experiments.model_setup import Subject, config_of, make_decoder, set_up, weights_fingerprint
+from experiments.model_setup import Subject, make_decoder, set_up, weights_fingerprint
 from experiments.storage import check_writable
 from streaming_llm import StreamingDecoder, read_metadata
 from streaming_llm.sampling import Sampling
@@ -169,7 +169,7 @@ def run(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
     check_options(options)
     notes = read_notes(options) if options.resume else {}
-    subject = set_up(config_of(options), needs_text=True)
+    subject = set_up(config_from(options), needs_text=True)
     with (
         resumed(options, subject, notes) if notes else make_decoder(subject.loaded, subject.streaming, options.engine)
     ) as decoder:

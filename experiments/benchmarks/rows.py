@@ -42,7 +42,7 @@ class ResultFile:
         own = sources_hash("experiments/benchmarks/*.py")
         config = {**self.head, "seed": timing.seed, "benchmark_sources": own, **matters}
         self.config_hash = hash_of(config)
-        self.environment = environment(machine.device, command, timing.seed, kvpress_imported=False)
+        self.environment = environment(machine.device, command, timing.seed)
         self.models: dict[str, dict] = {}
         self._runs: dict[Cell, list[dict]] = {}
         self._failed: dict[Cell, tuple[str, str]] = {}

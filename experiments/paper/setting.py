@@ -156,7 +156,7 @@ class Setting:
             "device": what_matters(self.machine.device)["device"],
             "dtype": self.machine.dtype_name,
             "backend": self.backend,
-            "environment": environment(self.machine.device, self.config.command, self.config.seed, False),
+            "environment": environment(self.machine.device, self.config.command, self.config.seed),
         }
 
     # The stream
