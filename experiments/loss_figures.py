@@ -66,18 +66,13 @@ def stream_figures(losses: np.ndarray) -> dict[str, Any]:
     }
 
 
-def no_figures(losses: np.ndarray) -> dict[str, Any]:
-    """What stands in the place of `stream_figures` for a model with random weights."""
-    figures = dict.fromkeys(("mean_nll", "perplexity", "tenths", "curve")) | {"scored_tokens": len(losses)}
-    return figures | {"perplexity_reason": "the weights are random"}
-
-
 def in_words(value: dict[str, Any]) -> str:
     """A result in a few lines."""
-    lines = [f"{value['num_tokens']:,} tokens of {value['dataset']} at {value['toks_per_sec']:,.0f} tokens/s"]
-    if value["perplexity"] is not None:
-        lines[0] += f": perplexity {value['perplexity']:.3f}"
-        lines.append("by tenths: " + " ".join(f"{row['perplexity']:.2f}" for row in value["tenths"]))
+    lines = [
+        f"{value['num_tokens']:,} tokens of {value['dataset']} at {value['toks_per_sec']:,.0f} tokens/s: perplexity "
+        f"{value['perplexity']:.3f}",
+        "by tenths: " + " ".join(f"{row['perplexity']:.2f}" for row in value["tenths"]),
+    ]
     if value["fresh_tail"] is not None:
         row = value["fresh_tail"]["settled"] or value["fresh_tail"]["all"]
         lines.append(

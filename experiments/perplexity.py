@@ -102,17 +102,17 @@ def compute_perplexity(
             warmup_steps = max(warmup_steps, _CAPTURING_STEPS)
         _decode(method, ids[:, : min(n_tokens, prompt + warmup_steps + 1)], prompt, LossDisplay())
         stream = ids[:, : prompt + steps + 1]
-        (timing, nll), peak = measured(method, lambda: _decode(method, stream, prompt, progress), devices_of(model))
+        decoded, peak = measured(method, lambda: _decode(method, stream, prompt, progress), devices_of(model))
         held = {
             "kv_cache_mb": method.kv_cache_nbytes / 1e6,
             "kv_bytes_per_token": method.kv_bytes_per_token,
             "engine": method.engine,
             "details": method.details | ({} if method.engine == "eager" else {"compile_sec": method.compile_sec}),
         }
+    (figures, reasons), nll = decoded
     if scoring == "decode":
         nll[: prompt - 1] = prompt_nll
         scored = nll
-    figures, reasons = timing.figures(), dict(timing.reasons)
     if scoring == "parallel" and decode_sample == 0:
         timed = [name for name in (*figures, "scoring_sec") if name != "decode_tokens"]
         figures |= dict.fromkeys(timed[:-1])
@@ -160,35 +160,26 @@ def perplexity(nll: np.ndarray) -> float:
     return math.exp(mean)
 
 
-@dataclass(frozen=True)
-class _Timing:
-    """Clock readings of one run, in seconds from its start; `first` is None where there was no decode step."""
+def _timing(prefill: float, first: float | None, end: float, steps: int) -> tuple[dict, dict[str, str]]:
+    """Figures from clock readings in seconds since the start, and reasons for those that there are none of.
 
-    prefill: float
-    first: float | None
-    end: float
-    steps: int
-
-    @property
-    def reasons(self) -> dict[str, str]:
-        names = ("first_token_latency_sec", "ttft_sec", "decode_toks_per_sec", "tpot_ms")
-        return {} if self.steps else dict.fromkeys(names, NO_DECODE)
-
-    def figures(self) -> dict:
-        decode = self.end - self.prefill
-        return {
-            "runtime_sec": self.end,
-            "prefill_sec": self.prefill,
-            "first_token_latency_sec": None if self.first is None else self.first - self.prefill,
-            "ttft_sec": self.first,
-            "decode_sec": decode,
-            "decode_tokens": self.steps,
-            "decode_toks_per_sec": self.steps / decode if self.steps else None,
-            "tpot_ms": 1e3 * decode / self.steps if self.steps else None,
-        }
+    `first`: after the first decode step, None where there was none.
+    """
+    decode = end - prefill
+    figures = {
+        "runtime_sec": end,
+        "prefill_sec": prefill,
+        "first_token_latency_sec": None if first is None else first - prefill,
+        "ttft_sec": first,
+        "decode_sec": decode,
+        "decode_tokens": steps,
+        "decode_toks_per_sec": steps / decode if steps else None,
+        "tpot_ms": 1e3 * decode / steps if steps else None,
+    }
+    return figures, {name: NO_DECODE for name, value in figures.items() if value is None}
 
 
-def _decode(method: Method, ids: Tensor, prompt: int, progress: LossDisplay) -> tuple[_Timing, Tensor]:
+def _decode(method: Method, ids: Tensor, prompt: int, progress: LossDisplay) -> tuple[tuple[dict, dict], Tensor]:
     """Prefill `prompt` tokens, then feed the others but the last: losses [N - 1] of which those before P - 1 are 0.
 
     ids [1, N]. Every loss is that of the next token, in float32 (float64 for a float64 model).
@@ -217,7 +208,7 @@ def _decode(method: Method, ids: Tensor, prompt: int, progress: LossDisplay) -> 
     synchronise(ids.device)
     end = time.perf_counter() - start
     steps = max(0, n_tokens - 1 - prompt)
-    return _Timing(prefill, first, end if steps else prefill, steps), nll
+    return _timing(prefill, first, end if steps else prefill, steps), nll
 
 
 @torch.inference_mode()

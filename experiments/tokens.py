@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from experiments.config import SetupError
-from experiments.texts import DATASETS, RANDOM_TOKENS, Text
+from experiments.texts import Text
 from experiments.token_windows import token_ids
 
 # What stands in front of a text
@@ -188,17 +188,3 @@ class DocumentStream:
             return self.limit
         expected = round(tokens / characters * self.text.num_characters)
         return expected if self.limit is None else min(expected, self.limit)
-
-
-class RandomStream:
-    """Random token ids in place of a text, for a model without a tokenizer; see `DocumentStream`."""
-
-    def __init__(self, vocab_size: int, limit: int, seed: int):
-        self.limit = limit
-        self._ids = random_tokens(DATASETS[RANDOM_TOKENS](), vocab_size, limit, seed)
-
-    def chunks(self, start: int = 0) -> Iterator[Tensor]:
-        yield self._ids[:, start:]
-
-    def expected_tokens(self) -> int:
-        return self.limit

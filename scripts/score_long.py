@@ -27,13 +27,12 @@ from experiments.environment import environment, what_matters
 from experiments.long_scoring import LongScoring, ScoringError, StoppedError
 from experiments.memory import PeakMemory
 from experiments.model_setup import Subject, set_up
-from experiments.models import RANDOM_PREFIX
 from experiments.progress import token_bar
 from experiments.results import SCHEMA_VERSION, read_result, save_result
 from experiments.stop_request import StopRequest
 from experiments.storage import check_writable, folder_lock, hash_of, now, remove_leftovers, set_aside, write_npz
-from experiments.texts import DATASETS, RANDOM_TOKENS, Text, load_as_one
-from experiments.tokens import DocumentStream, RandomStream
+from experiments.texts import Text, load_as_one
+from experiments.tokens import DocumentStream
 from streaming_llm import StreamingLLMWrapper
 from streaming_llm.engines.blocks import default_block_size
 
@@ -47,8 +46,7 @@ EPILOG = """examples:
         --fresh-tail 0.1 --output books.json
   the real thing:
     python scripts/score_long.py --model EleutherAI/pythia-2.8b --datasets pg19 --output pg19.json
-  speed alone:
-    python scripts/score_long.py --model random:pythia-2.8b --max-tokens 1000000 --output speed.json
+  speed alone, with random weights: scripts/benchmark_scoring.py
 
 Documents (files, the records of a file, what the character U+001C separates in a .txt file) are tokenised one by one
 and joined in order as they come, with nothing in between: one stream. What --bos puts in front of a text stands at
@@ -63,7 +61,7 @@ def build_parser() -> OneLineParser:
     """The command line."""
     parser = OneLineParser("score_long.py", __doc__.splitlines()[0], EPILOG)
     texts = {"flags": ("--datasets", "--dataset"), "help": "as of run_final_experiments.py; several make one stream; "
-             "default: demo_encyclopaedia, random_tokens for random weights"}  # fmt: skip
+             "default: demo_encyclopaedia"}  # fmt: skip
     add = add_options(parser, "what is scored", ("model", *TEXTS), ("model",), datasets=texts).add_argument
     add("--max-tokens", type=int, default=None, metavar="N", help="default: the whole text")
     each = "put the beginning-of-sequence token before each document (default: at the very start alone)"
@@ -94,7 +92,7 @@ class Job:
     subject: Subject
     block_size: int
     text: Text
-    stream: DocumentStream | RandomStream
+    stream: DocumentStream
 
     @property
     def work(self) -> Path:
@@ -126,26 +124,6 @@ class Job:
 
 def prepare(options: argparse.Namespace) -> Job:
     """Check a command line and load what it names; raises SetupError."""
-    is_random = options.model.startswith(RANDOM_PREFIX)
-    _check(options, is_random)
-    names = options.datasets or ["demo_encyclopaedia"]
-    text = DATASETS[RANDOM_TOKENS]() if is_random else load_as_one(names, options.text_key)
-    subject = set_up(config_from(options))
-    loaded, beginning = subject.loaded, subject.beginning
-    if text.warning:
-        print(f"warning: {text.warning}", file=sys.stderr)
-    if is_random:
-        stream = RandomStream(loaded.vocab_size, options.max_tokens, options.seed)
-    else:
-        each = beginning.start if options.bos_per_document else ()
-        if options.bos_per_document and not each:
-            raise SetupError("--bos-per-document: the tokenizer has no beginning-of-sequence token")
-        stream = DocumentStream(text, loaded.tokenizer, beginning.ids, options.max_tokens, each)
-    block_size = options.block_size or default_block_size(subject.streaming.window_size, loaded.model)
-    return Job(options, subject, block_size, text, stream)
-
-
-def _check(options: argparse.Namespace, is_random: bool) -> None:
     at_least("--max-tokens", options.max_tokens, 2)
     at_least("--block-size", options.block_size, 1)
     wrong = ""
@@ -157,14 +135,19 @@ def _check(options: argparse.Namespace, is_random: bool) -> None:
         wrong = "--bos-per-document and --bos never exclude each other"
     elif options.output.suffix != ".json" or options.output.is_dir():
         wrong = f"--output {options.output}: name a file that ends in .json"
-    elif is_random and options.max_tokens is None:
-        wrong = f"model {options.model!r}: random tokens have no end, give --max-tokens"
-    elif is_random and options.datasets not in (None, [RANDOM_TOKENS]):
-        wrong = f"model {options.model!r} has no tokenizer: only --datasets {RANDOM_TOKENS}"
-    elif is_random and (options.fresh_tail or options.save_token_nll or options.bos_per_document):
-        wrong = "--fresh-tail, --save-token-nll and --bos-per-document say nothing about random weights"
     if wrong:
         raise SetupError(wrong)
+    text = load_as_one(options.datasets or ["demo_encyclopaedia"], options.text_key)
+    subject = set_up(config_from(options), needs_text=True)
+    loaded, beginning = subject.loaded, subject.beginning
+    if text.warning:
+        print(f"warning: {text.warning}", file=sys.stderr)
+    each = beginning.start if options.bos_per_document else ()
+    if options.bos_per_document and not each:
+        raise SetupError("--bos-per-document: the tokenizer has no beginning-of-sequence token")
+    stream = DocumentStream(text, loaded.tokenizer, beginning.ids, options.max_tokens, each)
+    block_size = options.block_size or default_block_size(subject.streaming.window_size, loaded.model)
+    return Job(options, subject, block_size, text, stream)
 
 
 # Scoring
@@ -213,7 +196,7 @@ def tail_chunks(job: Job, start: int, position: int) -> Iterator[Tensor]:
 def result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | None, command: str) -> dict:
     """The result file's contents. Times are sums over all sessions, without loading and checkpoints."""
     subject = job.subject
-    is_random, config, state = subject.source.weights == "random", subject.streaming, run.passes["stream"]
+    config, state = subject.streaming, run.passes["stream"]
     if tail is not None:
         tail = loss_figures.tail_figures(losses, tail, job.options.fresh_tail, config.cache_size)
     facts, at_start = subject.facts(), "at the start of the stream" if subject.beginning.ids else "nowhere"
@@ -231,7 +214,7 @@ def result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | No
         "num_tokens": state.tokens,
         "max_tokens": job.options.max_tokens,
         "block_size": job.block_size,
-        **(loss_figures.no_figures(losses) if is_random else loss_figures.stream_figures(losses)),
+        **loss_figures.stream_figures(losses),
         "fresh_tail": tail,
         "scoring_sec": state.scoring_sec,
         "waiting_for_text_sec": state.waiting_for_text_sec,
