@@ -96,6 +96,6 @@ def guarded(command: Callable[[], int], *failures: type[Exception], later: str =
     except (SaveError, *failures) as error:
         code, line = EXIT_FAILED, f"error: {first_line(error)}{later and '; '}{later}"
     except KeyboardInterrupt:
-        code, line = EXIT_INTERRUPTED, "interrupted"
+        code, line = EXIT_INTERRUPTED, f"interrupted{later and '; '}{later}"
     print(line, file=sys.stderr, flush=True)
     return code

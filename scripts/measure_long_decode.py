@@ -11,7 +11,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":  # perhaps in a checkout that is not installed
@@ -34,16 +33,6 @@ CHUNKS = 1000
 """Parts of the stream whose times are taken: a hundredth is the median of ten."""
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """A decoded stream: losses in nats [tokens], float32, on the CPU; of each chunk the milliseconds per token, and
-    the bytes in use after it."""
-
-    nll: Tensor
-    chunk_ms: list[float]
-    chunk_memory: list[int]
-
-
 def read_tokens(subject: Subject, texts: Sequence[Text], length: int) -> tuple[Tensor, float]:
     """Ids [1, length] of texts one behind the other, over and over; and how often all of them are in it."""
     front, tokenizer = subject.beginning.ids, subject.loaded.tokenizer
@@ -51,9 +40,11 @@ def read_tokens(subject: Subject, texts: Sequence[Text], length: int) -> tuple[T
     return once.repeat(1, -(-length // once.shape[1]))[:, :length], length / once.shape[1]
 
 
-def decode(decoder: StreamingDecoder, ids: Tensor, prompt: int) -> Decoded:
+def decode(decoder: StreamingDecoder, ids: Tensor, prompt: int) -> tuple[Tensor, list[float], list[int]]:
     """Feed ids [1, prompt + tokens] token by token behind a prompt that fills the cache.
 
+    Returns the losses in nats [tokens], float32, on the CPU; of each chunk the milliseconds per token, and the bytes
+    in use after it.
     The first chunks are decoded once before: what has to be compiled, recorded or allocated is so then.
     """
     device, steps = decoder.model.get_input_embeddings().weight.device, ids[:, prompt:]
@@ -72,16 +63,15 @@ def decode(decoder: StreamingDecoder, ids: Tensor, prompt: int) -> Decoded:
             chunk_ms.append(1e3 * (time.perf_counter() - begin) / size)
             chunk_memory.append(held_bytes(device))
             bar.update(size)
-    return Decoded(nll, chunk_ms, chunk_memory)
+    return nll, chunk_ms, chunk_memory
 
 
-def speed_and_memory(decoded: Decoded) -> dict:
+def speed_and_memory(chunk_ms: list[float], memory: list[int]) -> dict:
     """From the first hundredth of the stream to its last."""
     hundredth = CHUNKS // 100
-    first, last = (statistics.median(part) for part in (decoded.chunk_ms[:hundredth], decoded.chunk_ms[-hundredth:]))
-    memory = decoded.chunk_memory
+    first, last = (statistics.median(part) for part in (chunk_ms[:hundredth], chunk_ms[-hundredth:]))
     return {
-        "ms_per_token": statistics.median(decoded.chunk_ms),
+        "ms_per_token": statistics.median(chunk_ms),
         "ms_per_token_first_hundredth": first,
         "ms_per_token_last_hundredth": last,
         "last_to_first": last / first,
@@ -116,7 +106,7 @@ def measure(options: Namespace, subject: Subject) -> dict:
     texts, prompt = load_texts(names, options.text_key), config.cache_size
     ids, times = read_tokens(subject, texts, prompt + options.tokens)
     with make_decoder(subject.loaded, config, options.engine) as decoder:
-        decoded = decode(decoder, ids, prompt)
+        nll, chunk_ms, memory = decode(decoder, ids, prompt)
         engine, compile_sec, cache_bytes = decoder.engine, decoder.compile_sec, decoder.cache_nbytes
     expected = score_stream(model, ids, config.n_sink, config.window_size)[0, prompt - 1 :]
     return {
@@ -130,9 +120,9 @@ def measure(options: Namespace, subject: Subject) -> dict:
         "tokens": options.tokens,
         "compile_sec": compile_sec,
         "cache_bytes": cache_bytes,
-        **speed_and_memory(decoded),
+        **speed_and_memory(chunk_ms, memory),
         "memory_kind": kind_of_held_bytes(device),
-        **agreement(decoded.nll, expected),
+        **agreement(nll, expected),
     }
 
 

@@ -33,6 +33,8 @@ from transformers import (
     Trainer,
 )
 
+from experiments.cli import EXIT_FAILED, guarded
+from experiments.config import SetupError
 from experiments.demo_training import held_out
 from experiments.demo_training.recipe import Options, Recipe
 from experiments.demo_training.sequences import (
@@ -46,7 +48,6 @@ from experiments.demo_training.sequences import (
 from experiments.storage import differences, write_json
 from experiments.texts import DOCUMENT_SEPARATOR
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 DOCUMENT_CHARACTERS = 16  # per token of context: several sequences of each document
 TAIL_SHARE, TAIL_CHARACTERS = 0.1, 100_000  # of the last document, held out where no other text is
 
@@ -72,14 +73,14 @@ class LossOnBar(ProgressCallback):
 
 
 def choose_device(requested: str) -> str:
-    """-> "cpu" or "cuda", with one GPU visible: Trainer would take all. Raises ValueError where it cannot be used."""
+    """-> "cpu" or "cuda", with one GPU visible: Trainer would take all. Raises SetupError where it cannot be used."""
     kind, _, index = requested.partition(":")
     if kind not in ("", "cpu", "cuda"):
-        raise ValueError(f"--device {requested}: cannot be used here; cpu or cuda[:N]")
+        raise SetupError(f"--device {requested}: cannot be used here; cpu or cuda[:N]")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = index or visible[0]
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {requested}: cannot be used here; there is no such CUDA device")
+        raise SetupError(f"--device {requested}: cannot be used here; there is no such CUDA device")
     return "cuda" if kind != "cpu" and torch.cuda.is_available() else "cpu"
 
 
@@ -87,7 +88,7 @@ def claim_folder(options: Options, identity: dict[str, object]) -> bool:
     """Note in the output folder which run it belongs to; -> whether that run's model is there already.
 
     Raises:
-        ValueError: it belongs to another run, and --force was not given.
+        SetupError: it belongs to another run, and --force was not given.
     """
     model, note = options.output_dir / "model.safetensors", options.output_dir / "run.json"
     if options.force:
@@ -97,16 +98,16 @@ def claim_folder(options: Options, identity: dict[str, object]) -> bool:
     if note.exists():
         theirs = json.loads(note.read_text(encoding="utf-8"))
         if differing := differences(theirs, identity):
-            raise ValueError(
+            raise SetupError(
                 f"--output-dir {options.output_dir}: belongs to a run of another configuration ({differing}); "
                 "choose another folder, or --force to start anew"
             )
     elif model.exists():
-        raise ValueError(f"--output-dir {options.output_dir}: holds a model; choose another folder, or --force")
+        raise SetupError(f"--output-dir {options.output_dir}: holds a model; choose another folder, or --force")
     try:
         options.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output-dir {options.output_dir}: cannot be made ({error.strerror})") from None
+        raise SetupError(f"--output-dir {options.output_dir}: cannot be made ({error.strerror})") from None
     note.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
     return model.exists()
 
@@ -168,16 +169,16 @@ def measure(
         "cache_size": cache_size,
         "dtype": "float32",
         "start_character": options.held_out_start if options.held_out else 0,
-        "results": [asdict(result) for result in results],
+        "results": results,
         "attention_on_token_0_by_layer": shares,
     }
 
 
 def run(recipe: Recipe, options: Options) -> int:
-    """Train, write, report. Raises ValueError where something is wrong that is found before training."""
+    """Train, write, report. Raises SetupError where something is wrong that is found before training."""
     texts = {path.name: read_text(path)[options.held_out_start :] for path in options.held_out}
     if len(texts) < len(options.held_out):
-        raise ValueError("--held-out: two texts have the same file name")
+        raise SetupError("--held-out: two texts have the same file name")
     name = options.data if options.data.startswith("hf:") else Path(options.data).name
     documents = read_documents(options.data, DOCUMENT_CHARACTERS * recipe.context_length)
     if not texts:
@@ -209,10 +210,11 @@ def run(recipe: Recipe, options: Options) -> int:
     try:
         write_json(report, {**facts, "held_out": measure(recipe, options, tokenizer, streams)})
     except Exception as error:  # whatever it is, a trained model must not be lost to its report
-        complain(f"the model is written, but its report failed ({type(error).__name__}: {error}); run this again")
+        failed = f"the model is written, but its report failed ({type(error).__name__}: {error}); run this again"
+        print(f"error: {failed}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     print(f"wrote {options.output_dir}", flush=True)
-    return EXIT_OK
+    return 0
 
 
 def environment(options: Options) -> dict[str, object]:
@@ -225,26 +227,20 @@ def environment(options: Options) -> dict[str, object]:
     }
 
 
-def complain(line: str) -> None:
-    print(f"error: {line}", file=sys.stderr, flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = HfArgumentParser((Options, Recipe), description=__doc__, allow_abbrev=False)
     transformers.utils.logging.disable_progress_bar()  # of tensors, which take milliseconds
-    try:
-        options, recipe = parser.parse_args_into_dataclasses(argv)
+
+    def command() -> int:
+        try:
+            options, recipe = parser.parse_args_into_dataclasses(argv)
+        except ValueError as error:  # options that there are not
+            raise SetupError(str(error)) from None
         options.device = choose_device(options.device)
         return run(recipe, options)
-    except ValueError as error:
-        complain(str(error))
-        return EXIT_USAGE
-    except (OSError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
-        complain(str(error))
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        complain("interrupted; the same command goes on from the last checkpoint")
-        return EXIT_INTERRUPTED
+
+    later = "the same command goes on from the last checkpoint"
+    return guarded(command, OSError, FloatingPointError, torch.cuda.OutOfMemoryError, later=later)
 
 
 if __name__ == "__main__":

@@ -66,9 +66,13 @@ def loaded(model) -> LoadedModel:
 
 def test_contenders_are_methods_and_compared_with_their_own_engine():
     for contender in CONTENDERS.values():
-        assert contender.method in ("", contenders.CONSTANT_DENSE, *METHODS)
-        assert contender.compared_with in ("", *CONTENDERS)
-        assert not contender.compared_with or CONTENDERS[contender.compared_with].engine == contender.engine
+        assert contender.method in (contenders.CONSTANT_DENSE, *METHODS)
+    partners = {name: contender.compared_with for name, contender in CONTENDERS.items()}
+    assert partners == {
+        "recompute": None, "recompute-graph": None, "recompute-fused": None, "dynamic-cache": "recompute",
+        "kvpress": "recompute", "eager": "recompute", "graph": "recompute-graph", "graph+compile": None,
+        "fused": "recompute-fused", "fused-triton": None,
+    }  # fmt: skip
 
 
 def test_all_contenders_run_or_say_why_not(place, tmp_path):

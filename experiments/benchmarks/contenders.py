@@ -14,9 +14,8 @@ class Contender:
     or `group` names another. `checked`: it computes StreamingLLM, so its logits have to be those of the eager decoder
     with math. `prefills`: its prefill differs from the others', and is measured where prefills are. `attention`: ""
     where SDPA computes its attention, with each backend in turn; else the name of what does, which then stands in the
-    backend's place (SDPA only prefills). `compared_with`: the re-computation with the same engine, which its speedup
-    is relative to. `at_once`: opening it takes so long (it compiles) that its runs follow each other instead of
-    taking turns.
+    backend's place (SDPA only prefills). `at_once`: opening it takes so long (it compiles) that its runs follow each
+    other instead of taking turns.
     """
 
     label: str
@@ -26,13 +25,19 @@ class Contender:
     checked: bool = False
     prefills: bool = False
     attention: str = ""
-    compared_with: str = ""
     at_once: bool = False
 
+    @property
+    def compared_with(self) -> str | None:
+        """The re-computation with the same engine, which its speedup is relative to; None where there is none."""
+        for name, other in CONTENDERS.items():
+            if (other.method, other.engine) == ("baseline", self.engine) and self.method != "baseline":
+                return name
+        return None
 
-def _decoder(label: str, engine: str, compared_with: str = "", **more) -> Contender:
-    label = f"StreamingDecoder, {label}"
-    return Contender(label, "streaming", engine, checked=True, compared_with=compared_with, **more)
+
+def _decoder(label: str, engine: str, **more) -> Contender:
+    return Contender(f"StreamingDecoder, {label}", "streaming", engine, checked=True, **more)
 
 
 def _recomputation(engine: str) -> Contender:
@@ -46,12 +51,12 @@ CONTENDERS: dict[str, Contender] = {
     "recompute": _recomputation("eager"),
     "recompute-graph": _recomputation("graph"),
     "recompute-fused": _recomputation("fused"),
-    CONSTANT_DENSE: Contender("DynamicCache", CONSTANT_DENSE, group="dense", prefills=True, compared_with="recompute"),
-    "kvpress": Contender("KVPress", "kvpress", compared_with="recompute"),
-    "eager": _decoder("eager", "eager", "recompute", prefills=True),
-    "graph": _decoder("graph", "graph", "recompute-graph"),
+    CONSTANT_DENSE: Contender("DynamicCache", CONSTANT_DENSE, group="dense", prefills=True),
+    "kvpress": Contender("KVPress", "kvpress"),
+    "eager": _decoder("eager", "eager", prefills=True),
+    "graph": _decoder("graph", "graph"),
     "graph+compile": _decoder("graph+compile", "graph+compile", at_once=True),
-    "fused": _decoder("fused", "fused", "recompute-fused", prefills=True),
+    "fused": _decoder("fused", "fused", prefills=True),
     "fused-triton": _decoder("fused, triton", "fused-triton", attention="triton"),
 }
 

@@ -13,6 +13,7 @@ from experiments.benchmarks.decode import DECODE, PREFILL, TOLERANCE, Cell, Timi
 from experiments.environment import environment, sources_hash, what_matters
 from experiments.measuring import Machine
 from experiments.storage import hash_of, now, read_json, set_aside, write_json
+from experiments.summary import table
 
 SCHEMA_VERSION = 1
 BENCHMARK = "decode"
@@ -116,13 +117,13 @@ class ResultFile:
 
     def table(self) -> str:
         """What a person reads at the end: the decode steps, in the order of the file."""
-        lines = [f"{'ms/step':>9} {'x floor':>8} {'speedup':>8}"]
+        rows = []
         for row in self.rows():
             if row["cell"]["kind"] == DECODE and row["status"] == "ok":
                 speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
-                figures = f"{row['tpot_ms']:9.3f} {row['ratio_to_floor']:8.2f} {speedup:>8}"
-                lines.append(f"{figures}  {Cell(**row['cell'])}")
-        return "\n".join(lines)
+                figures = [f"{row['tpot_ms']:.3f}", f"{row['ratio_to_floor']:.2f}", speedup]
+                rows.append([*figures, str(Cell(**row["cell"]))])
+        return table(["ms/step", "x floor", "speedup", ""], rows) if rows else "nothing was measured"
 
     def _row(self, cell: Cell, runs: Sequence[dict]) -> dict:
         contender = CONTENDERS[cell.contender]

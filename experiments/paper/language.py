@@ -113,10 +113,8 @@ class CacheSizes(Experiment):
         return [setting.losses(str(cache), "streaming", cache, limit) for cache in setting.lengths.caches]
 
     def result(self, setting: Setting, found: dict[str, Found]) -> dict:
-        n_sink = setting.n_sink
-        rows = [_row(one, n_sink=n_sink, window_size=int(size) - n_sink, cache_size=int(size))
-                for size, one in found.items()]  # fmt: skip
-        return {"rows": rows}
+        sizes = [(int(cache), setting.n_sink, one) for cache, one in found.items()]
+        return {"rows": [_row(one, n_sink=s, window_size=cache - s, cache_size=cache) for cache, s, one in sizes]}
 
 
 class Speed(Experiment):
