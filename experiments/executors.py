@@ -8,8 +8,8 @@ from experiments.cell_queue import CellQueue
 from experiments.config import ExperimentConfig, SetupError
 from experiments.measuring import Bench, Outcome, outcome_of
 from experiments.models import ModelSource
-from experiments.plan import Facts
-from experiments.progress import cell_bar
+from experiments.plan import Facts, Task
+from experiments.progress import LossDisplay, token_bar
 
 
 class Executor(AbstractContextManager):
@@ -53,8 +53,9 @@ class InProcess(Executor):
 
     def measure(self, queue: CellQueue) -> Iterator[Outcome]:
         while (task := queue.next()) is not None:
-            title = f"{queue.title(task.cell)}, left: {queue.time_left()}"
-            trained = task.source.weights == "trained"  # perplexities of random weights mean nothing
-            with cell_bar(title, task.steps, self.config.progress, trained) as display:
-                outcome = outcome_of(lambda task=task, display=display: self.bench.measure(task, display), task.cell)
-            yield outcome
+            yield self._measure(task, f"{queue.title(task.cell)}, left: {queue.time_left()}")
+
+    def _measure(self, task: Task, title: str) -> Outcome:
+        trained = task.source.weights == "trained"  # perplexities of random weights mean nothing
+        with token_bar(title, self.config.progress, lambda: task.steps, trained) as show:
+            return outcome_of(lambda: self.bench.measure(task, LossDisplay(show)), task.cell)

@@ -4,8 +4,7 @@ One quick request tells whether the hub answers; where it does not (or HF_HUB_OF
 on this machine is used. Without it, a machine without network waits through many retries.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -58,19 +57,8 @@ def datasets_library(name: str) -> ModuleType:
             f"data set {name}: all but plain text is read by the package datasets, which is not installed: "
             "pip install datasets, or pass a .txt file (plain or compressed)"
         ) from None
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it logs, it also raises
     return datasets
-
-
-@contextmanager
-def quiet(datasets: ModuleType) -> Iterator[None]:
-    """Without what `datasets` logs, which is also what it raises."""
-    log = datasets.utils.logging
-    before = log.get_verbosity()
-    log.set_verbosity(log.CRITICAL)
-    try:
-        yield
-    finally:
-        log.set_verbosity(before)
 
 
 def hub_rows(name: str, repo: str, config: str | None, split: str | None) -> tuple[Sequence[dict], str]:

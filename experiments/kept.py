@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -28,28 +27,21 @@ class Found:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-class Work(Protocol):
-    """A piece of work. `stem` names its record; pieces of one `kind` take about equally long for each token."""
-
-    @property
-    def stem(self) -> str: ...
-    @property
-    def kind(self) -> tuple[str, ...]: ...
-    @property
-    def tokens(self) -> int: ...
-
-
 class KeptWork:
-    """The finished work of one model, as files in one folder; without a folder nothing is kept."""
+    """The finished work of one model, as files in one folder; without a folder nothing is kept.
+
+    A piece of work has a `stem`, which names its record, a number of `tokens`, and a `kind` (a tuple of strings):
+    pieces of one kind take about equally long for each token.
+    """
 
     def __init__(self, folder: Path | None):
         self.folder = folder
 
-    def path(self, work: Work, config_hash: str) -> Path:
+    def path(self, work, config_hash: str) -> Path:
         """Where its record is, or would be."""
         return self.folder / f"{work.stem}_{config_hash[:16]}.json"
 
-    def save(self, work: Work, config: dict, found: Found, wall_sec: float) -> None:
+    def save(self, work, config: dict, found: Found, wall_sec: float) -> None:
         """Keep what was found; `config` is its hash's preimage. Arrays are written first: a record is complete."""
         if self.folder is None:
             return
@@ -59,7 +51,7 @@ class KeptWork:
         value = {"schema": _SCHEMA, "kind": work.kind, "tokens": work.tokens, "config_hash": config_hash}
         write_json(path, value | {"config": config, "found": found.values, "wall_sec": wall_sec, "timestamp": now()})
 
-    def load(self, work: Work, config_hash: str) -> Found | None:
+    def load(self, work, config_hash: str) -> Found | None:
         """What was found, or None; raises ValueError where a file is broken or another's."""
         if self.folder is None or not (path := self.path(work, config_hash)).exists():
             return None
@@ -72,7 +64,7 @@ class KeptWork:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"its arrays cannot be read ({error})") from None
 
-    def find(self, work: Work, config_hash: str, say: Callable[[str], None], move_broken: bool = True) -> Found | None:
+    def find(self, work, config_hash: str, say: Callable[[str], None], move_broken: bool = True) -> Found | None:
         """As `load`; a broken record is named, and moved out of the way where that is allowed."""
         try:
             return self.load(work, config_hash)

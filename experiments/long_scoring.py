@@ -5,7 +5,6 @@ In the work folder: `checkpoint.json` (how far each pass over the text has come)
 checkpoint that counts them; when it is taken up, the losses are cut back to it.
 """
 
-import math
 import os
 import shutil
 import time
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from experiments.config import SetupError
 from experiments.memory import PeakMemory
-from experiments.progress import Show
+from experiments.progress import Show, perplexity_shown
 from experiments.stop_request import StopRequest
 from experiments.storage import differences, read_json, write_json
 from streaming_llm import StreamingKVCache, StreamingLLMWrapper
@@ -90,7 +89,7 @@ class LongScoring:
             self.facts = saved["facts"] | {"sessions": saved["facts"]["sessions"] + 1}
             self._saved = saved["stream"]
 
-    def run(self, name: str, chunks: Chunks, show: Show) -> np.ndarray:
+    def run(self, name: str, chunks: Chunks, show: Show | None = None) -> np.ndarray:
         """Score one pass to its end, from where the checkpoint left it.
 
         Returns the losses of all tokens but the first, float32 in nats, mapped from their file. Raises StoppedError
@@ -101,7 +100,7 @@ class LongScoring:
         with _Losses(self.work / f"{name}.f32", max(0, state.tokens - 1)) as losses:
             if not state.done:
                 with closing(read_ahead(chunks(state.tokens))) as tokens:
-                    self._score(state, losses, in_blocks(tokens, self.block_size), show)
+                    self._score(state, losses, in_blocks(tokens, self.block_size), show or (lambda *_: None))
             return losses.read()
 
     def discard(self) -> None:
@@ -241,7 +240,7 @@ class _Losses:
     @property
     def perplexity(self) -> float | None:
         """None before the first loss."""
-        return math.exp(min(self._sum / self._count, 700.0)) if self._count else None
+        return perplexity_shown(self._sum / self._count) if self._count else None
 
 
 class Arriving:

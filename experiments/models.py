@@ -135,13 +135,15 @@ class ModelSource:
     def load(self, dtype: torch.dtype, device: torch.device, device_map: str | None = None) -> LoadedModel:
         """The model on a device, or spread over all of them; raises SetupError where it cannot be loaded."""
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
         info, where = self.info(), self._place()
         if self.weights == "random":
             model = random_model(RANDOM_SIZES[self.where], self.seed, dtype, device, device_map)
             return LoadedModel(**vars(info), model=model, name=self.name)
         known = {"config": copy.deepcopy(info.config)} if "gguf_file" in self.options else {}  # reading it takes long
-        with self._readable(), _no_loading_bar():
+        disable_progress_bar()  # of weights that are read, which it draws also where nobody watches
+        with self._readable():
             model, report = AutoModelForCausalLM.from_pretrained(
                 where,
                 dtype=dtype,
@@ -261,20 +263,6 @@ def _attention(model_config) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]._supports_sdpa else "eager"
-
-
-@contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    """Transformers draws a bar while it reads weights, also where nobody watches."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 def _random(name: str, seed: int) -> ModelSource:

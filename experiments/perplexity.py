@@ -96,7 +96,11 @@ def compute_perplexity(
     progress = progress or LossDisplay()
 
     prompt_nll = prompt_losses(model, ids[:, :prompt]) if scoring == "decode" else None
-    scored, scoring_sec = _score_parallel(method, ids) if scoring == "parallel" and method.parallel else (None, None)
+    scored = scoring_sec = None
+    if scoring == "parallel" and method.parallel:
+        found: list[Tensor] = []
+        scoring_sec = seconds(lambda: found.append(method.score(ids)[0]), ids.device)
+        scored = found[0]
     with method:
         if method.engine != "eager":
             warmup_steps = max(warmup_steps, _CAPTURING_STEPS)
@@ -218,12 +222,6 @@ def token_losses(method: Method, ids: Tensor) -> Tensor:
     nll = _decode(method, ids, prompt, LossDisplay())[1]
     nll[: prompt - 1] = prompt_losses(method.model, ids[:, :prompt])
     return nll
-
-
-def _score_parallel(method: Method, ids: Tensor) -> tuple[Tensor, float]:
-    found: list[Tensor] = []
-    took = seconds(lambda: found.append(method.score(ids)[0]), ids.device)
-    return found[0], took
 
 
 def prompt_losses(model, ids: Tensor) -> Tensor:

@@ -41,49 +41,37 @@ class LossDisplay:
         if nll.device.type == "cuda":
             self._poll(nll)
         elif nll.device.type == "cpu":
-            self._perplexity = _exp(nll.mean().item())
+            self._perplexity = perplexity_shown(nll.mean().item())
         self._show(_EVERY_STEPS, self._perplexity)
 
     def _poll(self, nll: Tensor) -> None:
         if self._arrived is not None:
             if not self._arrived.query():
                 return
-            self._perplexity = _exp(self._pinned.item())
+            self._perplexity = perplexity_shown(self._pinned.item())
         if self._pinned is None:
             self._pinned = torch.empty((), dtype=nll.dtype, pin_memory=True)
         self._pinned.copy_(nll.mean(), non_blocking=True)
         self._arrived = torch.cuda.current_stream(nll.device).record_event()
 
 
-def _exp(mean: float) -> float:
+def perplexity_shown(mean: float) -> float:
+    """Of a mean loss in nats, for the eye: a huge one is cut."""
     return math.exp(min(mean, 700.0))
 
 
-def _watched(wanted: bool) -> bool:
-    return wanted and sys.stderr.isatty()
-
-
 @contextmanager
-def cell_bar(title: str, steps: int, wanted: bool, show_perplexity: bool) -> Iterator[LossDisplay]:
-    """A bar on standard error for one cell; the display that it gives shows nothing where nobody watches."""
-    visible = _watched(wanted)
-    with tqdm(desc=title, total=steps, unit=" tokens", leave=False, disable=not visible) as bar:
+def token_bar(
+    title: str, wanted: bool, expected: Callable[[], int | None] = lambda: None, show_perplexity: bool = True
+) -> Iterator[Show | None]:
+    """A bar on standard error, to be told of tokens, of which so many are `expected`; None where nobody watches."""
+    if not (wanted and sys.stderr.isatty()):
+        yield None
+        return
+    with tqdm(desc=title, unit=" tokens", unit_scale=True, leave=False) as bar:
 
         def show(done: int, perplexity: float | None) -> None:
             if show_perplexity and perplexity is not None:
-                bar.set_postfix_str(f"perplexity {perplexity:.2f}", refresh=False)
-            bar.update(done)
-
-        yield LossDisplay(show if visible else None)
-
-
-@contextmanager
-def token_bar(title: str, wanted: bool, expected: Callable[[], int | None] = lambda: None) -> Iterator[Show]:
-    """A bar on standard error for a stream of a length that is `expected` better and better."""
-    with tqdm(desc=title, unit=" tokens", unit_scale=True, leave=False, disable=not _watched(wanted)) as bar:
-
-        def show(done: int, perplexity: float | None) -> None:
-            if perplexity is not None:
                 bar.set_postfix_str(f"perplexity {perplexity:.2f}", refresh=False)
             whole = expected()
             bar.total = whole if whole is None else max(whole, bar.n + done)

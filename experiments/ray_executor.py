@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,25 +37,24 @@ class Worker:
 
     def __init__(self, config: ExperimentConfig):
         self.config = config
-        self.bench: Bench | None = None
         if config.device == "cpu":
             torch.set_num_threads(config.cpus_per_cell)
 
     def started(self) -> None:
         """Answers when the worker is there."""
 
-    def _ready(self) -> Bench:
-        self.bench = self.bench or Bench(self.config)
-        return self.bench
+    @cached_property
+    def bench(self) -> Bench:
+        return Bench(self.config)
 
     def open(self, source: ModelSource) -> Facts | SetupError:
         try:
-            return self._ready().open(source)
+            return self.bench.open(source)
         except SetupError as error:
             return error
 
     def measure(self, task: Task) -> Outcome:
-        return outcome_of(lambda: self._ready().measure(task), task.cell)
+        return outcome_of(lambda: self.bench.measure(task), task.cell)
 
 
 class RayExecutor(Executor):

@@ -33,7 +33,6 @@ FIGURES = (
 _PARALLEL_FIGURES = ("scoring_sec", "scored_tokens")  # only of a run that was scored in parallel
 COMPARISONS = ("speedup", "compression_ratio", "ppl_increase_percent")
 _ABOUT_THE_RUN = ("timestamp", "environment")  # differ between two writings of one result
-_RANDOM_WEIGHTS = "the weights are random"
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,8 @@ def method_block(runs: Runs, header: dict, reference: Runs | None) -> dict:
     if runs.status != "ok":
         block |= dict.fromkeys((*FIGURES, *COMPARISONS))
         return block | {"runs": list(runs.runs)}
-    records = [_without_perplexity(run) if header["weights"] == "random" else run for run in runs.runs]
+    no_perplexity = {"perplexity": None, "perplexity_reason": "the weights are random"}
+    records = [run | no_perplexity if header["weights"] == "random" else run for run in runs.runs]
     names = FIGURES + tuple(name for name in _PARALLEL_FIGURES if name in records[0])
     block |= {name: median([record[name] for record in records]) for name in names}
     facts = {key: value for key, value in records[0].items() if key not in names}
@@ -77,10 +77,6 @@ def method_block(runs: Runs, header: dict, reference: Runs | None) -> dict:
     if len(records) > 1:
         block["spread"] = {name: _spread([record[name] for record in records]) for name in names}
     return block | {"runs": records}
-
-
-def _without_perplexity(run: dict) -> dict:
-    return run | {"perplexity": None, "perplexity_reason": _RANDOM_WEIGHTS}
 
 
 def median(values: Sequence[float | None]) -> float | None:
@@ -225,18 +221,16 @@ def save_result(path: Path, value: dict, keep_previous: bool = False) -> Saved:
         return Saved(path, "wrote")
     try:
         previous = read_result(path)
+        if previous["config_hash"] == value["config_hash"] and not keep_previous:
+            if _substance(previous) == _substance(value):
+                return Saved(path, "unchanged")
+            write_json(path, value)
+            return Saved(path, "updated")
+        aside, why = set_aside(path, previous["config_hash"][:8]), "the earlier result"
     except ValueError as error:
-        aside = set_aside(path, "unreadable")
-        write_json(path, value)
-        return Saved(path, "wrote", aside, f"what was there ({error})")
-    if previous["config_hash"] != value["config_hash"] or keep_previous:
-        aside = set_aside(path, previous["config_hash"][:8])
-        write_json(path, value)
-        return Saved(path, "wrote", aside, "the earlier result")
-    if _substance(previous) == _substance(value):
-        return Saved(path, "unchanged")
+        aside, why = set_aside(path, "unreadable"), f"what was there ({error})"
     write_json(path, value)
-    return Saved(path, "updated")
+    return Saved(path, "wrote", aside, why)
 
 
 def _substance(value: dict) -> dict:

@@ -163,13 +163,8 @@ def check_writable(folder: Path | None, nbytes: int) -> None:
         return
     probe = folder / f".probe.{os.getpid()}{TEMPORARY_SUFFIX}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with probe.open("wb") as file:
-                file.write(os.urandom(nbytes))
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise SetupError(f"output folder {folder}: cannot be written ({error.strerror or error})") from None
+        write_atomically(probe, lambda file: file.write(os.urandom(nbytes)))
+        probe.unlink()
+    except SaveError as error:
+        reason = getattr(error.__cause__, "strerror", None) or error.__cause__
+        raise SetupError(f"output folder {folder}: cannot be written ({reason})") from None

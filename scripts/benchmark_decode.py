@@ -73,10 +73,10 @@ def build_parser() -> OneLineParser:
 def check(options: argparse.Namespace) -> None:
     """Raise SetupError for numbers and names that cannot be."""
     lows = {"n_sink": 0, "steps": 1, "warmup_steps": 4, "repeats": 1, "seed": 0}
+    lows |= {"cache_sizes": options.n_sink + 1, "batch_sizes": 1, "prefill_lengths": 2}
     for name, low in lows.items():
-        at_least(f"--{name.replace('_', '-')}", getattr(options, name), low)
-    for name, low in {"cache_sizes": options.n_sink + 1, "batch_sizes": 1, "prefill_lengths": 2}.items():
-        for value in getattr(options, name) or ():
+        given = getattr(options, name)
+        for value in given if isinstance(given, list) else [given]:
             at_least(f"--{name.replace('_', '-')}", value, low)
     for name in options.contenders or ():
         if name not in CONTENDERS:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 from dataclasses import asdict
@@ -45,6 +44,7 @@ from experiments.demo_training.sequences import (
     save_tokenizer,
     train_tokenizer,
 )
+from experiments.environment import environment
 from experiments.storage import differences, write_json
 from experiments.texts import DOCUMENT_SEPARATOR
 
@@ -201,8 +201,11 @@ def run(recipe: Recipe, options: Options) -> int:
     report = options.output_dir / "report.json"
     if not claim_folder(options, {**asdict(recipe), "data_sha256": data["sha256"]}):
         model, training = train(recipe, options, sequences)
+        where = environment(torch.device(options.device), " ".join(sys.argv), recipe.seed)
+        where |= {"autocast": "bfloat16" if options.on_cuda else None, "compiled": options.compile}
+        where |= {"tokenizers": tokenizers.__version__}
         facts = {"schema_version": 1, "recipe": asdict(recipe), "parameters": model.num_parameters(), "data": data}
-        facts |= {"training": training, "environment": environment(options), "held_out": None}
+        facts |= {"training": training, "environment": where, "held_out": None}
         write_json(report, facts)
         save_tokenizer(tokenizer, options.output_dir)
         write_model(model, recipe, options)
@@ -215,16 +218,6 @@ def run(recipe: Recipe, options: Options) -> int:
         return EXIT_FAILED
     print(f"wrote {options.output_dir}", flush=True)
     return 0
-
-
-def environment(options: Options) -> dict[str, object]:
-    return {
-        "device": torch.cuda.get_device_name() if options.on_cuda else platform.machine(),
-        "autocast": "bfloat16" if options.on_cuda else None,
-        "compiled": options.compile,
-        "python": platform.python_version(),
-        **{module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
-    }
 
 
 def main(argv: list[str] | None = None) -> int:

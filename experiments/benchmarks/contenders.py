@@ -27,6 +27,10 @@ class Contender:
     attention: str = ""
     at_once: bool = False
 
+    def backends(self, chosen: tuple[str, ...]) -> tuple[str, ...]:
+        """What computes its attention, in turn."""
+        return (self.attention,) if self.attention else chosen
+
     @property
     def compared_with(self) -> str | None:
         """The re-computation with the same engine, which its speedup is relative to; None where there is none."""
@@ -59,9 +63,3 @@ CONTENDERS: dict[str, Contender] = {
     "fused": _decoder("fused", "fused", prefills=True),
     "fused-triton": _decoder("fused, triton", "fused-triton", attention="triton"),
 }
-
-
-def backends_of(contender: str, backends: tuple[str, ...]) -> tuple[str, ...]:
-    """What computes a contender's attention, in turn."""
-    own = CONTENDERS[contender].attention
-    return (own,) if own else backends

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from experiments.benchmarks.contenders import CONSTANT_DENSE, CONTENDERS, backends_of
+from experiments.benchmarks.contenders import CONSTANT_DENSE, CONTENDERS
 from experiments.methods import METHODS, Dense, Method, MethodSettings, Streaming
 from experiments.models import LoadedModel
 from experiments.perplexity import devices_of
@@ -77,7 +77,7 @@ class Plan:
                 Cell(kind, model, cache_size, self.n_sink, batch_size, length, name, backend)
                 for name in self.contenders
                 if kind == DECODE or CONTENDERS[name].prefills
-                for backend in backends_of(name, self.backends)
+                for backend in CONTENDERS[name].backends(self.backends)
             ]
             for batch_size in self.batch_sizes
             for kind, cache_size, length in sizes

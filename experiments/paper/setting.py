@@ -122,14 +122,10 @@ class Setting:
         """How single tokens run; never "auto"."""
         return self.machine.engine(self.loaded, self.config.engine, self.backend)
 
-    @property
-    def block_engine(self) -> str:
-        """How blocks run beside that engine."""
-        return resolve_block_engine(self.loaded.model, self.config.engine)
-
     def block_forward(self):
-        """The forward for blocks of tokens."""
-        return block_forward(self.loaded.model, self.block_engine)
+        """The forward for blocks of tokens, by what goes with that engine."""
+        model = self.loaded.model
+        return block_forward(model, resolve_block_engine(model, self.config.engine))
 
     # What results depend on
 
