@@ -1,8 +1,6 @@
 """Where cells run: in this process, or (`ray_executor`) on the GPUs of a machine or a cluster."""
 
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 
 from experiments.cell_queue import CellQueue
 from experiments.config import ExperimentConfig, SetupError
@@ -12,28 +10,14 @@ from experiments.plan import Facts, Task
 from experiments.progress import LossDisplay, token_bar
 
 
-class Executor(AbstractContextManager):
-    """Measures cells. A context manager: what it holds is given back on leaving, also after an error."""
+class InProcess:
+    """One cell after the other, on this process's device.
 
-    models_at_once: int | None = None  # whose cells may be given out together; None: all
-    description = ""  # where it runs, for the eye
+    What any executor has: `models_at_once` (whose cells may be given out together; None: all models), a `description`
+    of where it runs, `open`, `measure` and `close`.
+    """
 
-    def __exit__(self, *exc_info) -> None:
-        return None
-
-    @abstractmethod
-    def open(self, sources: Sequence[ModelSource]) -> list[Facts | SetupError]:
-        """What there is to know of each model where it will be measured, or why it cannot be."""
-
-    @abstractmethod
-    def measure(self, queue: CellQueue) -> Iterator[Outcome]:
-        """Measure tasks until there are no more; yields each outcome as it comes."""
-
-
-class InProcess(Executor):
-    """One cell after the other, on this process's device."""
-
-    models_at_once = 1
+    models_at_once: int | None = 1
 
     def __init__(self, config: ExperimentConfig):
         self.config = config
@@ -43,6 +27,7 @@ class InProcess(Executor):
         self.description = f"device {machine.device}, {machine.dtype_name}, attention backends: {backends}"
 
     def open(self, sources: Sequence[ModelSource]) -> list[Facts | SetupError]:
+        """What there is to know of each model where it will be measured, or why it cannot be."""
         found: list[Facts | SetupError] = []
         for source in sources:
             try:
@@ -52,6 +37,7 @@ class InProcess(Executor):
         return found
 
     def measure(self, queue: CellQueue) -> Iterator[Outcome]:
+        """Measure tasks until there are no more; yields each outcome as it comes."""
         while (task := queue.next()) is not None:
             yield self._measure(task, f"{queue.title(task.cell)}, left: {queue.time_left()}")
 
@@ -59,3 +45,6 @@ class InProcess(Executor):
         trained = task.source.weights == "trained"  # perplexities of random weights mean nothing
         with token_bar(title, self.config.progress, lambda: task.steps, trained) as show:
             return outcome_of(lambda: self.bench.measure(task, LossDisplay(show)), task.cell)
+
+    def close(self) -> None:
+        """Give back what is held for other processes: nothing."""

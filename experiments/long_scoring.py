@@ -61,7 +61,7 @@ class LongScoring:
     """Passes over texts, each resumable, with a model inside a `StreamingLLMWrapper`.
 
     `identity`: JSON values that a checkpoint has to share with this run to be taken up. `every_sec`: seconds between
-    checkpoints; 0 for one after each block. `memory`: measures the peak of this session; started already. `say` is
+    checkpoints; 0 for one after each block. `say` is
     told when a checkpoint has been written. Raises SetupError where the checkpoint in `work` is of another run, or
     cannot be read.
     """
@@ -74,12 +74,12 @@ class LongScoring:
         block_size: int,
         every_sec: float,
         stop: StopRequest,
-        memory: PeakMemory,
         say: Callable[[str], None],
     ):
         self.work, self.identity, self.stream = work, identity, stream
         self.block_size, self.every_sec, self.stop = block_size, every_sec, stop
-        self.memory, self.say = memory, say
+        self.memory, self.say = PeakMemory(stream.model.get_input_embeddings().weight.device), say
+        self.memory.start()
         self.passes: dict[str, Pass] = {}
         self.facts = {"sessions": 1, "checkpoint_sec": 0.0, "peak_memory_mb": None}
         self._saved: dict | None = None  # the stream in the checkpoint, until it is taken up

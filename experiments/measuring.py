@@ -120,7 +120,6 @@ class Bench:
         spread = None if asked is None else {"asked": asked, "weights_mb": loaded.weights_mb}
         where = environment(machine.device, self.config.command, self.config.seed)
         return Facts(
-            device=matters["device"],
             dtype=machine.dtype_name,
             engines=engines,
             methods=methods,

@@ -1,7 +1,6 @@
 """The models that are evaluated: the bundled demo, a hub name, a local folder, random weights of a known size."""
 
 import copy
-import functools
 import hashlib
 import socket
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from experiments.config import DEMO_MODEL, SetupError, first_line, unknown_name
-from experiments.gguf_files import gguf_file, gguf_fingerprint, read_gguf
+from experiments.gguf_files import gguf_file, read_gguf, sha256_of
 from experiments.hub import ask_hub
 from experiments.random_models import RANDOM_SIZES, random_config, random_model
 from experiments.tokens import NO_TOKENIZER, Beginning, beginning_of
@@ -169,7 +168,7 @@ class ModelSource:
             if not Path(self.where, gguf or "").exists():
                 what = f"file {gguf} in" if gguf else "folder"
                 raise SetupError(f"model {self.name!r}: there is no {what} {here}; copy it there, or name a hub model")
-            found = gguf_fingerprint(Path(self.where, gguf)) if gguf else _files_fingerprint(Path(self.where))
+            found = f"gguf:{sha256_of(Path(self.where, gguf))}" if gguf else _files_fingerprint(Path(self.where))
             if found != self.fingerprint:
                 raise SetupError(f"model {self.name!r}: the files in {here} are not those of the model")
         return self.where
@@ -191,7 +190,7 @@ def find_model(name: str, seed: int = 0) -> ModelSource:
         return _random(name, seed)
     if (file := gguf_file(Path(name))) is not None:
         options = {"local_files_only": True, "gguf_file": file.name}
-        return ModelSource(name, _slug(file.stem), "trained", gguf_fingerprint(file), str(file.parent), options)
+        return ModelSource(name, _slug(file.stem), "trained", f"gguf:{sha256_of(file)}", str(file.parent), options)
     if Path(name).is_dir():
         return _folder(name, Path(name), slug=_slug(Path(name).resolve().name))
     if Path(name).exists():
@@ -219,17 +218,9 @@ def _folder(name: str, folder: Path, slug: str) -> ModelSource:
 
 def _files_fingerprint(folder: Path) -> str:
     """A hash of the files that a model is loaded from."""
-    files = sorted({path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)})
-    return _hash_of_files(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
-
-
-@functools.lru_cache(maxsize=16)
-def _hash_of_files(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for path, _, _ in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in sorted({path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)}):
+        digest.update(path.name.encode() + bytes.fromhex(sha256_of(path)))
     return f"{_FILES}{digest.hexdigest()}"
 
 

@@ -68,7 +68,6 @@ class Facts:
     run, and why. `matters`: what could change a figure. `environment`: the rest of what is recorded.
     """
 
-    device: str
     dtype: str
     engines: dict[str, str]
     methods: tuple[str, ...]
@@ -266,7 +265,7 @@ class ModelPlan:
             "dataset_key": text.key,
             "backend": cell.backend,
             "dtype": self.facts.dtype,
-            "device": self.facts.device,
+            "device": self.facts.matters["device"],
             "num_tokens": shared["num_tokens"],
             "max_eval_tokens": cell.tokens,
             "tokens": f"random ids, seed {self.config.seed}" if is_random else "the text, by the model's tokenizer",

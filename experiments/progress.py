@@ -2,16 +2,16 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.kept import Times
+
 _EVERY_STEPS = 32
-Kind = tuple[str, ...]
-"""Cells of one kind take about equally long for each token: see `plan.Cell.kind`."""
 
 Show = Callable[[int, float | None], None]
 """Called with the steps done since the last call, and the running perplexity (None until there is one)."""
@@ -83,9 +83,9 @@ def token_bar(
 class TimeEstimator:
     """How long cells take, from those that have run: the mean of their kind for each token."""
 
-    def __init__(self, earlier: Mapping[Kind, list[float]]):
+    def __init__(self, earlier: Times):
         self._earlier = dict(earlier)
-        self._now: dict[Kind, list[float]] = {}
+        self._now: Times = {}
 
     def add(self, cell, wall_sec: float) -> None:
         """Count a cell that ran; what is known from this run goes before what earlier runs took."""

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from experiments.cell_queue import CellQueue
 from experiments.config import ExperimentConfig, SetupError, first_line, unknown_name
 from experiments.environment import ROOT, commit, sources_hash
-from experiments.executors import Executor
 from experiments.measuring import Bench, Outcome, outcome_of
 from experiments.models import ModelSource
 from experiments.plan import Facts, Task
@@ -57,11 +56,13 @@ class Worker:
         return outcome_of(lambda: self.bench.measure(task), task.cell)
 
 
-class RayExecutor(Executor):
+class RayExecutor:
     """Runs cells side by side. Raises SetupError for what is wrong with its options or the cluster.
 
     ImportError where Ray is not installed.
     """
+
+    models_at_once: int | None = None
 
     def __init__(self, config: ExperimentConfig):
         self.ray = connect(config.ray_address)
@@ -82,7 +83,7 @@ class RayExecutor(Executor):
         where = config.ray_address or "this machine"
         self.description = f"ray on {where}: {len(nodes)} nodes, {self._capacity()} workers with {what} each"
 
-    def __exit__(self, *exc_info) -> None:
+    def close(self) -> None:
         for worker in self._workers():
             self.ray.kill(worker)
         self.ray.shutdown()

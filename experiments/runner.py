@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from experiments.cell_queue import CellQueue, Probes
 from experiments.config import ExperimentConfig, SetupError
-from experiments.executors import Executor, InProcess
+from experiments.executors import InProcess
 from experiments.model_results import CELLS, ModelResults
 from experiments.models import ModelSource, find_model
 from experiments.plan import ModelPlan
@@ -51,8 +51,12 @@ class ExperimentRunner:
         config, summary = self.config, self.summary
         with ExitStack() as stack:
             sources = _find_models(config)
-            texts = {source.name: _load_texts(config, source) for source in sources}
-            executor = stack.enter_context(make_executor(config))
+            texts = {}
+            for source in sources:
+                names = config.datasets or default_datasets(source.weights != "random")
+                texts[source.name] = load_texts(names, config.text_key)
+            executor = make_executor(config)
+            stack.callback(executor.close)
             self.say(executor.description)
             if config.output_dir is not None and not config.dry_run:
                 stack.enter_context(folder_lock(config.output_dir / CELLS / "lock"))
@@ -68,7 +72,7 @@ class ExperimentRunner:
             self.say(f"FAILED: {failure}")
         return summary
 
-    def _plan(self, executor: Executor, sources: Sequence[ModelSource], texts, first: bool) -> list[ModelResults]:
+    def _plan(self, executor, sources: Sequence[ModelSource], texts, first: bool) -> list[ModelResults]:
         """The models' plans. One that cannot be had is fatal where nothing has been computed yet, else a failure."""
         models = []
         for source, facts in zip(sources, executor.open(sources), strict=True):
@@ -85,7 +89,7 @@ class ExperimentRunner:
             self._say_plan(plan)
         return models
 
-    def _run(self, executor: Executor, models: Sequence[ModelResults], later: Sequence[ModelSource]) -> None:
+    def _run(self, executor, models: Sequence[ModelResults], later: Sequence[ModelSource]) -> None:
         """Run what is missing, in order; keep each cell, and write each file as soon as its cells are finished."""
         by_name = {model.plan.source.name: model for model in models}
         self.summary.outcomes |= by_name
@@ -139,7 +143,7 @@ class ExperimentRunner:
         for name, reason in facts.skipped.items():
             self.say(f"skipped: {name}: {reason}")
 
-    def _dry_run(self, executor: Executor, models: Sequence[ModelResults]) -> None:
+    def _dry_run(self, executor, models: Sequence[ModelResults]) -> None:
         for model in models:
             plan, cells = model.plan, model.plan.cells
             model.find_finished(move_broken=False)
@@ -176,7 +180,7 @@ class ExperimentRunner:
         self.say("the same command goes on from here")
 
 
-def make_executor(config: ExperimentConfig) -> Executor:
+def make_executor(config: ExperimentConfig):
     """The executor that a configuration names; raises SetupError where it cannot be had."""
     if config.launcher == "local":
         return InProcess(config)
@@ -201,7 +205,3 @@ def _find_models(config: ExperimentConfig) -> list[ModelSource]:
                 "run them with different --output-dir"
             )
     return sources
-
-
-def _load_texts(config: ExperimentConfig, source: ModelSource) -> list:
-    return load_texts(config.datasets or default_datasets(source.weights != "random"), config.text_key)

@@ -25,7 +25,6 @@ from experiments.cli import EXIT_SIGNAL, MODEL, STREAM, TEXTS, OneLineParser, ad
 from experiments.config import SetupError, at_least
 from experiments.environment import environment, what_matters
 from experiments.long_scoring import LongScoring, ScoringError, StoppedError
-from experiments.memory import PeakMemory
 from experiments.model_setup import Subject, set_up
 from experiments.progress import token_bar
 from experiments.results import SCHEMA_VERSION, read_result, save_result
@@ -155,12 +154,11 @@ def prepare(options: argparse.Namespace) -> Job:
 
 def score(job: Job, command: str) -> None:
     """Score a job's stream, and write the result; raises SetupError, SaveError, ScoringError, StoppedError."""
-    options, streaming, memory = job.options, job.subject.streaming, PeakMemory(job.subject.machine.device)
-    memory.start()
+    options, streaming = job.options, job.subject.streaming
     wrapper = StreamingLLMWrapper(job.subject.loaded.model, streaming.n_sink, streaming.window_size)
     with wrapper as stream, StopRequest() as stop:
         every = options.checkpoint_every
-        run = LongScoring(job.work, job.identity(), stream, job.block_size, every, stop, memory, say)
+        run = LongScoring(job.work, job.identity(), stream, job.block_size, every, stop, say)
         if run.passes:
             say(f"goes on at token {sum(state.tokens for state in run.passes.values()):,}")
         with token_bar("stream", options.progress, job.stream.expected_tokens) as show:

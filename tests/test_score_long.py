@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 from experiments.config import SetupError
 from experiments.long_scoring import CHECKPOINT, LongScoring, StoppedError, read_ahead
 from experiments.loss_figures import equal_edges, log_edges, tail_length
-from experiments.memory import PeakMemory
 from experiments.texts import Text, load_as_one
 from experiments.token_windows import token_ids
 from experiments.tokens import DocumentStream
@@ -187,9 +186,7 @@ def score_in_sessions(stream, work: Path, ids: torch.Tensor, block_size: int, st
     sessions = 0
     while True:
         sessions += 1
-        memory = PeakMemory(torch.device("cpu"))
-        memory.start()
-        run = LongScoring(work, {}, stream, block_size, 1e9, StopsAfterEachBlock(stops), memory, print)
+        run = LongScoring(work, {}, stream, block_size, 1e9, StopsAfterEachBlock(stops), print)
         try:
             losses = run.run("stream", lambda start: iter([ids[:, start:]]), lambda *_: None)
             return np.array(losses), sessions

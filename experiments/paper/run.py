@@ -12,20 +12,14 @@ from experiments.progress import TimeEstimator
 from experiments.results import SCHEMA_VERSION, save_result
 from experiments.storage import hash_of, now, remove_leftovers
 
+Say = Callable[[str], None]
 _SHOWN = ("perplexity", "accuracy", "tpot_ms")
 
 
 class PaperModel:
     """The experiments of one model, and what of them is there."""
 
-    def __init__(
-        self,
-        setting: Setting,
-        experiments: Sequence[Experiment],
-        root: Path,
-        force: bool,
-        say: Callable[[str], None],
-    ):
+    def __init__(self, setting: Setting, experiments: Sequence[Experiment], root: Path, force: bool, say: Say):
         self.setting, self.say, self.force, self.common = setting, say, force, setting.common()
         self.folder = root / (setting.source.slug or setting.source.name)
         self.store = KeptWork(root / PIECES / self.folder.name)

@@ -212,13 +212,13 @@ class Setting:
 
 def curve(nll: np.ndarray, n_points: int = 100) -> dict[str, list]:
     """Perplexity along a stream: of stretches of equal length, with the number of the last token of each."""
-    ends = np.unique(np.linspace(0, len(nll), min(n_points, len(nll)) + 1).astype(int))
-    parts = [nll[a:b] for a, b in itertools.pairwise(ends)]
-    return {"token": [int(end) for end in ends[1:]], "perplexity": [perplexity(part) for part in parts]}
+    return _stretches(nll, np.unique(np.linspace(0, len(nll), min(n_points, len(nll)) + 1).astype(int))[1:].tolist())
 
 
 def doubling(nll: np.ndarray, first: int = 256) -> dict[str, list]:
     """Perplexity of stretches each as long as all before it, as `curve` gives it: to token 256, 512, 1,024, ..."""
-    ends = [first << n for n in range(64) if first << n < len(nll)] + [len(nll)]
-    parts = [nll[a:b] for a, b in itertools.pairwise([0, *ends])]
-    return {"token": ends, "perplexity": [perplexity(part) for part in parts]}
+    return _stretches(nll, [first << n for n in range(64) if first << n < len(nll)] + [len(nll)])
+
+
+def _stretches(nll: np.ndarray, ends: list[int]) -> dict[str, list]:
+    return {"token": ends, "perplexity": [perplexity(nll[a:b]) for a, b in itertools.pairwise([0, *ends])]}
