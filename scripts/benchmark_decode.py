@@ -45,6 +45,8 @@ def build_parser() -> OneLineParser:
     }
     subject = ("model", "attn_backend_list", "dtype", "device", "seed")
     add = add_options(parser, "what is compared", subject, attn_backend_list=backends).add_argument
+    packed = "quantise the models' weights with torchao; results say so after the model's name"
+    add("--quantize", choices=("int8", "int4"), default=None, help=packed)
     add("--contenders", nargs="+", default=None, metavar="NAME", help=f"{', '.join(CONTENDERS)}; default: all")
     add = add_options(parser, "sizes, in tokens", ("n_sink",), n_sink={"default": 4}).add_argument
     numbers = {"type": int, "metavar": "N"}
@@ -95,6 +97,7 @@ def prepare(options: argparse.Namespace, command: str, start: float):
     from experiments.benchmarks.runner import DecodeBenchmark
     from experiments.measuring import resolve_machine
     from experiments.models import find_model
+    from experiments.quantised import QuantisedSource, torchao
     from personal_adapters.sdpa import ATTN_BACKENDS, check_backend_available
 
     config = config_from(options)
@@ -104,6 +107,9 @@ def prepare(options: argparse.Namespace, command: str, start: float):
         backends = tuple(n for n in ATTN_BACKENDS if check_backend_available(n, machine.dtype, machine.device))
     sources = [find_model(name, config.seed) for name in config.model]
     only_demo = all(source.name == DEMO_MODEL for source in sources)
+    if options.quantize is not None:
+        torchao()
+        sources = [QuantisedSource(source, options.quantize) for source in sources]
     plan = Plan(
         cache_sizes=tuple(options.cache_sizes or ([256] if only_demo else [2048])),
         prefill_lengths=tuple(options.prefill_lengths),

@@ -10,6 +10,7 @@ from experiments.benchmarks.floor import copy_bytes_per_sec, kv_token_nbytes, st
 from experiments.benchmarks.rows import FIGURE, ResultFile
 from experiments.measuring import Machine, describe, free_memory
 from experiments.models import ModelSource
+from experiments.quantised import QuantisedSource
 
 
 @dataclass
@@ -22,7 +23,7 @@ class DecodeBenchmark:
     plan: Plan
     timing: Timing
     repeats: int
-    sources: Sequence[ModelSource]
+    sources: Sequence[ModelSource | QuantisedSource]
     machine: Machine
     file: ResultFile
     say: Callable[[str], None]
