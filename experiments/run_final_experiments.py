@@ -27,7 +27,7 @@ _EXAMPLES = """examples:
         --methods baseline streaming kvpress window dense --only main --save-token-nll
   speed alone, with random weights of a known size:
     python experiments/run_final_experiments.py --model random:pythia-2.8b --attn-backend-list math flash --only main
-  on all GPUs of this machine, or of a Ray cluster (pip install 'streaming-llm[cluster]'):
+  on all GPUs of this machine, or of a Ray cluster (pip install '.[cluster]'):
     python experiments/run_final_experiments.py --launcher ray --model random:pythia-2.8b --repeats 3
 
 exit codes: 0 all is well; 1 a cell failed (its reason is in the result file); 2 something is wrong that was found
