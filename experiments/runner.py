@@ -190,8 +190,8 @@ def make_executor(config: ExperimentConfig):
         return RayExecutor(config)
     except ImportError as error:
         raise SetupError(
-            f"--launcher ray needs the package ray, which cannot be imported ({error}): pip install "
-            "'streaming-llm[cluster]'"
+            f"--launcher ray needs the package ray, which cannot be imported ({error}): "
+            "pip install '.[cluster]' in the checkout"
         ) from None
 
 
