@@ -18,6 +18,7 @@ from experiments.random_models import RANDOM_SIZES, random_config, random_model
 from experiments.tokens import NO_TOKENIZER, Beginning, beginning_of
 from streaming_llm import StreamingConfig
 from streaming_llm.families import family_of, layer_layouts, layer_windows, text_config
+from streaming_llm.placement import stored_nbytes
 
 DEMO_FOLDER = Path(__file__).resolve().parent / "assets" / "demo_model"
 RANDOM_PREFIX = "random:"
@@ -87,7 +88,7 @@ class LoadedModel(ModelInfo):
         held: dict[str, float] = {}
         for parameter in self.model.parameters():
             place = str(parameter.device)
-            held[place] = held.get(place, 0.0) + parameter.numel() * parameter.element_size() / 1e6
+            held[place] = held.get(place, 0.0) + stored_nbytes(parameter) / 1e6
         return held
 
 

@@ -48,6 +48,8 @@ def build_parser() -> OneLineParser:
     }
     subject = ("model", "attn_backend_list", "dtype", "device", "seed")
     add = add_options(parser, "what is compared", subject, attn_backend_list=backends).add_argument
+    packed = "quantise the models' weights with torchao; results say so after the model's name"
+    add("--quantize", choices=("int8", "int4"), default=None, help=packed)
     known = f"{', '.join(CONTENDERS)}; default: all, {PEER} only with --peer-python"
     add("--contenders", nargs="+", default=None, metavar="NAME", help=known)
     of_peer = (
@@ -94,6 +96,8 @@ def check(options: argparse.Namespace) -> None:
             raise unknown_name("contender", name, CONTENDERS)
     if PEER in (options.contenders or ()) and options.peer_python is None:
         raise SetupError(f"contender {PEER!r} runs in a Python of its own: name it with --peer-python")
+    if options.peer_python is not None and options.quantize is not None:
+        raise SetupError(f"--quantize: {PEER} has no quantised weights, leave out --peer-python")
     if options.peer_python is not None and not options.peer_python.exists():
         raise SetupError(f"--peer-python {options.peer_python}: there is no such file")
     if options.plot_only and options.figures is None:
@@ -111,6 +115,7 @@ def prepare(options: argparse.Namespace, command: str, start: float):
     from experiments.benchmarks.runner import DecodeBenchmark
     from experiments.measuring import resolve_machine
     from experiments.models import find_model
+    from experiments.quantised import QuantisedSource, torchao
     from personal_adapters.sdpa import ATTN_BACKENDS, check_backend_available
 
     config = config_from(options, [], "")
@@ -120,6 +125,9 @@ def prepare(options: argparse.Namespace, command: str, start: float):
         backends = tuple(n for n in ATTN_BACKENDS if check_backend_available(n, machine.dtype, machine.device))
     sources = [find_model(name, config.seed) for name in config.model]
     only_demo = all(source.name == DEMO_MODEL for source in sources)
+    if options.quantize is not None:
+        torchao()
+        sources = [QuantisedSource(source, options.quantize) for source in sources]
     names = options.contenders or [name for name in CONTENDERS if name != PEER or options.peer_python is not None]
     plan = Plan(
         cache_sizes=tuple(options.cache_sizes or ([256] if only_demo else [2048])),

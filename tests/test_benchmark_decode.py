@@ -14,7 +14,9 @@ import torch
 from conftest import make_ids, make_neox
 from demo_training_support import ROOT  # puts scripts/ on the module path
 from evaluation_support import make_model_folder, no_collection  # noqa: F401 - a fixture
+from packed_weights import quantise_
 
+from experiments import quantised
 from experiments.benchmarks import contenders, decode, overhead, runner
 from experiments.benchmarks.contenders import CONTENDERS, Contender
 from experiments.benchmarks.decode import TOLERANCE, Bench, Cell, ConstantDense, Plan, Timing, in_turns
@@ -140,6 +142,32 @@ def test_floor_counts_what_a_step_reads():
     tied.tie_weights()
     assert weight_nbytes(tied) == 4 * (everything - vocab * hidden)  # the one table is read as the output layer
     assert weight_nbytes(make_neox(torch.float16)) == 2 * (everything - vocab * hidden)
+
+
+def test_floor_counts_quantised_weights_as_they_are_stored():
+    model = make_neox()
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    numbers, rows = (sum(f(m.weight) for m in linears) for f in (torch.Tensor.numel, len))
+    plain = weight_nbytes(model)
+    quantise_(model, "int8")
+    assert weight_nbytes(model) == plain - 4 * numbers + numbers + (4 + 1) * rows
+
+
+def test_quantised_models_are_named(place, monkeypatch):
+    torchao = SimpleNamespace(Int8WeightOnlyConfig=lambda: "int8", quantize_=quantise_)
+    monkeypatch.setattr(quantised, "torchao", lambda: torchao)
+    monkeypatch.setattr(quantised, "version", lambda name: "0.0")
+    assert place.run("--quantize", "int8", contenders=["eager"]) == 0
+    (row,), (name,) = place.rows("eager"), place.result["models"]
+    assert name == row["cell"]["model"] == f"{place.model}, int8"
+    assert place.result["models"][name]["fingerprint"].endswith(", int8 by torchao 0.0")
+    assert place.result["models"][name]["weight_bytes_per_step"] < place.result["models"][name]["parameters"] * 2
+
+
+def test_quantising_needs_torchao(place, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    assert place.run("--quantize", "int8", contenders=["eager"]) == 2
+    assert "--quantize needs torchao" in place.errors
 
 
 def test_copy_speed_counts_reading_and_writing(monkeypatch):

@@ -12,6 +12,7 @@ from experiments.benchmarks.rows import FIGURE, ResultFile
 from experiments.measuring import Machine, describe, free_memory
 from experiments.methods import MethodSettings
 from experiments.models import LoadedModel, ModelSource
+from experiments.quantised import QuantisedSource
 
 
 class OutOfTimeError(Exception):
@@ -29,7 +30,7 @@ class DecodeBenchmark:
     plan: Plan
     timing: Timing
     repeats: int
-    sources: Sequence[ModelSource]
+    sources: Sequence[ModelSource | QuantisedSource]
     machine: Machine
     file: ResultFile
     say: Callable[[str], None]
@@ -68,7 +69,7 @@ class DecodeBenchmark:
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
 
-    def _note_model(self, source: ModelSource, model) -> None:
+    def _note_model(self, source: ModelSource | QuantisedSource, model) -> None:
         self.file.models[source.name] = {
             "weights": source.weights,
             "fingerprint": source.fingerprint,

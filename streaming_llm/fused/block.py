@@ -22,11 +22,13 @@ from .block_heads import norm_and_rotate_
 from .elementwise import activated, add_and_norm
 from .family_recipes import recipe_of
 from .recipe import MLP, Attention, Linear, Recipe
+from .weights import Packed
 
 
 def product(x: Tensor, linear: Linear) -> Tensor:
     """``x`` ``[..., columns]`` times a matrix of the model, ``[..., rows]``."""
-    return F.linear(x, linear.weight, linear.bias)
+    weight = linear.weight.own if isinstance(linear.weight, Packed) else linear.weight
+    return F.linear(x, weight, linear.bias)
 
 
 def projected(x: Tensor, attention: Attention) -> list[Tensor]:
@@ -71,9 +73,12 @@ def through_layers(recipe: Recipe, x: Tensor, attend: Callable[[int, Tensor], Te
 
 def logits_of(hidden: Tensor, recipe: Recipe, out: Tensor) -> None:
     """Logits of final hidden states ``[n, hidden]``, to ``out`` ``[n, vocab]``."""
-    torch.mm(hidden, recipe.output.weight.T, out=out)
-    if recipe.output.bias is not None:
-        out += recipe.output.bias
+    if isinstance(recipe.output.weight, Packed):
+        out.copy_(product(hidden, recipe.output))
+    else:
+        torch.mm(hidden, recipe.output.weight.T, out=out)
+        if recipe.output.bias is not None:
+            out += recipe.output.bias
     if recipe.logit_scale != 1.0:
         out *= recipe.logit_scale
     if recipe.logit_cap is not None:
