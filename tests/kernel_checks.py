@@ -448,7 +448,7 @@ def test_a_stream_in_blocks_by_two_causal_calls(monkeypatch, n_sink, block_size,
     def continues(query, plan, kernel) -> bool:
         return plan.first_query > n_sink + window and query.shape[2] > window
 
-    monkeypatch.setattr(band, "_continues", continues)
+    monkeypatch.setattr(band, "continues", continues)
     use_kernels(monkeypatch, "cudnn")
     model = make_family(case)
     nll = score_stream(model, ids, n_sink, window, block_size)
