@@ -11,12 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.progress import Times
 from experiments.storage import hash_of, now, read_json, set_aside, write_json, write_npz
 
 _SCHEMA = 3
-
-Times = dict[tuple[str, ...], list[float]]
-"""Seconds per token, by kind."""
 
 
 @dataclass(frozen=True)

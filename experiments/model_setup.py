@@ -42,13 +42,10 @@ class Subject:
         }
 
 
-def set_up(config: ExperimentConfig, needs_text: bool = False) -> Subject:
-    """Find and load the one model of a configuration; raises SetupError for what is wrong.
-
-    `needs_text`: refuse a model with random weights.
-    """
+def set_up(config: ExperimentConfig) -> Subject:
+    """Find and load the one model of a configuration; raises SetupError for what is wrong, random weights too."""
     machine, source = resolve_machine(config), find_model(config.model[0], config.seed)
-    if needs_text and source.weights == "random":
+    if source.weights == "random":
         raise SetupError(f"--model {source.name}: random weights have no text")
     loaded = machine.load(source)
     settings = model_settings(config, source, loaded)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.kept import Times
-
 _EVERY_STEPS = 32
+Times = dict[tuple[str, ...], list[float]]
+"""Seconds per token, by kind."""
 
 Show = Callable[[int, float | None], None]
 """Called with the steps done since the last call, and the running perplexity (None until there is one)."""

@@ -146,7 +146,7 @@ def run(argv: list[str]) -> int:
     if not 0 < options.temperature < math.inf:
         raise SetupError(f"--temperature must be above 0, got {options.temperature}")
     check_writable(options.output and options.output.parent, 1 << 20)
-    subject = set_up(config_from(options), needs_text=True)
+    subject = set_up(config_from(options))
     value = measure(options, subject)
     print(summary(value))
     keep_result(options.output, value, subject.machine, "measure_endless.py", argv, options.seed)

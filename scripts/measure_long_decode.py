@@ -159,7 +159,7 @@ def run(argv: list[str]) -> int:
     if options.tokens % CHUNKS:
         raise SetupError(f"--tokens must be a multiple of {CHUNKS}, got {options.tokens}")
     check_writable(options.output and options.output.parent, 1 << 20)
-    subject = set_up(config_from(options), needs_text=True)
+    subject = set_up(config_from(options))
     value = measure(options, subject)
     print(summary(value))
     keep_result(options.output, value, subject.machine, "measure_long_decode.py", argv, 0)

@@ -137,7 +137,7 @@ def prepare(options: argparse.Namespace) -> Job:
     if wrong:
         raise SetupError(wrong)
     text = load_as_one(options.datasets or ["demo_encyclopaedia"], options.text_key)
-    subject = set_up(config_from(options), needs_text=True)
+    subject = set_up(config_from(options))
     loaded, beginning = subject.loaded, subject.beginning
     if text.warning:
         print(f"warning: {text.warning}", file=sys.stderr)

@@ -169,7 +169,7 @@ def run(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
     check_options(options)
     notes = read_notes(options) if options.resume else {}
-    subject = set_up(config_from(options), needs_text=True)
+    subject = set_up(config_from(options))
     with (
         resumed(options, subject, notes) if notes else make_decoder(subject.loaded, subject.streaming, options.engine)
     ) as decoder:
