@@ -47,9 +47,14 @@ class CachedStream(Cache):
         return self.progress.n_seen
 
     @property
+    def n_until_full(self) -> int:
+        """Tokens until every row holds, in every layer, as many as the next one attends to."""
+        return max(0, max(layer.layout.config.cache_size for layer in self.layers) - min(self.progress.seen))
+
+    @property
     def is_full(self) -> bool:
-        """Whether every row holds, in every layer, as many tokens as the next one attends to."""
-        return min(self.progress.seen) >= max(layer.layout.config.cache_size for layer in self.layers)
+        """Whether no row holds, in any layer, fewer tokens than the next one attends to at most."""
+        return self.n_until_full == 0
 
     @property
     def batch_size(self) -> int | None:

@@ -60,6 +60,11 @@ def weight_addresses(model: nn.Module) -> tuple[int, ...]:
     return tuple(x.data_ptr() for parameter in model.parameters() for x in _stored(parameter))
 
 
+def stored_nbytes(tensor: Tensor) -> int:
+    """Bytes that hold a tensor's data, quantised or not."""
+    return sum(x.numel() * x.element_size() for x in _stored(tensor))
+
+
 def _stored(tensor: Tensor) -> Iterator[Tensor]:
     """The plain tensors that hold a tensor's data."""
     if not hasattr(tensor, "__tensor_flatten__"):

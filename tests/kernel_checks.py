@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from family_models import SLIDING, VOCAB, available, make_family
 from family_reference import family_reference_logits
+from packed_weights import KINDS, quantise_, quantised
 from reference import rotated
 from transformers import DynamicCache
 
@@ -35,6 +36,7 @@ from streaming_llm.fused.ring_attention import RingAttention
 from streaming_llm.fused.rings import Rings, begin_step
 from streaming_llm.fused.sampling import HistogramSampler
 from streaming_llm.fused.step import StepForward
+from streaming_llm.fused.weights import stored
 from streaming_llm.positions import Progress, StreamLayout
 from streaming_llm.rope_utils import Rotary
 from streaming_llm.sampling import Sampling
@@ -81,10 +83,9 @@ TILES = [(4, 32, 2), (2, 128, 8)]
 def tiles(request, monkeypatch) -> None:
     """Every kernel with a small tile in place of its own."""
     rows, columns, ahead = request.param
-    for name in [name for name in vars(gemv) if name.startswith("TILE_OF_")]:
-        monkeypatch.setitem(getattr(gemv, name), "BLOCK_R", rows)
-        monkeypatch.setitem(getattr(gemv, name), "BLOCK_K", columns)
-        monkeypatch.setitem(getattr(gemv, name), "AHEAD", ahead)
+    for tile in (*gemv.TILE_OF_NORM.values(), *gemv.TILE_OF_SUM.values()):
+        for name, value in {"BLOCK_R": rows, "BLOCK_K": columns, "AHEAD": ahead}.items():
+            monkeypatch.setitem(tile, name, value)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -198,6 +199,69 @@ def test_sum_of_products(two, residuals, multiplier):
     gemv.gemv_sum(pairs[0], pairs[1] if two else None, out, *added, multiplier=multiplier)
     used = pairs if two else pairs[:1]
     close(out, multiplier * sum(exact(layer, x) for layer, x in used) + sum(x.double() for x in added))
+
+
+PACKED_COLUMNS, SMALL_KINDS = 192, ["int8", "int4 by 16", "int4 by 64"]
+"""No multiple of every tile, and three groups of 64."""
+
+
+def packed(columns: int, rows: int, kind: str) -> tuple[Linear, Linear]:
+    """A matrix with a bias, packed; and what it stands for."""
+    weight = quantised(randn(rows, columns) / columns**0.5 + 0.01, *KINDS[kind])
+    bias = randn(rows)
+    return Linear(stored(weight), bias), Linear(weight.exact, bias)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("given", ["none", "layer", "rms"])
+@pytest.mark.parametrize("kind", SMALL_KINDS)
+def test_norm_and_packed_matrices(kind, given):
+    x, first = randn(PACKED_COLUMNS) * 3 + 1, norm(given, PACKED_COLUMNS)
+    layers, plain = zip(*(packed(PACKED_COLUMNS, rows, kind) for rows in (33, 12, 9)), strict=True)
+    out = torch.full((54,), torch.nan, device=DEVICE)
+    gemv.norm_gemv(x, first, layers, out)
+    close(out, torch.cat([exact(layer, exact(first, x)) for layer in plain]))
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("kind", SMALL_KINDS)
+def test_the_first_half_of_a_packed_mlp(kind, together):
+    x, first = randn(PACKED_COLUMNS), norm("rms", PACKED_COLUMNS)
+    if together:
+        both, plain = packed(PACKED_COLUMNS, 26, kind)
+        layers, expected = both.halves(), plain.halves()
+    else:
+        layers, expected = zip(*(packed(PACKED_COLUMNS, 13, kind) for _ in range(2)), strict=True)
+    out = torch.full((13,), torch.nan, device=DEVICE)
+    gemv.norm_gemv(x, first, layers, out, activation="silu", gated=True)
+    gate, up = (exact(layer, exact(first, x)) for layer in expected)
+    close(out, F.silu(gate) * up)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("two", [True, False])
+@pytest.mark.parametrize("kind", SMALL_KINDS)
+def test_sum_of_packed_products(kind, two):
+    given = [(packed(columns, 54, kind), randn(columns)) for columns in (64, PACKED_COLUMNS)[: 1 + two]]
+    residual, out = randn(54), torch.full((54,), torch.nan, device=DEVICE)
+    pairs = [(layer, x) for (layer, _), x in given]
+    gemv.gemv_sum(pairs[0], pairs[1] if two else None, out, residual, multiplier=0.22)
+    close(out, residual.double() + 0.22 * sum(exact(plain, x) for (_, plain), x in given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["int8", "int4 by 128"])
+def test_packed_products_by_the_tiles_that_are_used(kind, dtype):
+    columns = 1152  # two tiles and a quarter, nine groups
+    (layer, plain), x, out = packed(columns, 20, kind), randn(columns, dtype=dtype), randn(20) * torch.nan
+    gemv.gemv_sum((layer, x), None, out)
+    close(out, exact(plain, x))
+    gemv.norm_gemv(x.float(), None, (layer,), out)
+    close(out, exact(plain, x))
+    gemv.norm_gemv(x.float(), None, layer.halves(), out[:10], gated=True)
+    gate, up = (exact(half, x) for half in plain.halves())
+    close(out[:10], gate * up)
 
 
 # ------------------------------------------------------------------------------------------------------ elementwise
@@ -384,7 +448,7 @@ def test_a_stream_in_blocks_by_two_causal_calls(monkeypatch, n_sink, block_size,
     def continues(query, plan, kernel) -> bool:
         return plan.first_query > n_sink + window and query.shape[2] > window
 
-    monkeypatch.setattr(band, "_continues", continues)
+    monkeypatch.setattr(band, "continues", continues)
     use_kernels(monkeypatch, "cudnn")
     model = make_family(case)
     nll = score_stream(model, ids, n_sink, window, block_size)
@@ -645,26 +709,41 @@ STEPPED = [("gpt_neox", True, 1, 9), ("gemma3", True, 1, 9), ("llama", True, 2, 
 """Case, own attention, batch size, and length of the prompt: with a cache of 10 that is full soon, or at once."""
 
 
+def check_steps(model, expected: torch.Tensor, ids: torch.Tensor, config: StreamingConfig, prompt: int, own: bool):
+    """The logits of steps that follow a prompt."""
+    with StreamingDecoder(model, config=config, engine="eager") as decoder:
+        decoder.prefill(ids[:, :prompt])
+        for layer in decoder.cache.layers:
+            layer.reserve(layer.layout.capacity)
+        logits = torch.full((ids.shape[0], VOCAB), torch.nan, device=DEVICE)
+        step = StepForward(recipe_of(model), decoder.cache, own_attention=own, logits=logits)
+        step.load()
+        for t in range(prompt, ids.shape[1]):
+            step(ids[:, t])
+            close(logits.cpu(), expected[:, t], 1e-4)
+
+
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize(("case", "own", "batch", "prompt"), STEPPED)
 def test_steps_of_a_model(case, own, batch, prompt):
     if not available(case):
         pytest.skip("not in the installed Transformers")
-    n_sink, window, length = 3, 7, 12
-    ids = torch.randint(VOCAB, (batch, length))
-    model = make_family(case)
-    expected = family_reference_logits(model, ids, n_sink, window)
-    model, ids = model.to(DEVICE), ids.to(DEVICE)
-    with StreamingDecoder(model, n_sink, window, engine="eager") as decoder:
-        decoder.prefill(ids[:, :prompt])
-        for layer in decoder.cache.layers:
-            layer.reserve(layer.layout.capacity)
-        logits = torch.full((batch, VOCAB), torch.nan, device=DEVICE)
-        step = StepForward(recipe_of(model), decoder.cache, own_attention=own, logits=logits)
-        step.load()
-        for t in range(prompt, length):
-            step(ids[:, t])
-            close(logits.cpu(), expected[:, t], 1e-4)
+    ids, model = torch.randint(VOCAB, (batch, 12)), make_family(case)
+    expected = family_reference_logits(model, ids, 3, 7)
+    check_steps(model.to(DEVICE), expected, ids.to(DEVICE), StreamingConfig(3, 7), prompt, own)
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", ["int8", "int4 by 16"])
+@pytest.mark.parametrize("case", ["gpt_neox", "llama", "phi3", "gemma3"])  # joined; three; halves of one; normed after
+def test_steps_of_a_quantised_model(case, kind, batch):
+    if not available(case):
+        pytest.skip("not in the installed Transformers")
+    ids, model = torch.randint(VOCAB, (batch, 12)), make_family(case)
+    plain = quantise_(model.to(DEVICE), kind)
+    expected = family_reference_logits(plain.cpu(), ids, 3, 7)
+    check_steps(model, expected, ids.to(DEVICE), StreamingConfig(3, 7), 9, own=True)
 
 
 @pytest.mark.usefixtures("loops")

@@ -21,6 +21,7 @@ from streaming_llm.fused.recipe import Attention, HeadPlaces, Linear, Norm
 from streaming_llm.fused.ring_attention import RingAttention
 from streaming_llm.fused.rings import Rings, begin_step
 from streaming_llm.fused.sampling import HistogramSampler
+from streaming_llm.fused.weights import Packed
 from streaming_llm.positions import Progress, StreamLayout
 from streaming_llm.rope_utils import Rotary
 from streaming_llm.sinks import SinkRotation
@@ -78,6 +79,23 @@ def test_matrix_vector_products(hidden, dtype, compiled):
     gemv.gemv_sum((one, x.to(dtype)), None, y, residual=x, other=x, multiplier=0.2, pdl=True)
     gemv.gemv_sum((one, x.to(dtype)), wide, y, residual=x, pdl=True)
     assert compiled == [*4 * ["_norm_gemv"], *3 * ["_gemv_sum"]]
+
+
+def packed(rows: int, columns: int, bits: int, group: int, factors: torch.dtype) -> Linear:
+    words = torch.zeros(rows, columns * bits // 32, dtype=torch.int32)
+    factor = torch.zeros(columns // group, rows, dtype=factors)
+    return Linear(Packed(words, bits, factor, factor, words), torch.zeros(rows, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("bits", "group", "factors"), [(8, 512, torch.float32), (4, 128, torch.bfloat16)])
+def test_products_of_packed_weights(bits, group, factors, compiled):
+    x, y, one = torch.zeros(512), torch.zeros(512), packed(512, 512, bits, group, factors)
+    narrow = packed(128, 512, bits, group, factors)
+    gemv.norm_gemv(x, norm(512, torch.bfloat16), (one, narrow, narrow), torch.zeros(768), pdl=True)
+    gemv.norm_gemv(x, None, one.halves(), y[:256], activation="silu", gated=True, pdl=True)
+    gemv.gemv_sum((one, x.to(torch.bfloat16)), None, y, residual=x, pdl=True)
+    gemv.gemv_sum((one, x), (one, x), y, residual=x, other=x, pdl=True)
+    assert compiled == [*2 * ["_norm_gemv"], *2 * ["_gemv_sum"]]
 
 
 # Heads, heads of keys, head_dim, norm, softcap, dtype: like Pythia, Qwen 3, and Gemma

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -10,12 +11,15 @@ import torch.nn.functional as F
 from conftest import GPU
 from family_models import CASES, VOCAB, available, make_family, takes_sdpa
 from family_reference import family_reference_logits
+from packed_weights import quantise_, unpacked
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from personal_adapters.neox_flash import wrap_attention
 from streaming_llm import StreamingDecoder, score_stream
 from streaming_llm.engines.recorder import GraphedCall
 from streaming_llm.fused import fused_forward, why_not_fused
 from streaming_llm.fused.family_recipes import NAMES
+from streaming_llm.fused.weights import stored
 
 pytestmark = pytest.mark.gpu
 
@@ -136,3 +140,59 @@ def test_a_recorded_re_computation(case):
     with torch.no_grad():
         expected = forward(ids)
         assert torch.equal(GraphedCall(forward, ids.flip(1))(ids), expected)
+
+
+QUANTISED = ["gpt_neox", "llama", "phi3", "gemma3"]
+
+
+@pytest.mark.parametrize("engine", ["fused-triton", "fused"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", ["int8", "int4 by 16"])
+@pytest.mark.parametrize("case", QUANTISED)
+def test_steps_of_quantised_models(case, kind, batch, engine):
+    model = model_of(case, torch.float32).to(GPU)
+    plain = quantise_(model, kind).cpu()
+    logits = stepped(model, engine, batch, 4, 10)
+    expected = family_reference_logits(plain, ids_of(batch), 4, W)[:, 9:]
+    assert error(logits, expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4 by 16"])
+@pytest.mark.parametrize("case", QUANTISED)
+def test_steps_of_quantised_models_in_half_precision(case, kind):
+    """They lose what the de-quantised models' own steps lose."""
+    model = model_of(case, torch.bfloat16).to(GPU)
+    plain = quantise_(model, kind)
+    expected = family_reference_logits(copy.deepcopy(plain).cpu(), ids_of(1), 4, W)[:, 9:]
+    own = error(stepped(plain, "eager", 1, 4, 10), expected).mean()
+    for engine in ("fused", "fused-triton"):
+        assert error(stepped(model, engine, 1, 4, 10), expected).mean() < 1.1 * own, engine
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4 by 16"])
+@pytest.mark.parametrize("case", QUANTISED)
+def test_blocks_of_quantised_models(case, kind):
+    model = model_of(case, torch.float32).to(GPU)
+    plain = quantise_(model, kind)
+    one, other = (score_stream(m, ids_of(3), 4, W, block_size=37, engine="fused") for m in (plain, model))
+    assert error(one, other).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int4WeightOnlyConfig"])
+def test_steps_of_models_that_torchao_quantised(kind):
+    quantization = pytest.importorskip("torchao.quantization")
+    if kind.startswith("Int4"):
+        pytest.importorskip("mslk")
+    sizes = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes)).to(torch.bfloat16).to(GPU).eval()
+    plain = copy.deepcopy(model)
+    quantization.quantize_(model, getattr(quantization, kind)())
+    for layer, other in zip(model.modules(), plain.modules(), strict=True):
+        if isinstance(layer, torch.nn.Linear):
+            assert type(layer.weight).__name__ == kind[:4] + "Tensor"
+            other.weight.data = unpacked(stored(layer.weight)).to(torch.bfloat16)
+    expected = family_reference_logits(copy.deepcopy(plain).cpu(), ids_of(1), 4, W)[:, 9:]
+    own = error(stepped(plain, "eager", 1, 4, 10), expected).mean()
+    for engine in ("fused", "fused-triton"):
+        assert error(stepped(model, engine, 1, 4, 10), expected).mean() < 1.1 * own, engine

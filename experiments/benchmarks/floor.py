@@ -10,17 +10,21 @@ import torch
 from transformers import DynamicCache
 
 from experiments.timing import seconds
+from streaming_llm.placement import stored_nbytes
 
 _COPIES = 10
 _CUDA_NBYTES, _CPU_NBYTES = 2**30, 2**28
 
 
 def weight_nbytes(model) -> int:
-    """Bytes of weights that a step reads. A table that is input and output embedding in one counts once."""
+    """Bytes of weights that a step reads, as they are stored: quantised or not.
+
+    A table that is input and output embedding in one counts once.
+    """
     table = model.get_input_embeddings().weight
     tied = table is model.get_output_embeddings().weight
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
-    return total if tied else total - table.numel() * table.element_size()
+    total = sum(map(stored_nbytes, model.parameters()))
+    return total if tied else total - stored_nbytes(table)
 
 
 @torch.inference_mode()

@@ -22,9 +22,12 @@ class StepPlan:
 
     Args:
         lengths: keys that each row attends to, the first ones; ``None``: all rows attend to all of them.
+        mask: ``[batch, 1, 1, slots]``, to be added to the scores: ``-inf`` at keys that a row does not attend to, else
+            0. For steps that are recorded, whose lengths only the device knows.
     """
 
     lengths: tuple[int, ...] | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..fused import fused_step
 from ..kv_cache import StreamingKVCache
-from .recorded import RecordedStep, StaticTensors
+from .recorded_step import RecordedStep, StaticTensors
 
 
 class FusedStep(RecordedStep):
@@ -33,4 +33,7 @@ class FusedTritonStep(FusedStep):
     """The same with this library's attention kernel, on a cache filled to any degree."""
 
     own_attention = True
-    from_any_fill = True
+
+    @staticmethod
+    def fills(model: nn.Module) -> bool:
+        return True

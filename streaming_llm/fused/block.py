@@ -22,11 +22,13 @@ from .block_heads import norm_and_rotate_
 from .elementwise import activated, add_and_norm
 from .family_recipes import recipe_of
 from .recipe import MLP, Attention, Linear, Recipe
+from .weights import Packed
 
 
 def product(x: Tensor, linear: Linear) -> Tensor:
     """``x`` ``[..., columns]`` times a matrix of the model, ``[..., rows]``."""
-    return F.linear(x, linear.weight, linear.bias)
+    weight = linear.weight.own if isinstance(linear.weight, Packed) else linear.weight
+    return F.linear(x, weight, linear.bias)
 
 
 def projected(x: Tensor, attention: Attention) -> list[Tensor]:
@@ -71,9 +73,12 @@ def through_layers(recipe: Recipe, x: Tensor, attend: Callable[[int, Tensor], Te
 
 def logits_of(hidden: Tensor, recipe: Recipe, out: Tensor) -> None:
     """Logits of final hidden states ``[n, hidden]``, to ``out`` ``[n, vocab]``."""
-    torch.mm(hidden, recipe.output.weight.T, out=out)
-    if recipe.output.bias is not None:
-        out += recipe.output.bias
+    if isinstance(recipe.output.weight, Packed):
+        out.copy_(product(hidden, recipe.output))
+    else:
+        torch.mm(hidden, recipe.output.weight.T, out=out)
+        if recipe.output.bias is not None:
+            out += recipe.output.bias
     if recipe.logit_scale != 1.0:
         out *= recipe.logit_scale
     if recipe.logit_cap is not None:
@@ -161,14 +166,15 @@ def rotated_heads(outputs: list[Tensor], attention: Attention, cos: Tensor, sin:
     return tuple(x.transpose(1, 2) for x in heads)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
+def causal(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
+    """A single token attends to all keys, several over themselves, ``[batch, num_heads, length, head_dim]``."""
     kernel = kernel_for(query, attention.softcap)
-    key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
     if attention.softcap is None:
-        causal, shared = query.shape[2] > 1, query.shape[1] != key.shape[1]
+        several, shared = query.shape[2] > 1, query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
-            query, key, value, is_causal=causal, scale=attention.scale, enable_gqa=shared
+            query, key, value, is_causal=several, scale=attention.scale, enable_gqa=shared
         )
+    key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
     return causal_attention(query, key, value, attention.scale, kernel, attention.softcap).to(query.dtype)
 
 
@@ -184,4 +190,4 @@ def _attended(
         plan = BlockPlan(StreamLayout(StreamingConfig(0, window - 1)), 0, 0)
     if isinstance(plan, BlockPlan):
         return block_attention(query, key, value, plan, attention.scale, attention.softcap)
-    return _causal(query, key, value, attention)  # a single token attends to all keys
+    return causal(query, key, value, attention)

@@ -15,8 +15,9 @@ from torch import nn
 from ..attention.kernel_choice import unwrapped
 from ..families import decoder_of, layer_windows, module_name, rotaries_from_model, text_config
 from ..rope_utils import Rotary
-from .model_parts import NotCoveredError, activation_of, first_of, head_norm_of, linear_of, norm_of
+from .model_parts import activation_of, first_of, head_norm_of, linear_of, norm_of
 from .recipe import MLP, Attention, HeadPlaces, Layer, Recipe
+from .weights import NotCoveredError
 
 
 @dataclass(frozen=True)

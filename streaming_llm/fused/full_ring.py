@@ -6,15 +6,14 @@ their distance from the query; attention then goes over all slots.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.kernel_choice import kernel_context, kernel_for
-from ..attention.torch_kernels import causal_attention, repeat_heads
+from ..attention.kernel_choice import kernel_context
 from ..cache_layer import StreamingLayer
 from ..launch import launch, wait_for_input
+from .block import causal
 from .heads import all_heads_rstd, head_norm_kind, head_norm_step, load_head, rotate
 from .norms import pointers_of
 from .recipe import Attention
@@ -93,7 +92,7 @@ class FullRing:
         """See :meth:`.RingAttention.__call__`; the result lies where the kernel has put it, not in ``out``."""
         self._store(attention, qkv, layer, pdl)
         with kernel_context(attention.module):
-            return self._over_all_slots(attention, layer.keys, layer.values).flatten(1)
+            return causal(self.query, layer.keys, layer.values, attention).flatten(1)
 
     def _store(self, attention: Attention, qkv: Tensor, layer: StreamingLayer, pdl: bool) -> None:
         state, places, keys = self.state, attention.places, layer.keys
@@ -110,13 +109,3 @@ class FullRing:
             V_STEP=places.value_step, NORM=head_norm_kind(attention), NORM_STEP=head_norm_step(attention),
             num_warps=1, pdl=pdl,
         )  # fmt: skip
-
-    def _over_all_slots(self, attention: Attention, keys: Tensor, values: Tensor) -> Tensor:
-        """``[batch, num_heads, 1, head_dim]``."""
-        query = self.query
-        if attention.softcap is None:
-            shared = attention.num_heads != attention.num_kv_heads
-            return F.scaled_dot_product_attention(query, keys, values, scale=attention.scale, enable_gqa=shared)
-        kernel = kernel_for(query, attention.softcap)
-        keys, values = repeat_heads(query, keys, kernel), repeat_heads(query, values, kernel)
-        return causal_attention(query, keys, values, attention.scale, kernel, attention.softcap)

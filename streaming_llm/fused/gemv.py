@@ -16,96 +16,76 @@ from torch import Tensor
 
 from ..launch import launch, wait_for_input
 from .activations import activate, capped
-from .norms import kind_of, norm_weight, or_other, pointers_of
+from .norms import kind_of, norm_weight, or_other, pointers_of, residual, rstd_of
 from .recipe import Linear, Norm
+from .tiles import add_product, first_tiles, next_tile, row_factors, row_sums
 
-TILE_OF_NORM = {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 1, "num_warps": 2}
-TILE_OF_SUM = {"BLOCK_R": 2, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2}
-"""Rows and columns of a tile, tiles that are requested ahead, and warps: of two dozen tried in whole steps on an H200,
-for the sizes of Pythia-70m, 2.8b and 6.9b the fastest, or within 7% of it."""
-
-
-@triton.jit
-def _tile(w_rows, in_rows, columns, start: tl.constexpr, K: tl.constexpr):
-    """Weights ``[BLOCK_R, BLOCK_K]`` from column ``start`` on, which nothing reads again in this step."""
-    mask = in_rows[:, None] & (start + columns < K)[None, :]
-    return tl.load(w_rows + start, mask, 0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _first_tiles(w_rows, in_rows, columns, K: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr):
-    """Up to ``AHEAD`` tiles, requested at once."""
-    tiles = ()
-    for start in tl.static_range(0, min(K, AHEAD * BLOCK_K), BLOCK_K):
-        tiles = tiles + (_tile(w_rows, in_rows, columns, start, K),)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
-    return tiles
-
-
-@triton.jit
-def _residual(
-    x_ptr, add_ptr, add_w_ptr, add_rstd, at, inside, ADDS: tl.constexpr, PLUS_ONE: tl.constexpr
-):  # fmt: skip
-    """The residual stream, with a normed output added that is not in it yet."""
-    x = tl.load(x_ptr + at, inside, 0.0)
-    if ADDS:
-        add = tl.load(add_ptr + at, inside, 0.0) * add_rstd
-        x += add * norm_weight(add_w_ptr, at, inside, True, PLUS_ONE)
-    return x
-
-
-@triton.jit
-def _rstd(x_ptr, columns, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """One over the root of the mean square of ``x`` ``[K]``."""
-    total = tl.zeros((BLOCK_K,), tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
-        x = tl.load(x_ptr + start + columns, start + columns < K, 0.0)
-        total += x * x
-    return 1.0 / tl.sqrt(tl.sum(total, 0) / K + eps)
+TILE_OF_NORM = {
+    0: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 1, "num_warps": 2},
+    8: {"BLOCK_R": 8, "BLOCK_K": 512, "AHEAD": 2, "num_warps": 2},
+    4: {"BLOCK_R": 8, "BLOCK_K": 512, "AHEAD": 2, "num_warps": 2},
+}
+TILE_OF_SUM = {
+    0: {"BLOCK_R": 2, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
+    8: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
+    4: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
+}
+"""By the bits of packed weights (0: plain ones), rows and columns of a tile, tiles requested ahead, and warps.
+Of two dozen tried in whole steps on an H200, for the sizes of Pythia-70m, 2.8b and 6.9b, those for plain weights were
+the fastest, or within 7% of it."""
 
 
 @triton.jit
 def _norm_gemv(
     x_ptr, add_ptr, add_w_ptr, add_eps, new_x_ptr, norm_w_ptr, norm_b_ptr, eps,
-    w1, b1, w2, b2, w3, b3, y_ptr, clip, scale, cap,
+    w1, b1, w2, b2, w3, b3, y_ptr, clip, scale, cap, s1, z1, s2, z2, s3, z3,
     N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
     ADDS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr,
     PLUS_ONE: tl.constexpr, ACT: tl.constexpr, CLIP: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     PDL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
+    VALUES: tl.constexpr = 32 // BITS if BITS > 0 else 1
     program = tl.program_id(0)
     columns, index = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
-    if GATED:  # rows of two matrices take turns
-        rows = program * (BLOCK_R // 2) + index // 2
+    if GATED:  # rows of two matrices take turns, or follow each other where factors do
+        if BITS > 0:
+            is_up, row = index // (BLOCK_R // 2), index % (BLOCK_R // 2)
+        else:
+            is_up, row = index % 2, index // 2
+        rows = program * (BLOCK_R // 2) + row
         in_rows = rows < N1
         to = rows
-        starts = tl.where(index % 2 == 0, w1, w2)
-        biases = tl.where(index % 2 == 0, b1, b2)
+        starts = tl.where(is_up == 0, w1, w2)
+        biases = tl.where(is_up == 0, b1, b2)
+        scales, zeros, step = tl.where(is_up == 0, s1, s2), tl.where(is_up == 0, z1, z2), STEP
     else:
-        first, w, b, n, before = program, w1, b1, N1, 0
+        first, w, b, n, before, s, z = program, w1, b1, N1, 0, s1, z1
         if N2 > 0:
             P1: tl.constexpr = (N1 + BLOCK_R - 1) // BLOCK_R
             P2: tl.constexpr = (N2 + BLOCK_R - 1) // BLOCK_R
             if program >= P1 + P2:
-                first, w, b, n, before = program - P1 - P2, w3, b3, N3, N1 + N2
+                first, w, b, n, before, s, z = program - P1 - P2, w3, b3, N3, N1 + N2, s3, z3
             elif program >= P1:
-                first, w, b, n, before = program - P1, w2, b2, N2, N1
+                first, w, b, n, before, s, z = program - P1, w2, b2, N2, N1, s2, z2
         rows = first * BLOCK_R + index
         in_rows = rows < n
         to = before + rows
-        starts, biases = w, b
-    w_rows = (starts + rows.to(tl.int64) * K)[:, None] + columns[None, :]
-    tiles = _first_tiles(w_rows, in_rows, columns, K, BLOCK_K, AHEAD)
+        starts, biases, scales, zeros, step = w, b, s, z, n
+    of_rows = starts + rows.to(tl.int64) * (K // VALUES), in_rows, scales + rows, zeros + rows, step
+    tiles = first_tiles(of_rows, K, BLOCK_K, AHEAD, BITS, GROUP)
+    row_scale, row_zero = row_factors(of_rows, BITS, GROUP < K)
     if BIAS:
         bias = tl.load(biases + rows, in_rows, 0.0).to(tl.float32)
     wait_for_input(PDL)
 
-    add_rstd = _rstd(add_ptr, columns, add_eps, K, BLOCK_K) if ADDS else 1.0
+    add_rstd = rstd_of(add_ptr, columns, add_eps, K, BLOCK_K) if ADDS else 1.0
     if NORM == "layer":
         xs = ()
         total = tl.zeros((BLOCK_K,), tl.float32)
         for start in tl.static_range(0, K, BLOCK_K):
             at = start + columns
-            x = _residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
+            x = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
             xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
             total += x
         mean = tl.sum(total, 0) / K
@@ -115,20 +95,18 @@ def _norm_gemv(
             total += x * x
         rstd = 1.0 / tl.sqrt(tl.sum(total, 0) / K + eps)
 
-    # An RMSNorm's factor is taken out of the product, so that both are summed up in one pass.
+    # An RMSNorm's factor is taken out of the product, so that both are summed up in one pass. Its input is requested
+    # before each tile: the other way round, as behind a LayerNorm, a step of Llama-3.1-8B took 1.22 times as long.
     squares = tl.zeros((BLOCK_K,), tl.float32)
-    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    acc, x_total = tl.zeros((BLOCK_R, BLOCK_K // VALUES), tl.float32), tl.zeros((BLOCK_K // VALUES,), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
         at = start + columns
         inside = at < K
-        if start < AHEAD * BLOCK_K:
-            tile = tiles[start // BLOCK_K]
-        else:
-            tile = _tile(w_rows, in_rows, columns, start, K)
         if NORM == "layer":
+            tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
             x = xs[start // BLOCK_K]
         else:
-            x = _residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, inside, ADDS, PLUS_ONE)
+            x = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, inside, ADDS, PLUS_ONE)
         if ADDS:
             if start // BLOCK_K % tl.num_programs(0) == program:
                 tl.store(new_x_ptr + at, x, inside)
@@ -140,14 +118,20 @@ def _norm_gemv(
             x *= norm_weight(norm_w_ptr, at, inside, WEIGHT, PLUS_ONE)
         if NORM_BIAS:
             x += tl.load(norm_b_ptr + at, inside, 0.0).to(tl.float32)
-        acc += tile.to(tl.float32) * x[None, :]
-    y = tl.sum(acc, 1)
+        if NORM != "layer":
+            tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
+        acc, x_total = add_product(acc, x_total, tile, x, BITS, GROUP < K)
     if NORM == "rms":
-        y *= 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
+        rstd = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
+        acc, x_total = acc * rstd, x_total * rstd
+    y = row_sums(acc, x_total, row_scale, row_zero, BITS, GROUP < K)
     if BIAS:
         y += bias
     if GATED:
-        gate, up = tl.split(tl.reshape(y, (BLOCK_R // 2, 2)))
+        if BITS > 0:
+            gate, up = tl.split(tl.trans(tl.reshape(y, (2, BLOCK_R // 2))))
+        else:
+            gate, up = tl.split(tl.reshape(y, (BLOCK_R // 2, 2)))
         y = activate(gate, ACT) * up
         to = program * (BLOCK_R // 2) + tl.arange(0, BLOCK_R // 2)
         in_rows = to < N1
@@ -202,53 +186,56 @@ def norm_gemv(
         clip, scale, cap: what is done to the outputs: limited, multiplied, soft-capped.
         pdl: launched with programmatic dependence on the kernel in front.
     """
-    tile = TILE_OF_NORM
     first, (second, third) = linears[0], (*linears[1:], linears[0], linears[0])[:2]
     rows = [linear.rows for linear in linears]
     n1, n2, n3 = (*rows, 0, 0)[:3]
+    tile = TILE_OF_NORM[first.bits]
     per_program = tile["BLOCK_R"] // 2 if gated else tile["BLOCK_R"]
     grid = triton.cdiv(n1, per_program) if gated else sum(triton.cdiv(n, per_program) for n in rows)
     add, add_norm, new_x = (x, None, x) if pending is None else (pending.output, pending.norm, pending.new_x)
     add_weight, _, add_eps = pointers_of(add_norm, x)
     launch(
         _norm_gemv, (grid,), x, add, add_weight, add_eps, new_x, *pointers_of(norm, x),
-        first.weight, or_other(first.bias, x), second.weight, or_other(second.bias, x),
-        third.weight, or_other(third.bias, x), y, clip or 0.0, scale, cap or 0.0,
+        first.numbers, or_other(first.bias, x), second.numbers, or_other(second.bias, x),
+        third.numbers, or_other(third.bias, x), y, clip or 0.0, scale, cap or 0.0,
+        *first.factors(x), *second.factors(x), *third.factors(x),
         N1=n1, N2=0 if gated else n2, N3=0 if gated else n3, K=first.columns, BIAS=first.bias is not None, GATED=gated,
         ADDS=pending is not None, NORM=kind_of(norm), WEIGHT=norm is not None and norm.weight is not None,
         NORM_BIAS=norm is not None and norm.bias is not None,
         PLUS_ONE=any(n is not None and n.plus_one for n in (norm, add_norm)), ACT=activation,
         CLIP=clip is not None, SCALE=scale != 1.0, CAP=cap is not None, pdl=pdl, **tile,
+        BITS=first.bits, GROUP=first.group, STEP=first.factors(x)[0].stride(0),
     )  # fmt: skip
 
 
 @triton.jit
-def _add_product(
-    acc, tiles, x_ptr, w_rows, in_rows, columns, K: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr
+def _add_products(
+    acc, x_total, tiles, x_ptr, of_rows,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``acc`` plus the products of rows and input, tile by tile; ``tiles`` are the first ``AHEAD``."""
+    """What :func:`.tiles.add_product` gives for all tiles in turn; ``tiles`` are the first ``AHEAD``."""
+    columns = tl.arange(0, BLOCK_K)
     for start in tl.static_range(0, K, BLOCK_K):
-        if start < AHEAD * BLOCK_K:
-            tile = tiles[start // BLOCK_K]
-        else:
-            tile = _tile(w_rows, in_rows, columns, start, K)
+        tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
         x = tl.load(x_ptr + start + columns, start + columns < K, 0.0).to(tl.float32)
-        acc += tile.to(tl.float32) * x[None, :]
-    return acc
+        acc, x_total = add_product(acc, x_total, tile, x, BITS, GROUP < K)
+    return acc, x_total
 
 
 @triton.jit
 def _gemv_sum(
-    residual_ptr, other_ptr, x1, w1, bias1, x2, w2, bias2, y_ptr, multiplier,
+    residual_ptr, other_ptr, x1, w1, bias1, x2, w2, bias2, y_ptr, multiplier, s1, z1, s2, z2,
     N: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
     RESIDUAL: tl.constexpr, OTHER: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    BITS: tl.constexpr, GROUP1: tl.constexpr, GROUP2: tl.constexpr,
 ):  # fmt: skip
+    VALUES: tl.constexpr = 32 // BITS if BITS > 0 else 1
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_rows = rows < N
-    columns = tl.arange(0, BLOCK_K)
-    rows1 = w1 + rows.to(tl.int64)[:, None] * K1 + columns[None, :]
-    tiles = _first_tiles(rows1, in_rows, columns, K1, BLOCK_K, AHEAD)
+    rows1 = w1 + rows.to(tl.int64) * (K1 // VALUES), in_rows, s1 + rows, z1 + rows, N
+    tiles = first_tiles(rows1, K1, BLOCK_K, AHEAD, BITS, GROUP1)
+    scale1, zero1 = row_factors(rows1, BITS, GROUP1 < K1)
     y = tl.zeros((BLOCK_R,), tl.float32)
     if BIAS1:
         y += tl.load(bias1 + rows, in_rows, 0.0).to(tl.float32)
@@ -260,12 +247,18 @@ def _gemv_sum(
         added += tl.load(residual_ptr + rows, in_rows, 0.0)
     if OTHER:
         added += tl.load(other_ptr + rows, in_rows, 0.0)
-    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    acc = _add_product(acc, tiles, x1, rows1, in_rows, columns, K1, BLOCK_K, AHEAD)
+    acc, x_total = tl.zeros((BLOCK_R, BLOCK_K // VALUES), tl.float32), tl.zeros((BLOCK_K // VALUES,), tl.float32)
+    acc, x_total = _add_products(acc, x_total, tiles, x1, rows1, K1, BLOCK_K, AHEAD, BITS, GROUP1)
     if K2 > 0:
-        rows2 = w2 + rows.to(tl.int64)[:, None] * K2 + columns[None, :]
-        acc = _add_product(acc, (), x2, rows2, in_rows, columns, K2, BLOCK_K, 0)
-    y += tl.sum(acc, 1)
+        rows2 = w2 + rows.to(tl.int64) * (K2 // VALUES), in_rows, s2 + rows, z2 + rows, N
+        if BITS > 0:  # the factors of whole rows are others
+            y += row_sums(acc, x_total, scale1, zero1, BITS, GROUP1 < K1)
+            acc, x_total = tl.zeros_like(acc), tl.zeros_like(x_total)
+        scale2, zero2 = row_factors(rows2, BITS, GROUP2 < K2)
+        acc, x_total = _add_products(acc, x_total, (), x2, rows2, K2, BLOCK_K, 0, BITS, GROUP2)
+        y += row_sums(acc, x_total, scale2, zero2, BITS, GROUP2 < K2)
+    else:
+        y += row_sums(acc, x_total, scale1, zero1, BITS, GROUP1 < K1)
     if SCALE:
         y *= multiplier
     tl.store(y_ptr + rows, y + added, in_rows)
@@ -290,11 +283,13 @@ def gemv_sum(
     """
     linear1, x1 = first
     linear2, x2 = first if second is None else second
+    tile = TILE_OF_SUM[linear1.bits]
     launch(
-        _gemv_sum, (triton.cdiv(linear1.rows, TILE_OF_SUM["BLOCK_R"]),),
-        or_other(residual, y), or_other(other, y), x1, linear1.weight, or_other(linear1.bias, y),
-        x2, linear2.weight, or_other(linear2.bias, y), y, multiplier,
+        _gemv_sum, (triton.cdiv(linear1.rows, tile["BLOCK_R"]),),
+        or_other(residual, y), or_other(other, y), x1, linear1.numbers, or_other(linear1.bias, y),
+        x2, linear2.numbers, or_other(linear2.bias, y), y, multiplier, *linear1.factors(y), *linear2.factors(y),
         N=linear1.rows, K1=linear1.columns, K2=0 if second is None else linear2.columns,
         BIAS1=linear1.bias is not None, BIAS2=second is not None and linear2.bias is not None,
-        RESIDUAL=residual is not None, OTHER=other is not None, SCALE=multiplier != 1.0, pdl=pdl, **TILE_OF_SUM,
+        RESIDUAL=residual is not None, OTHER=other is not None, SCALE=multiplier != 1.0, pdl=pdl, **tile,
+        BITS=linear1.bits, GROUP1=linear1.group, GROUP2=linear2.group,
     )  # fmt: skip

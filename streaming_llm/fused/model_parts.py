@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .recipe import Linear, Norm
+from .weights import NotCoveredError, stored
 
 ACTIVATION_OF = {
     "SiLU": "silu",
@@ -19,10 +20,6 @@ ACTIVATION_OF = {
     "ReLU": "relu",
 }
 """Class of an activation in a model -> its name in recipes."""
-
-
-class NotCoveredError(ValueError):
-    """A recipe cannot say what this model computes; the message says what that is."""
 
 
 def first_of(parent: nn.Module, names: tuple[str, ...]) -> Any:
@@ -42,7 +39,7 @@ def linear_of(module: nn.Module) -> Linear:
     """A linear layer of a model."""
     if not isinstance(module, nn.Linear):
         raise NotCoveredError(f"it holds a {type(module).__name__} in place of a plain layer")
-    return Linear(module.weight, module.bias)
+    return Linear(stored(module.weight), module.bias)
 
 
 def norm_of(module: nn.Module, plus_one: bool = False) -> Norm:

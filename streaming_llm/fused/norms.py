@@ -35,6 +35,28 @@ def normed(
     return x
 
 
+@triton.jit
+def residual(
+    x_ptr, add_ptr, add_w_ptr, add_rstd, at, inside, ADDS: tl.constexpr, PLUS_ONE: tl.constexpr
+):  # fmt: skip
+    """The residual stream, with a normed output added that is not in it yet."""
+    x = tl.load(x_ptr + at, inside, 0.0)
+    if ADDS:
+        add = tl.load(add_ptr + at, inside, 0.0) * add_rstd
+        x += add * norm_weight(add_w_ptr, at, inside, True, PLUS_ONE)
+    return x
+
+
+@triton.jit
+def rstd_of(x_ptr, columns, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One over the root of the mean square of ``x`` ``[K]``."""
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        x = tl.load(x_ptr + start + columns, start + columns < K, 0.0)
+        total += x * x
+    return 1.0 / tl.sqrt(tl.sum(total, 0) / K + eps)
+
+
 def kind_of(norm: Norm | None) -> str:
     """What kernels call a norm: ``none``, ``rms`` or ``layer``."""
     return "none" if norm is None else "layer" if norm.centred else "rms"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..rope_utils import Rotary
+from .weights import Packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ class Linear:
         bias: ``[rows]`` or ``None``.
     """
 
-    weight: Tensor
+    weight: Tensor | Packed
     bias: Tensor | None = None
 
     @property
@@ -51,11 +52,30 @@ class Linear:
     def columns(self) -> int:
         return self.weight.shape[1]
 
+    @property
+    def bits(self) -> int:
+        """Of a packed number; 0 for plain weights."""
+        return self.weight.bits if isinstance(self.weight, Packed) else 0
+
+    @property
+    def group(self) -> int:
+        """Columns that share a factor."""
+        return self.weight.group if isinstance(self.weight, Packed) else self.columns
+
+    @property
+    def numbers(self) -> Tensor:
+        """What kernels read: the weight, or the words that it is packed in."""
+        return self.weight.words if isinstance(self.weight, Packed) else self.weight
+
+    def factors(self, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors and zeros of packed weights; ``other`` where there is nothing to point to."""
+        return (self.weight.scale, self.weight.zero) if isinstance(self.weight, Packed) else (other, other)
+
     def halves(self) -> tuple[Linear, Linear]:
         """The first and the second half of the rows."""
         biases = (None, None) if self.bias is None else self.bias.chunk(2)
-        first, second = (Linear(*parts) for parts in zip(self.weight.chunk(2), biases, strict=True))
-        return first, second
+        first, second = self.weight.chunk(2)
+        return Linear(first, biases[0]), Linear(second, biases[1])
 
 
 @dataclass(frozen=True)
@@ -185,6 +205,12 @@ class Layer:
         """The different norms of the layer's input: first attention's, last that of a parallel layer's MLP."""
         shared = not self.parallel or self.mlp_norm is self.attention_norm
         return (self.attention_norm,) if shared else (self.attention_norm, self.mlp_norm)
+
+    @property
+    def read_together(self) -> tuple[tuple[Linear, ...], ...]:
+        """Matrices that one kernel may read."""
+        outputs = (self.attention.output, self.mlp.down)
+        return (self.attention.projections, self.mlp.first, *((outputs,) if self.parallel else ()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@ from torch import nn
 
 from ..attention.kernel_choice import OWN_MODULES
 from .family_recipes import recipe_of
-from .model_parts import NotCoveredError
-from .recipe import Recipe
+from .recipe import Linear, Recipe
+from .weights import NotCoveredError, stored
 
 # Of this library, and those that Transformers leaves behind once it was asked for attention weights or hidden states:
 # they do nothing until it is asked again.
@@ -24,15 +24,14 @@ def why_not(model: nn.Module) -> str | None:
         reason = _of_module(module)
         if reason is not None:
             return reason
-    kinds = {type(parameter) for parameter in model.parameters()} - {nn.Parameter, torch.Tensor}
-    if kinds:  # their data pointer is null, or what it points to are no plain numbers
-        return f"it has weights of class {', '.join(sorted(kind.__name__ for kind in kinds))}, which no kernel reads"
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         return (
             f"its weights are {', '.join(sorted(map(str, dtypes)))}, not all of one of {', '.join(map(str, DTYPES))}"
         )
     try:
+        for parameter in model.parameters():
+            stored(parameter)
         recipe = recipe_of(model)
     except NotCoveredError as error:
         return str(error)
@@ -59,6 +58,8 @@ def _own(function: object) -> bool:
 
 
 def _of_recipe(recipe: Recipe) -> str | None:
+    if stored(recipe.embedding) is not recipe.embedding:
+        return f"its embeddings are of class {type(recipe.embedding).__name__}"
     weights = [recipe.embedding, *(linear.weight for linear in recipe.linears)]
     if any(not weight.is_contiguous() for weight in weights):
         return "its weights are not all contiguous"
@@ -69,4 +70,11 @@ def _of_recipe(recipe: Recipe) -> str | None:
             return "it has norms and factors behind attention or MLP"
         if len({linear.bias is None for linear in layer.attention.projections}) > 1:
             return "only some of query, key and value have a bias"
+        if any(len(set(map(_how_stored, linears))) > 1 for linears in layer.read_together):
+            return "matrices that a kernel reads together are not stored alike"
     return None
+
+
+def _how_stored(linear: Linear) -> tuple[object, ...]:
+    factors = (x.dtype for x in linear.factors(linear.numbers))
+    return (linear.bits, None if linear.group == linear.columns else linear.group, *factors)

@@ -18,28 +18,19 @@ from .activations import capped
 from .heads import all_heads_rstd, head_norm_kind, head_norm_step, load_head, rotate
 from .recipe import Attention
 from .rings import RingState
+from .running_softmax import attend, corrected, put_together, scores_of
 
 MOST_SHARED = 8
 """Query heads of a program: their running results are held in registers."""
 
 
 @triton.jit
-def _scores(queries, key, scale, softcap, SHARED: tl.constexpr, CAP: tl.constexpr):
-    """For each query ``[DIM_P]`` its scores ``[BLOCK]`` with keys ``[BLOCK, DIM_P]``."""
-    scores = ()
-    for j in tl.static_range(SHARED):
-        score = tl.sum(key.to(tl.float32) * queries[j][None, :], 1) * scale
-        scores = scores + (capped(score, softcap) if CAP else score,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
-    return scores
-
-
-@triton.jit
 def _queries(
-    qkv, kv_head, chunk, norm_w, norm_b, eps, rstd, angles_ptr,
+    qkv, kv_head, chunk, norm_w, norm_b, eps, rstd, angles_ptr, scale,
     WIDTH: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUPS: tl.constexpr, SHARED: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, Q_STEP: tl.constexpr, NORM: tl.constexpr, NORM_STEP: tl.constexpr,
 ):  # fmt: skip
-    """The queries ``[DIM_P]`` of a program, normed and rotated by the angles given."""
+    """The queries ``[DIM_P]`` of a program, normed, rotated by the angles given, and scaled."""
     queries = ()
     for j in tl.static_range(SHARED):
         group = tl.minimum(chunk * SHARED + j, GROUPS - 1)
@@ -47,34 +38,8 @@ def _queries(
             qkv + (kv_head * Q_STEP + group) * HEAD_DIM, kv_head * GROUPS + group, norm_w, norm_b, eps, rstd,
             HALF, INTERLEAVED, HEAD_DIM, DIM_P, NORM, NORM_STEP,
         )  # fmt: skip
-        queries = queries + (rotate(x, partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P),)  # type: ignore[assignment]  # noqa: RUF005
+        queries = queries + (rotate(x, partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P) * scale,)  # type: ignore[assignment]  # noqa: RUF005
     return queries
-
-
-@triton.jit
-def _corrected(scores, of_sinks, token, SHARED: tl.constexpr, N_SINK: tl.constexpr):
-    """Scores with those of sinks taken from ``of_sinks``."""
-    corrected = ()
-    for j in tl.static_range(SHARED):
-        corrected = corrected + (tl.where(token < N_SINK, of_sinks[j], scores[j]),)  # type: ignore[assignment]  # noqa: RUF005
-    return corrected
-
-
-@triton.jit
-def _attend(scores, value, visible, state, SHARED: tl.constexpr):
-    """Take scores ``[BLOCK]`` and values ``[BLOCK, DIM_P]`` of a tile into the running softmax of each query."""
-    value = tl.where(visible[:, None], value.to(tl.float32), 0.0)
-    after = ()
-    for j in tl.static_range(SHARED):
-        largest, total, acc = state[j]
-        score = tl.where(visible, scores[j], float("-inf"))
-        new = tl.maximum(largest, tl.max(score, 0))
-        base = tl.where(new == float("-inf"), 0.0, new)  # nothing has been visible so far
-        keep = tl.exp(largest - base)
-        weight = tl.exp(score - base)
-        acc = acc * keep + tl.sum(weight[:, None] * value, 0)
-        after = after + ((new, total * keep + tl.sum(weight, 0), acc),)  # type: ignore[assignment]  # noqa: RUF005
-    return after
 
 
 @triton.jit
@@ -114,12 +79,14 @@ def _ring_attention(
         q_rstd = all_heads_rstd(qkv, q_eps, HEADS * HEAD_DIM, 1024)
         k_rstd = all_heads_rstd(qkv + K_START * HEAD_DIM, k_eps, KV_HEADS * HEAD_DIM, 1024)
     queries = _queries(
-        qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr,
+        qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr, scale,
         WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
     )  # fmt: skip
-    if N_SINK > 0:  # sinks lie as first rotated, and the queries are turned for them
+    # Sinks lie as first rotated, and queries are turned for them: a single one at once, so that one wait serves all;
+    # several where they are used, so that they take no registers from then on.
+    if N_SINK > 0 and SHARED == 1:
         to_sinks = _queries(
-            qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr + 2 * WIDTH,
+            qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr + 2 * WIDTH, scale,
             WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
         )  # fmt: skip
     state = ()
@@ -142,19 +109,24 @@ def _ring_attention(
                 tl.store(first_copy + dims, new_key, inside & (slot < N_SINK))
         begun = ()
         for j in tl.static_range(SHARED):
-            score = tl.sum(queries[j] * new_key.to(tl.float32), 0) * scale
+            score = tl.sum(queries[j] * new_key.to(tl.float32), 0)
             score = capped(score, softcap) if CAP else score
             begun = begun + ((score, state[j][1] + 1.0, state[j][2] + new_value.to(tl.float32)),)  # type: ignore[assignment]  # noqa: RUF005
         state = begun
 
     end = tl.minimum(last, now).to(tl.int32)  # what lies behind has never been written
     visible = (token < end) & (token != slot)
-    scores = _scores(queries, key, scale, softcap, SHARED, CAP)
+    scores = scores_of(queries, key, softcap, SHARED, CAP)
     if N_SINK > 0:
         if first < N_SINK:
-            of_sinks = _scores(to_sinks, key, scale, softcap, SHARED, CAP)
-            scores = _corrected(scores, of_sinks, token, SHARED, N_SINK)
-    state = _attend(scores, value, visible, state, SHARED)
+            if SHARED > 1:
+                to_sinks = _queries(
+                    qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr + 2 * WIDTH, scale,
+                    WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
+                )  # fmt: skip
+            of_sinks = scores_of(to_sinks, key, softcap, SHARED, CAP)
+            scores = corrected(scores, of_sinks, token, SHARED, N_SINK)
+    state = attend(scores, value, visible, state, SHARED)
     start = first + BLOCK
     while start < end:
         token = start + tl.arange(0, BLOCK)
@@ -162,12 +134,18 @@ def _ring_attention(
         at = token[:, None] * HEAD_DIM + dims[None, :]
         mask = visible[:, None] & inside[None, :]
         key, value = tl.load(k_ptr + at, mask, 0.0), tl.load(v_ptr + at, mask, 0.0)
-        scores = _scores(queries, key, scale, softcap, SHARED, CAP)
-        if N_SINK > 0:  # a branch behind which no request is moved: both tiles are asked for at once
+        scores = scores_of(queries, key, softcap, SHARED, CAP)
+        # With one query a branch behind which no request is moved: both tiles are asked for at once.
+        if N_SINK > (0 if SHARED == 1 else BLOCK):
             if start < N_SINK:
-                of_sinks = _scores(to_sinks, key, scale, softcap, SHARED, CAP)
-                scores = _corrected(scores, of_sinks, token, SHARED, N_SINK)
-        state = _attend(scores, value, visible, state, SHARED)
+                if SHARED > 1:
+                    to_sinks = _queries(
+                        qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr + 2 * WIDTH, scale,
+                        WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
+                    )  # fmt: skip
+                of_sinks = scores_of(to_sinks, key, softcap, SHARED, CAP)
+                scores = corrected(scores, of_sinks, token, SHARED, N_SINK)
+        state = attend(scores, value, visible, state, SHARED)
         start += BLOCK
 
     for j in tl.static_range(SHARED):
@@ -189,35 +167,10 @@ def _ring_attention(
                 group = chunk * SHARED + j
                 part = program.to(tl.int64) * SPLITS * SHARED + j
                 stats = tl.num_programs(0) * SPLITS * SHARED * DIM_P
-                whole = _put_together(partial_ptr, part, stats, SHARED, SPLITS, PARTS, DIM_P)
+                whole = put_together(partial_ptr, part, stats, SHARED, SPLITS, PARTS, DIM_P)
                 out = out_ptr + (row * HEADS + kv_head * GROUPS + group) * HEAD_DIM
                 tl.store(out + dims, whole.to(out_ptr.dtype.element_ty), inside & (group < GROUPS))
             tl.store(arrived_ptr + program, 0)
-
-
-@triton.jit
-def _put_together(
-    partial_ptr, first, stats, STEP: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, DIM_P: tl.constexpr
-):  # fmt: skip
-    """One head ``[DIM_P]`` from the parts ``first``, ``first + STEP``, ... of it; at ``stats`` lie peaks and sums."""
-    dims = tl.arange(0, DIM_P)
-    largest = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    acc = tl.zeros((DIM_P,), tl.float32)
-    for part0 in tl.static_range(0, SPLITS, PARTS):
-        split = part0 + tl.arange(0, PARTS)
-        part = first + split * STEP
-        exists = split < SPLITS
-        peaks = tl.load(partial_ptr + stats + part * 2, exists, float("-inf"), cache_modifier=".cg")
-        sums = tl.load(partial_ptr + stats + part * 2 + 1, exists, 0.0, cache_modifier=".cg")
-        at = part[:, None] * DIM_P + dims[None, :]
-        accs = tl.load(partial_ptr + at, exists[:, None], 0.0, cache_modifier=".cg")
-        new = tl.maximum(largest, tl.max(peaks, 0))  # finite: the first part has seen the token itself
-        keep, share = tl.exp(largest - new), tl.exp(peaks - new)
-        acc = acc * keep + tl.sum(accs * share[:, None], 0)
-        total = total * keep + tl.sum(sums * share, 0)
-        largest = new
-    return acc / total
 
 
 class RingAttention:

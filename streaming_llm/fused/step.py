@@ -95,7 +95,7 @@ class StepForward:
     def _parallel_layer(self, layer: Layer, attend: Attend, x: Tensor, pending: Any) -> tuple[Tensor, None]:
         """Attention, and beside it on a second stream the MLP, or as much of it as takes as long."""
         attention, mlp, y = layer.attention, layer.mlp, self._other(x)
-        down, joins = (mlp.down, self.inner[0]), self._mlp_joins(attention)
+        down, joins = (mlp.down, self.inner[0]), self.mlp_joins(attention)
         with self._beside():
             how = {"activation": mlp.activation, "gated": mlp.is_gated}
             self._read(x, None, layer.mlp_norm, mlp.first, self.inner, **how)
@@ -152,7 +152,7 @@ class StepForward:
         if self.side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.side)
 
-    def _mlp_joins(self, attention: Attention) -> bool:
+    def mlp_joins(self, attention: Attention) -> bool:
         """Whether the MLP's second product shares a launch with the attention's, instead of running beside it.
 
         It pays where the MLP's first product takes as long as the attention: measured on an H200 with 2,048 tokens,

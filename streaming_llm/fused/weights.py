@@ -1,0 +1,114 @@
+"""How the numbers of a matrix are stored: as they are, or as integers of 8 or 4 bits with factors, as torchao does.
+
+torchao is not imported here: its tensors are known by their class and by what they hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class NotCoveredError(ValueError):
+    """A recipe cannot say what this model computes; the message says what that is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A matrix ``[rows, columns]`` of integers, ``number * scale + zero`` each.
+
+    Args:
+        words: ``[rows, columns * bits / 32]``, int32; the number of the first column in the lowest bits.
+        bits: of a number, in two's complement.
+        scale, zero: ``[columns / group, rows]``, the rows one after the other.
+        own: the model's tensor, for PyTorch's products; that of the whole matrix where this is a part of it.
+    """
+
+    words: Tensor
+    bits: int
+    scale: Tensor
+    zero: Tensor
+    own: Tensor
+
+    @property
+    def values(self) -> int:
+        """Numbers in a word."""
+        return 32 // self.bits
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.words.shape[0], self.words.shape[1] * self.values
+
+    @property
+    def group(self) -> int:
+        """Columns that share a factor."""
+        return self.shape[1] // self.scale.shape[0]
+
+    def chunk(self, parts: int) -> tuple[Packed, ...]:
+        """Equal parts of the rows."""
+        of_rows = (self.words, self.scale.T, self.zero.T)
+        pieces = zip(*(x.chunk(parts) for x in of_rows), strict=True)
+        return tuple(replace(self, words=w, scale=s.T, zero=z.T) for w, s, z in pieces)
+
+    def is_contiguous(self) -> bool:
+        """Whether the rows follow each other."""
+        return self.words.is_contiguous()
+
+
+def stored(weight: Tensor) -> Tensor | Packed:
+    """How a weight is stored: the tensor itself, or what a tensor of torchao's holds.
+
+    Raises:
+        NotCoveredError: no kernel reads it; says why.
+    """
+    kind = type(weight).__name__
+    if type(weight) in (Tensor, nn.Parameter):
+        return weight
+    if kind not in READERS:
+        raise NotCoveredError(f"it has weights of class {kind}, which no kernel reads (only {', '.join(READERS)})")
+    for name in ("act_quant_kwargs", "act_pre_scale", "act_quant_scale"):
+        if getattr(weight, name, None) is not None:
+            raise NotCoveredError(f"its weights of class {kind} change or quantise their input too ({name})")
+    packed = READERS[kind](weight)
+    rows, columns = weight.shape
+    if packed.shape != (rows, columns):
+        raise NotCoveredError(f"its weights of class {kind} hold {packed.shape} numbers for {tuple(weight.shape)}")
+    return packed
+
+
+def _words(qdata: Tensor, kind: str) -> Tensor:
+    """Bytes ``[rows, n]`` as words ``[rows, n / 4]``."""
+    if qdata.dim() != 2 or qdata.element_size() != 1:
+        raise NotCoveredError(f"its weights of class {kind} are no matrix of bytes")
+    if not qdata.is_contiguous() or qdata.shape[1] % 4 or qdata.storage_offset() % 4:
+        raise NotCoveredError(f"rows of its weights of class {kind} are no whole words of memory")
+    return qdata.view(torch.int32)
+
+
+def _int8(weight: Any) -> Packed:
+    rows, columns = weight.shape
+    if list(weight.block_size) != [1, columns]:
+        raise NotCoveredError(f"its weights of class Int8Tensor share factors in blocks of {list(weight.block_size)}")
+    scale, stands_for_0 = weight.scale.reshape(1, rows), weight.zero_point
+    zero = torch.zeros_like(scale) if stands_for_0 is None else -scale * stands_for_0.reshape(1, rows)
+    return Packed(_words(weight.qdata, "Int8Tensor"), 8, scale, zero, weight)
+
+
+def _int4(weight: Any) -> Packed:
+    rows, columns = weight.shape
+    group = weight.block_size[-1]
+    if list(weight.block_size) != [1, group] or group & (group - 1) or columns % group:
+        raise NotCoveredError(f"its weights of class Int4Tensor share factors in blocks of {list(weight.block_size)}")
+    if getattr(weight, "activation_dtype", torch.bfloat16) == torch.float8_e4m3fn:
+        raise NotCoveredError("its weights of class Int4Tensor quantise their input too (activation_dtype)")
+    for factors in (weight.scale, weight.zero_point):
+        if tuple(factors.shape) != (columns // group, rows) or not factors.is_contiguous():
+            raise NotCoveredError(f"its weights of class Int4Tensor have factors of shape {tuple(factors.shape)}")
+    return Packed(_words(weight.qdata, "Int4Tensor"), 4, weight.scale, weight.zero_point, weight)
+
+
+READERS = {"Int8Tensor": _int8, "Int4Tensor": _int4}
+"""Class of a tensor -> what it holds."""

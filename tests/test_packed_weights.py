@@ -1,0 +1,113 @@
+"""Weights that torchao has quantised: what kernels make of them, and what they refuse, by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from family_models import make_family
+from packed_weights import KINDS, Int4Tensor, Int8Tensor, quantise_, quantised, unpacked
+from torch import Tensor, nn
+
+from streaming_llm.fused.family_recipes import recipe_of
+from streaming_llm.fused.refusals import why_not
+from streaming_llm.fused.weights import NotCoveredError, stored
+
+
+def weight(rows: int = 6, columns: int = 128) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) + 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_quantised_weight_stands_for(kind):
+    given = quantised(weight(), *KINDS[kind])
+    packed = stored(given)
+    torch.testing.assert_close(unpacked(packed), given.exact, atol=1e-12, rtol=0)
+    assert (given.exact - weight()).abs().max() < 0.25
+    assert packed.shape == (6, 128)
+    halves = packed.chunk(2)
+    assert torch.equal(torch.cat([unpacked(half) for half in halves]), unpacked(packed))
+    assert all(half.words.untyped_storage().data_ptr() == given.qdata.data_ptr() for half in halves)
+
+
+def test_an_integer_that_stands_for_0():
+    given = quantised(weight(), *KINDS["int8"])
+    given.zero_point = torch.randint(-9, 9, (6, 1), dtype=torch.int8)
+    shift = given.zero_point.double() * given.scale.double()
+    torch.testing.assert_close(unpacked(stored(given)), given.exact - shift, atol=1e-6, rtol=0)
+    given.zero_point = None
+    assert not stored(given).zero.any()
+
+
+def test_torchao_s_own_int8():
+    quantization = pytest.importorskip("torchao.quantization")
+    layer = nn.Linear(128, 6)
+    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+    torch.testing.assert_close(unpacked(stored(layer.weight)), layer.weight.dequantize().double(), atol=1e-7, rtol=0)
+    quantization.quantize_(dynamic := nn.Linear(128, 6), quantization.Int8DynamicActivationInt8WeightConfig())
+    with pytest.raises(NotCoveredError, match="quantise their input too"):
+        stored(dynamic.weight)
+
+
+def test_torchao_s_own_int4():
+    quantization = pytest.importorskip("torchao.quantization")
+    given = quantised(weight().bfloat16(), 4, 32)
+    own = quantization.Int4Tensor(given.qdata, given.scale, given.zero_point, given.block_size, given.shape)
+    assert torch.equal(unpacked(stored(nn.Parameter(own, requires_grad=False))), unpacked(stored(given)))
+
+
+def changed(kind: type, **changes: object) -> Tensor:
+    given = quantised(weight(), *KINDS["int8" if kind is Int8Tensor else "int4 by 16"])
+    vars(given).update(changes)
+    return given
+
+
+class Int4TilePackedTo4dTensor(Int4Tensor):
+    pass
+
+
+REFUSED = {
+    "class Int4TilePackedTo4dTensor, which no kernel reads": lambda: Int4TilePackedTo4dTensor(
+        (6, 128), torch.float32, **vars(changed(Int4Tensor))
+    ),
+    r"share factors in blocks of \[1, 32\]": lambda: changed(Int8Tensor, block_size=[1, 32]),
+    r"share factors in blocks of \[6, 128\]": lambda: changed(Int8Tensor, block_size=[6, 128]),
+    r"share factors in blocks of \[2, 16\]": lambda: changed(Int4Tensor, block_size=[2, 16]),
+    "have factors of shape": lambda: changed(Int4Tensor, scale=torch.ones(6, 8)),
+    "no whole words": lambda: quantised(weight(6, 126), *KINDS["int8"]),
+    "no matrix of bytes": lambda: changed(Int4Tensor, qdata=torch.zeros(6, 16, dtype=torch.int32)),
+    "hold": lambda: changed(Int4Tensor, qdata=torch.zeros(6, 128, dtype=torch.int8)),
+    "act_pre_scale": lambda: changed(Int4Tensor, act_pre_scale=torch.ones(128)),
+    "activation_dtype": lambda: changed(Int4Tensor, activation_dtype=torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_stored_in_another_way_is_refused_by_name(reason):
+    with pytest.raises(NotCoveredError, match=reason):
+        stored(REFUSED[reason]())
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4 by 16"])
+def test_a_quantised_model_has_a_recipe(kind):
+    model = make_family("llama")
+    quantise_(model, kind)
+    assert why_not(model) is None
+    assert {linear.bits for linear in recipe_of(model).linears} == {KINDS[kind][0]}
+
+
+def test_models_that_are_quantised_in_part():
+    model = make_family("llama")
+    plain = quantise_(model, "int8")
+    layer, of_plain = model.model.layers[0], plain.model.layers[0]
+    layer.mlp.down_proj = of_plain.mlp.down_proj  # by itself
+    model.lm_head = plain.lm_head
+    assert why_not(model) is None
+    layer.self_attn.k_proj = of_plain.self_attn.k_proj
+    assert why_not(model) == "matrices that a kernel reads together are not stored alike"
+
+
+def test_a_quantised_table_of_embeddings_is_refused():
+    model = make_family("llama")
+    table = quantised(model.model.embed_tokens.weight, *KINDS["int8"])
+    model.model.embed_tokens.weight = nn.Parameter(table, requires_grad=False)
+    assert why_not(model) == "its embeddings are of class Int8Tensor"
