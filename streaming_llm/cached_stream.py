@@ -79,6 +79,15 @@ class CachedStream(Cache):
 
     # Changed as a whole
 
+    def clear_empty_slots(self) -> None:
+        """Zero the slots that hold no token, of all that are allocated: an earlier stream may have left anything."""
+        for layer in self.layers:
+            seen = torch.tensor(self.progress.seen, device=layer.device)
+            empty = (torch.arange(layer.keys.shape[2], device=layer.device) >= seen[:, None])[:, None, :, None]
+            for stored in (layer.keys, layer.values):
+                stored.masked_fill_(empty, 0.0)
+            layer.sinks.masked_fill_(empty[:, :, : layer.sinks.shape[2]], 0.0)
+
     def reset(self) -> None:
         """Forget the streams; the tensors stay allocated."""
         self._changed()

@@ -126,7 +126,13 @@ def test_half_precision_costs_no_more_than_the_plain_call_with_math(dtype, batch
 
 @pytest.mark.parametrize(
     ("variant", "backend", "begins"),
-    [("graph", "math", 1), ("graph", "flash", S + W), ("fused", "math", S + W), ("fused-triton", "math", 1)],
+    [
+        ("graph", "math", 1),
+        ("graph", "flash", S + W),
+        ("fused", "math", 1),
+        ("fused", "flash", S + W),
+        ("fused-triton", "math", 1),
+    ],
 )  # the very first token makes the cache
 def test_where_recording_begins(variant, backend, begins):
     with decoder_of(model_with(torch.bfloat16, backend), variant) as decoder:
@@ -151,7 +157,7 @@ def test_rows_that_are_not_equally_far(variant, n_sink):
         assert (decoder.compile_sec > 0) == (variant in RECORDED)
 
 
-@pytest.mark.parametrize("variant", ["graph", "fused-triton"])
+@pytest.mark.parametrize("variant", RECORDED)
 def test_scores_and_samples_from_the_beginning_of_a_stream(variant):
     """The step of a cache that is not full gives way to that of a full one in the middle of both."""
     ids, tokens = make_ids(LENGTH, 3), {}
@@ -486,7 +492,7 @@ def test_nothing_recorded_waits_for_the_device(variant):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("variant", ["graph", "fused-triton"])
+@pytest.mark.parametrize("variant", RECORDED)
 def test_nothing_recorded_before_the_cache_is_full_waits_for_the_device(variant):
     ids = make_ids(60).to(DEVICE)
     with decoder_of(model_with(torch.bfloat16, "math"), variant) as decoder:

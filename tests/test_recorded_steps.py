@@ -1,7 +1,4 @@
-"""Recorded steps from the first token on, on a CPU: what would be recorded is called, and watched.
-
-A CUDA graph is made of kernels alone. What it would have to ask the host for, or take from it, raises here.
-"""
+"""Recorded steps from the first token on, on a CPU: what would be recorded is called, and watched."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from called_recordings import Called, called  # noqa: F401 - a fixture
 from conftest import make_ids
 from every_model import model_types, tiny_model
 from every_model_table import IDS, N_SINK, allowed_error
@@ -18,15 +16,13 @@ from family_reference import family_reference_logits
 from streamed_reference import streamed_logits
 from streams import kernels_run, padded
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from personal_adapters.neox_flash import unwrap_attention, wrap_attention
 from streaming_llm import StreamingDecoder
-from streaming_llm.engines import recorded
 from streaming_llm.engines.model_call import ModelCall
 from streaming_llm.engines.recorded import RecordedEngine
-from streaming_llm.engines.recorder import WARM_UP
 
+pytestmark = pytest.mark.usefixtures("called")
 W, LENGTH = 20, 70  # the ring turns more than twice
 WINDOWS = {"gemma3": (12, 40), "gemma2": (12, 40)}
 """Windows of the models' own: one full before the stream's ring, one after that has turned."""
@@ -41,51 +37,6 @@ CASES = [
 def tolerance(case: str, attention: str = "sdpa") -> float:
     """In float64; Transformers computes RMSNorms, and softmax where it is written out, in float32."""
     return 1e-10 if case in ("gpt_neox", "phi", "gptj") and attention == "sdpa" else 3e-6
-
-
-FROM_THE_HOST = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "unique", "is_nonzero", "equal")
-"""Operators that wait for the device, or copy from the host to it."""
-
-
-class OnDeviceAlone(TorchDispatchMode):
-    """Raises where something waits for the device, makes a shape depend on data, or comes from the host."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        by_mask = name.startswith("index") and any(
-            x.dtype == torch.bool for x in (args[1] if isinstance(args[1], (list, tuple)) else ()) if x is not None
-        )
-        number = name == "lift_fresh" and args[0].dim() == 0  # a constant, which kernels take as an argument
-        assert number or (name not in FROM_THE_HOST and not by_mask), f"{func} cannot be recorded"
-        return func(*args, **(kwargs or {}))
-
-
-class Called:
-    """Stands in for a recording: calls as often before, and then for each replay."""
-
-    made = 0
-    watch: type = OnDeviceAlone
-
-    def __init__(self, call, device, generator=None) -> None:
-        Called.made += 1
-        self.call = call
-        for _ in range(WARM_UP):
-            call()
-
-    def replay(self, times: int) -> None:
-        for _ in range(times):
-            with self.watch(), pytest.MonkeyPatch.context() as patch:
-                patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-                self.call()
-
-
-@pytest.fixture(autouse=True)
-def called(monkeypatch):
-    """Calls in place of recordings."""
-    monkeypatch.setattr(Called, "made", 0)
-    monkeypatch.setattr(recorded, "Recording", Called)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
 
 def decoder_of(model, n_sink: int, window_size: int = W) -> StreamingDecoder:

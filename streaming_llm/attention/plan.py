@@ -22,8 +22,7 @@ class StepPlan:
 
     Args:
         lengths: keys that each row attends to, the first ones; ``None``: all rows attend to all of them.
-        mask: ``[batch, 1, 1, slots]``, to be added to the scores: ``-inf`` at keys that a row does not attend to, else
-            0. For steps that are recorded, whose lengths only the device knows.
+        mask: of a step that is recorded, whose lengths only the device knows: see :func:`.math_kernel.mask_of_empty`.
     """
 
     lengths: tuple[int, ...] | None = None

@@ -72,8 +72,8 @@ ENGINES: dict[str, EngineKind] = {
         _recorded("fused-triton", FusedTritonStep), why_not_fused, "fused", "the same with its own attention kernel"
     ),
 }
-"""Name -> how a step runs. Until the cache is full, ``fused`` runs the plain model call, and so do ``graph`` and
-``graph+compile`` with a kernel that takes no mask, as flash."""
+"""Name -> how a step runs. Until the cache is full, all but ``fused-triton`` run the plain model call where the math
+kernel, which takes a mask, is not allowed."""
 
 
 def _kind(name: str) -> EngineKind:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..attention.kernel_choice import takes_mask
+from ..attention.math_kernel import mask_of_empty
 from ..attention.plan import StepPlan
 from ..cache_layer import StreamingLayer
 from ..kv_cache import StreamingKVCache
@@ -84,6 +85,8 @@ class DeviceCache(Cache):
     def load(self) -> None:
         """Take the stream's state from the host."""
         self.masked = not self.source.is_full
+        if self.masked:  # what is masked has to be finite
+            self.source.clear_empty_slots()
         rows = self.source.progress.of_rows(len(self.rows))
         self.seen.copy_(torch.tensor([seen for seen, _ in rows]))
         self.offset.copy_(torch.tensor([offset for _, offset in rows]))
@@ -134,15 +137,8 @@ class DeviceCache(Cache):
             return StepPlan()
         layer = self.source.layers[self.source.family.sources.get(layer_idx, layer_idx)]
         if layer.layout not in self._plans:
-            mask = torch.zeros(len(self.rows), layer.layout.capacity, dtype=layer.dtype, device=layer.device)
-            mask.masked_fill_(~self.holds_token(layer, self.seen + 1), -torch.inf)
-            self._plans[layer.layout] = StepPlan(mask=mask[:, None, None])
+            self._plans[layer.layout] = StepPlan(mask=mask_of_empty(layer.keys, self.seen))
         return self._plans[layer.layout]
-
-    @staticmethod
-    def holds_token(layer: StreamingLayer, seen: Tensor) -> Tensor:
-        """Which slots of a layer hold a token when each row has been fed ``seen`` ``[batch]``: ``[batch, slots]``."""
-        return torch.arange(layer.layout.capacity, device=seen.device) < seen[:, None]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Store one layer's token; see :meth:`DeviceLayer.update`."""
@@ -175,15 +171,7 @@ class DeviceLayer(CacheLayerMixin):
         """Nothing to do: the ring is there."""
 
     def load(self) -> None:
-        """Take the sinks as first rotated from the layer. What lies in slots without a token must be finite."""
-        if self.cache.masked:
-            empty = ~self.cache.holds_token(self.layer, self.cache.seen)[:, None, :, None]
-            self.keys.masked_fill_(empty, 0.0)
-            self.values.masked_fill_(empty, 0.0)
-            self.layer.sinks.masked_fill_(empty[:, :, : self.n_sink], 0.0)
-        self._take_sinks()
-
-    def _take_sinks(self) -> None:
+        """Take the sinks as first rotated from the layer."""
         self.turned.copy_(self.layer.sinks[..., self.rotary.span])
         self.quarter.copy_(self.rotary.quarter_turn(self.turned))
 
@@ -192,7 +180,7 @@ class DeviceLayer(CacheLayerMixin):
         seen, rows, sinks = self.cache.seen, self.cache.rows, self.layer.sinks
         at, is_sink = seen.clamp(max=self.n_sink - 1), seen < self.n_sink
         sinks[rows, :, at] = torch.where(is_sink[:, None, None], key, sinks[rows, :, at])
-        self._take_sinks()
+        self.load()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store one token of each row and move the sinks: the whole ring is what the token attends to."""
