@@ -90,12 +90,12 @@ class CachedStream(Cache):
 
     def reset(self) -> None:
         """Forget the streams; the tensors stay allocated."""
-        self._changed()
+        self.forget_derived()
         if self.recurrent is not None:
             self.recurrent = RecurrentState()
         self.progress.set((0,), (0,))
 
-    def _changed(self) -> None:
+    def forget_derived(self) -> None:
         """Forget what was derived from the tensors or their places."""
         self._forward = None
 
@@ -111,7 +111,7 @@ class CachedStream(Cache):
         distance = position - self.progress.position
         for layer in self.layers:
             layer.move(distance)
-        self._changed()
+        self.forget_derived()
         self.progress.move(distance)
 
     def crop(self, max_length: int) -> None:
@@ -152,7 +152,7 @@ class CachedStream(Cache):
             raise ValueError("tokens cannot be taken back: the state of the model's recurrent layers has gone on")
         for layer in self.layers:
             layer.put_sinks_back()
-        self._changed()
+        self.forget_derived()
         self.progress.take_back(n_tokens)
 
     def states_of(self, rows: list[int]) -> Callable[[], None]:
@@ -199,7 +199,7 @@ class CachedStream(Cache):
         progress = self.progress.of_rows(n_rows)
         for row, of_row in zip(rows, part.progress.of_rows(len(rows)), strict=True):
             progress[row] = of_row
-        self._changed()
+        self.forget_derived()
         self.progress.set(*zip(*progress, strict=True))
 
     def _select(self, of_tensor: Callable[[Tensor], Tensor], of_rows: Callable[[range], list[int]]) -> None:
@@ -210,7 +210,7 @@ class CachedStream(Cache):
             layer.select(of_tensor)
         if self.recurrent is not None:
             self.recurrent.value = self.recurrent.value.select(of_tensor)
-        self._changed()
+        self.forget_derived()
         self.progress.version += 1
 
     # The token between two calls of generate()

@@ -241,8 +241,8 @@ class StreamingKVCache(SaveableCache):
         super().reset()
         self._bare.forget_angles()
 
-    def _changed(self) -> None:
-        super()._changed()
+    def forget_derived(self) -> None:
+        super().forget_derived()
         self._moving = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -69,7 +69,8 @@ class OverwrittenSlots:
         ]
         if max(fed) > self._n_tokens or any(n > of_row for n, of_row in zip(n_tokens, fed, strict=True)):
             raise ValueError(f"cannot take back {max(n_tokens)} tokens: the ones evicted for them are gone")
-        pairs = [(row, of_row - 1 - i) for row, of_row in enumerate(fed) for i in range(n_tokens[row])]
+        # Also what a row that has ended overwrote with padding, behind the tokens that it was fed.
+        pairs = [(row, i) for row, n in enumerate(n_tokens) for i in range(fed[row] - n, self._n_tokens)]
         rows, places = zip(*pairs, strict=True)
         for layer, (slots, keys, values) in zip(cache.layers, self._kept, strict=True):
             at = torch.tensor(rows, device=slots.device), torch.tensor(places, device=slots.device)

@@ -30,11 +30,12 @@ def test_what_a_quantised_weight_stands_for(kind):
     assert all(half.words.untyped_storage().data_ptr() == given.qdata.data_ptr() for half in halves)
 
 
-def test_an_integer_that_stands_for_0():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_integer_that_stands_for_0(dtype):
     given = quantised(weight(), *KINDS["int8"])
-    given.zero_point = torch.randint(-9, 9, (6, 1), dtype=torch.int8)
-    shift = given.zero_point.double() * given.scale.double()
-    torch.testing.assert_close(unpacked(stored(given)), given.exact - shift, atol=1e-6, rtol=0)
+    given.scale, given.zero_point = given.scale.to(dtype), torch.randint(-128, 128, (6, 1), dtype=torch.int8)
+    exact = (given.qdata.double() - given.zero_point.double()) * given.scale.double()
+    torch.testing.assert_close(unpacked(stored(given)), exact, atol=1e-6, rtol=0)
     given.zero_point = None
     assert not stored(given).zero.any()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from personal_adapters.neox_flash import unwrap_attention, wrap_attention
 from streaming_llm import StreamingDecoder
+from streaming_llm.attention.kernel_choice import kernels_in_force
+from streaming_llm.engines import recorded
 from streaming_llm.engines.model_call import ModelCall
 from streaming_llm.engines.recorded import RecordedEngine
 
@@ -174,6 +177,70 @@ def test_the_math_kernel_runs_from_the_first_token_on():
     expected = torch.nn.functional.cross_entropy(exact[0, 1:39], ids[0, 2:40], reduction="none")
     assert (losses[0][0] - expected).abs().max() < 1e-10
     assert Called.made == 2
+
+
+def test_sinks_that_came_in_recorded_steps_are_the_plain_call_s_too():
+    """The first row gets its sinks while the other, far in its stream, sees its own turned."""
+    model, ids, exact = model_and_reference("gpt_neox", 4, 2)
+    lengths, rows = torch.tensor([1, 40]), torch.arange(2)
+    prompts = padded([row[None, :n] for row, n in zip(ids, lengths, strict=True)], "left")
+    with decoder_of(model, 4) as decoder:
+        decoder.prefill(prompts[0], attention_mask=prompts[1])
+        for t in range(10):
+            at, kernel = lengths + t, SDPBackend.FLASH_ATTENTION if t in (0, 6, 7) else SDPBackend.MATH
+            with sdpa_kernel(kernel):
+                assert (decoder.step(ids[rows, at]) - exact[rows, at]).abs().max() < 1e-10, t
+
+
+def test_a_criterion_met_before_a_row_s_end():
+    """A row that has ended is fed padding, which overwrites a token that taking back brings into the window again."""
+    model, ids, _ = model_and_reference("gpt_neox", 4, 1)
+    losses = []
+    for make in (lambda: StreamingDecoder(model, 4, W, "eager"), lambda: decoder_of(model, 4)):
+        with make() as decoder:
+            decoder.prefill(ids[:, :50])
+            eos = int(decoder.generate(8, temperature=0)[0, 7])
+            decoder.reset()
+            decoder.prefill(ids[:, :50])
+            how = {"eos_token_id": eos, "stopping_criteria": lambda ids, scores: ids.shape[1] >= 3}
+            assert decoder.generate(12, temperature=0, **how).shape[1] == 3
+            losses.append(decoder.score(ids[:, 10:40]))
+    assert (losses[0] - losses[1]).abs().max() < 1e-10
+
+
+def test_a_recording_keeps_its_generator(monkeypatch):
+    """Another one at the address of one that is gone would be taken for it."""
+
+    class Silent:
+        def __init__(self, call, device, generator=None) -> None: ...
+
+        def replay(self, times) -> None: ...
+
+    monkeypatch.setattr(recorded, "Recording", Silent)
+    model, ids, _ = model_and_reference("gpt_neox", 4, 1)
+    with decoder_of(model, 4) as decoder:
+        decoder.prefill(ids[:, :30])
+        decoder.generate(1, seed=0)
+        generator = weakref.ref(decoder._generator)
+        decoder._generator = None
+        assert generator() is not None
+        for _ in range(recorded.MAX_RECORDINGS):
+            decoder._generator = None
+            decoder.generate(1, seed=0)
+    assert generator() is None
+
+
+def test_every_kernel_that_is_allowed_or_not_asks_for_a_recording_of_its_own():
+    kernels = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    in_force = set()
+    for kernel in kernels:
+        with sdpa_kernel(kernel):
+            in_force.add(kernels_in_force([]))
+    with sdpa_kernel(kernels):
+        in_force.add(kernels_in_force([]))
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]):
+        in_force.add(kernels_in_force([]))
+    assert len(in_force) == 6
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "gemma3n_text", "gpt_oss", "nanochat"])

@@ -110,7 +110,7 @@ class RecordedEngine(Engine):
         if ending is not None:
             static.ending.copy_(ending)
         recorded, chooser = None if ending is None else static.ending, self._chooser(sampling)
-        key = ("generate", chooser, id(generator), ending is not None)
+        key = ("generate", chooser, generator, ending is not None)
         self._replay(key, partial(self._generate_one, chooser, generator, recorded), n, generator)
         tokens = static.chunk[:, :n].clone()
         if ending is not None:
@@ -186,6 +186,7 @@ class RecordedEngine(Engine):
                 self._build()
                 self._built_for = built_for
             self._step.load()
+        self.cache.forget_derived()  # a step writes the layers' tensors without the cache
         self._bound = progress.version, kernels_in_force(self._adapters)
         return True
 

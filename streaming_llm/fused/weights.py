@@ -93,7 +93,8 @@ def _int8(weight: Any) -> Packed:
     if list(weight.block_size) != [1, columns]:
         raise NotCoveredError(f"its weights of class Int8Tensor share factors in blocks of {list(weight.block_size)}")
     scale, stands_for_0 = weight.scale.reshape(1, rows), weight.zero_point
-    zero = torch.zeros_like(scale) if stands_for_0 is None else -scale * stands_for_0.reshape(1, rows)
+    # In float32, in which the product is exact: rounded to 16 bits, it would be wrong by half a step and more.
+    zero = torch.zeros_like(scale) if stands_for_0 is None else -scale.float() * stands_for_0.reshape(1, rows)
     return Packed(_words(weight.qdata, "Int8Tensor"), 8, scale, zero, weight)
 
 
