@@ -14,8 +14,9 @@ from experiments.runner import ExperimentRunner
 
 @pytest.fixture
 def no_collection(monkeypatch):
-    """Collecting garbage before each measurement takes longer than everything else on a tiny model."""
-    monkeypatch.setattr("experiments.memory.gc", SimpleNamespace(collect=lambda: 0))
+    """Collecting garbage before each measurement and behind each cell takes longer than everything else on a tiny model."""
+    for module in ("memory", "measuring"):
+        monkeypatch.setattr(f"experiments.{module}.gc", SimpleNamespace(collect=lambda: 0))
 
 
 TEXT = " ".join(f"word{n % 37} goes {n % 11} times round the {'hill' if n % 3 else 'lake'}." for n in range(400))

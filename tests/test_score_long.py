@@ -20,7 +20,14 @@ import pytest
 import torch
 from conftest import GPU, make_ids, make_neox
 from demo_training_support import ROOT  # puts scripts/ on the module path
-from evaluation_support import END, TEXT, make_model_folder, make_text, make_tokenizer
+from evaluation_support import (  # noqa: F401 - no_collection is a fixture
+    END,
+    TEXT,
+    make_model_folder,
+    make_text,
+    make_tokenizer,
+    no_collection,
+)
 from family_models import SLIDING, make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, PreTrainedTokenizerFast
 
@@ -37,6 +44,7 @@ from streaming_llm import StreamingLLMWrapper, blockwise, score_stream
 
 import score_long  # isort: skip
 
+pytestmark = pytest.mark.usefixtures("no_collection")
 SIZES = ["--n-sink", "2", "--window-size", "14", "--block-size", "64", "--device", "cpu", "--no-progress"]
 BOOK = (ROOT / "experiments" / "assets" / "texts" / "demo_narrative.txt").read_text(encoding="utf-8")
 
