@@ -9,12 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from evaluation_support import (  # noqa: F401 - no_collection is a fixture
-    World,
-    make_model_folder,
-    make_text,
-    no_collection,
-)
+from evaluation_support import World, make_model_folder, make_text
 
 import eval_streaming_llm
 from experiments import run_final_experiments
