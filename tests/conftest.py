@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,3 +71,10 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def no_collection(monkeypatch):
+    """No garbage is collected around cells: on a tiny model that takes longer than all the rest."""
+    for module in ("memory", "measuring"):
+        monkeypatch.setattr(f"experiments.{module}.gc", SimpleNamespace(collect=lambda: 0))

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
-import pytest
 from conftest import make_neox
 
 from experiments.config import ExperimentConfig
 from experiments.runner import ExperimentRunner
-
-
-@pytest.fixture
-def no_collection(monkeypatch):
-    """Collecting garbage before each measurement takes longer than everything else on a tiny model."""
-    monkeypatch.setattr("experiments.memory.gc", SimpleNamespace(collect=lambda: 0))
-
 
 TEXT = " ".join(f"word{n % 37} goes {n % 11} times round the {'hill' if n % 3 else 'lake'}." for n in range(400))
 END = "<|endoftext|>"

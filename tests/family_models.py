@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedModel
 
 VOCAB = 64
-LENGTH = 400
+LENGTH = 330
 POSITIONS = 160
 """``max_position_embeddings``: less than half the stream."""
 

@@ -36,7 +36,7 @@ class Ends(StoppingCriteria):
         return torch.tensor([input_ids.shape[1] >= n for n in self.after], device=input_ids.device)
 
 
-CUTS = (0, 3, 10, 40, 130, 131, 260, 500)
+CUTS = (0, 3, 10, 40, 130, 131, 200, 300)
 
 
 def forward_in_blocks(model, cache, ids, cuts=CUTS) -> torch.Tensor:

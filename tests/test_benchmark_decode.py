@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_ids, make_neox
 from demo_training_support import ROOT  # puts scripts/ on the module path
-from evaluation_support import make_model_folder, no_collection  # noqa: F401 - a fixture
+from evaluation_support import make_model_folder
 from packed_weights import quantise_
 
 from experiments import quantised

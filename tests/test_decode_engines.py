@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 from conftest import make_ids, make_neox
-from evaluation_support import World, no_collection  # noqa: F401 - a fixture
+from evaluation_support import World
 
 from experiments import engines, measuring, method_base, methods
 from experiments.config import SetupError

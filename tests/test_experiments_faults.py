@@ -14,10 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_support import (  # noqa: F401 - no_collection is a fixture
-    World,
-    no_collection,
-)
+from evaluation_support import World
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "experiments" / "run_final_experiments.py"

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_ids, make_neox
-from evaluation_support import no_collection  # noqa: F401 - a fixture
 from family_models import VOCAB, make_family
 from reference import reference_logits
 

@@ -7,14 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from evaluation_support import (  # noqa: F401 - no_collection is a fixture
-    TEXT,
-    World,
-    make_model_folder,
-    make_text,
-    make_tokenizer,
-    no_collection,
-)
+from evaluation_support import TEXT, World, make_model_folder, make_text, make_tokenizer
 
 from experiments.config import SetupError
 from experiments.measuring import Bench

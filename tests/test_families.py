@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from family_models import CASES, LENGTH, POSITIONS, VOCAB, available, make_family, takes_sdpa
 from family_reference import family_reference_logits
+from streams import forward_in_blocks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from personal_adapters.neox_flash import unwrap_attention, wrap_attention
@@ -48,12 +49,6 @@ def allowed_error(case: str) -> float:
     return min(5 * (exact - rounded).abs().max().item(), 2e-5)
 
 
-@torch.no_grad()
-def in_blocks(model, cache, cuts) -> torch.Tensor:
-    blocks = [IDS[:, a:b] for a, b in itertools.pairwise(cuts)]
-    return torch.cat([model(block, past_key_values=cache, use_cache=True).logits for block in blocks], dim=1)
-
-
 def test_the_families_with_a_reference_of_their_own_are_known():
     covered = {make_family(case).config.model_type for case in HERE}
     assert covered <= set(supported_families())
@@ -90,7 +85,7 @@ def test_token_by_token_on_the_unmodified_model(case, attention, n_sink):
     model = make_family(case, attention=attention)
     length = bare_length(model.config) or LENGTH
     cuts = (0, 20, n_sink + WINDOW + 1, *range(n_sink + WINDOW + 2, length + 1))
-    logits = in_blocks(model, StreamingKVCache(model.config, n_sink, WINDOW), cuts)
+    logits = forward_in_blocks(model, StreamingKVCache(model.config, n_sink, WINDOW), IDS, cuts)
     assert (logits - reference(case, n_sink)[:, :length]).abs().max() < allowed_error(case)
 
 
@@ -103,7 +98,7 @@ def test_blocks_and_tokens_in_the_wrapper(case, kernel):
     for n_sink, attention in ((4, "sdpa"), (0, "eager")):
         model = make_family(case, attention=attention)
         with StreamingLLMWrapper(model, n_sink, WINDOW) as stream, sdpa_kernel(KERNELS[kernel]):
-            logits = in_blocks(model, stream.new_cache(), cuts)
+            logits = forward_in_blocks(model, stream.new_cache(), IDS, cuts)
         assert (logits - reference(case, n_sink)).abs().max() < allowed_error(case)
 
 
@@ -155,7 +150,7 @@ def test_the_adapter_wraps_every_family(case, kernel):
     assert wrap_attention(model, kernel) == model.config.num_hidden_layers
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == state
     with StreamingLLMWrapper(model, 4, WINDOW) as stream:
-        logits = in_blocks(model, stream.new_cache(), (0, 100, 101, 102, 130))
+        logits = forward_in_blocks(model, stream.new_cache(), IDS, (0, 100, 101, 102, 130))
     assert (logits - reference(case, 4)[:, :130]).abs().max() < allowed_error(case)
     assert unwrap_attention(model) == model.config.num_hidden_layers
 

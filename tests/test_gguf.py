@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_support import World, make_tokenizer, no_collection  # noqa: F401 - a fixture
+from evaluation_support import World, make_tokenizer
 
 pytest.importorskip("gguf")
 

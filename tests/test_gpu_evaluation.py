@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from evaluation_support import World, no_collection  # noqa: F401 - a fixture
+from evaluation_support import World
 
 from experiments.methods import METHODS
 

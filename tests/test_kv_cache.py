@@ -24,7 +24,7 @@ CONFIGS = [(4, 60), (0, 60), (1, 60), (4, 1), (0, 1), (4, 600)]  # the last neve
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("n_sink", "window_size"), CONFIGS)
 def test_token_by_token_in_float32(n_sink, window_size, attention):
-    model, ids = make_neox(attention=attention), make_ids(500)
+    model, ids = make_neox(attention=attention), make_ids(300)
     logits = decode(model, StreamingKVCache(model.config, n_sink, window_size), ids)
     reference = reference_logits(model, ids, n_sink, window_size)
     assert (logits - reference).abs().max() < 5e-6
@@ -34,7 +34,7 @@ def test_token_by_token_in_float32(n_sink, window_size, attention):
 @pytest.mark.parametrize(("n_sink", "window_size"), CONFIGS)
 def test_token_by_token_in_float64(n_sink, window_size, attention):
     # Transformers' float32 angles remain, which weigh more the larger the scores are.
-    model, ids = make_neox(torch.float64, attention, initializer_range=0.08), make_ids(500)
+    model, ids = make_neox(torch.float64, attention, initializer_range=0.08), make_ids(300)
     logits = decode(model, StreamingKVCache(model.config, n_sink, window_size), ids)
     reference = reference_logits(model, ids, n_sink, window_size)
     assert (logits - reference).abs().max() < 1e-6

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from demo_training_support import ROOT  # noqa: F401 - puts scripts/ on the module path
+from evaluation_support import make_model_folder
 
 import measure_long_decode  # isort: skip
 
@@ -14,8 +15,8 @@ SHORT = ["--tokens", "2000", "--n-sink", "2", "--window-size", "30", "--device",
 
 
 def test_two_thousand_tokens(tmp_path, capsys):
-    output = tmp_path / "long_decode.json"
-    assert measure_long_decode.main([*SHORT, "--output", str(output)]) == 0
+    output, model = tmp_path / "long_decode.json", make_model_folder(tmp_path / "tiny")
+    assert measure_long_decode.main([*SHORT, "--model", str(model), "--output", str(output)]) == 0
     said = capsys.readouterr().out
     assert "2,000 tokens behind 32, engine eager" in said
     value = json.loads(output.read_text())

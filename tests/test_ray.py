@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from evaluation_support import World, make_model_folder, no_collection  # noqa: F401 - a fixture
+from evaluation_support import World, make_model_folder
 
 from experiments.config import ExperimentConfig, SetupError
 from experiments.models import find_model

@@ -19,10 +19,10 @@ CONFIGS = [(4, 60), (0, 60), (1, 60), (4, 1), (0, 1), (4, 600)]
 @pytest.mark.parametrize(("n_sink", "window_size"), CONFIGS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-6)])
 def test_blocks_and_tokens_are_exact(dtype, tolerance, n_sink, window_size, attention):
-    model, ids = make_neox(dtype, attention), make_ids(500)
+    model, ids = make_neox(dtype, attention), make_ids(CUTS[-1])
     reference = reference_logits(model, ids, n_sink, window_size)
     with StreamingLLMWrapper(model, n_sink, window_size) as stream:
-        for cuts in (range(501), CUTS, (0, 500)):
+        for cuts in (range(CUTS[-1] + 1), CUTS, (0, CUTS[-1])):
             logits = forward_in_blocks(model, stream.new_cache(), ids, cuts)
             assert (logits - reference).abs().max() < tolerance
 
