@@ -29,7 +29,7 @@ from .recorder import Recording
 
 MAX_RECORDINGS = 8
 """Recordings that are kept: a step, a scored token, and the latest sampled ones. In half precision one of these serves
-all settings but greedy choice, and in others each setting has its own."""
+all settings but greedy choice, and in others each setting has its own; each with slots masked and not."""
 
 
 class Chooser(Protocol):

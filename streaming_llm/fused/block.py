@@ -173,12 +173,12 @@ def causal(query: Tensor, key: Tensor, value: Tensor, attention: Attention, mask
     Args:
         mask: for a single token, see :func:`.mask_of_empty`.
     """
-    kernel = kernel_for(query, attention.softcap)
     if attention.softcap is None:
         several, shared = query.shape[2] > 1, query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=several, scale=attention.scale, enable_gqa=shared
         )
+    kernel = kernel_for(query, attention.softcap)
     key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
     if mask is not None:
         return explicit_attention(query, key, value, attention.scale, mask == 0, attention.softcap)[0]

@@ -1,8 +1,8 @@
 """Attention of one new token of each stream over whole rings by the SDPA kernel that is allowed.
 
 A kernel of this library norms and rotates query and key, stores key and value in their slot, and moves the sinks to
-their distance from the query; attention then goes over all slots. Until the rings are full, that is the math kernel,
-which takes a mask.
+their distance from the query; attention then goes over all slots. Until the rings are full, it is by a kernel that
+takes a mask.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class StepForward:
         logits: ``[batch, vocab]``, where every call writes its result.
 
     Attributes:
-        masked: whether slots without a token are masked: the SDPA kernel is then math.
+        masked: whether slots without a token are masked, by an SDPA kernel that takes a mask.
     """
 
     masked = False

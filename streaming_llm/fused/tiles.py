@@ -24,7 +24,7 @@ def tile_at(
     VALUES: tl.constexpr = 32 // BITS if BITS > 0 else 1
     POLICY: tl.constexpr = "" if BITS > 0 else "evict_first"  # costs more instructions than words have
     columns = tl.arange(0, BLOCK_K // VALUES)
-    if BITS > 0:  # 0, whose divisors the compiler does not know: a thread has the words of 8 columns, as of ``x``
+    if BITS > 0:  # adds 0 in a form that hides its divisors, so that each thread loads the words of 8 columns
         columns += tl.minimum(tl.program_id(0), 0) * (8 // VALUES)
     mask = rows[1][:, None] & (start // VALUES + columns < K // VALUES)[None, :]
     tile = tl.load(rows[0][:, None] + columns[None, :] + start // VALUES, mask, 0.0, eviction_policy=POLICY)
