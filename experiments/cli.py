@@ -6,13 +6,15 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, fields
 
-from experiments.config import ExperimentConfig, SetupError
+from experiments.config import ExperimentConfig, SetupError, first_line
 from experiments.storage import SaveError
 
 EXIT_FAILED, EXIT_SETUP, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_SIGNAL = 128  # plus the signal's number: 130 for Ctrl-C
+GOES_ON = "finished cells are kept, the same command goes on from there"
 _FIELDS: dict[str, Field] = {item.name: item for item in fields(ExperimentConfig)}
 
 MODEL = ("model", "dtype", "device", "seed")
@@ -25,7 +27,7 @@ class _WideHelp(argparse.RawDescriptionHelpFormatter):
     """Options and what they mean side by side, as wide as the examples below them; a list's name stands once."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32, width=max(118, shutil.get_terminal_size().columns - 2))
+        super().__init__(prog, max_help_position=33, width=max(118, shutil.get_terminal_size().columns - 2))
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         if action.nargs == argparse.ONE_OR_MORE:
@@ -76,22 +78,24 @@ def add_options(
     return group
 
 
-def config_from(namespace: argparse.Namespace, argv: list[str], program: str, **more) -> ExperimentConfig:
+def config_from(options: argparse.Namespace, argv: Sequence[str] = (), program: str = "", **more) -> ExperimentConfig:
     """The configuration that a parsed command line asks for; options that are no fields of it are left out."""
-    given = {name: value for name, value in vars(namespace).items() if name in _FIELDS}
+    given = {name: value for name, value in vars(options).items() if name in _FIELDS}
     return ExperimentConfig(**{**given, **more}, command=shlex.join(["python", program, *argv]))
 
 
-def guarded(command: Callable[[], int]) -> int:
-    """Run a command and turn what can go wrong into one line on stderr and an exit code."""
+def guarded(command: Callable[[], int], *failures: type[Exception], later: str = "") -> int:
+    """Run a command and turn what can go wrong into one line on stderr and an exit code.
+
+    `failures`: what else, beside a result that cannot be saved, ends it with exit code 1. `later`: what is there then.
+    """
     try:
         return command()
     except SetupError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_SETUP
-    except SaveError as error:
-        print(f"error: {error}; finished cells are kept, the same command goes on from there", file=sys.stderr)
-        return EXIT_FAILED
+        code, line = EXIT_SETUP, f"error: {error}"
+    except (SaveError, *failures) as error:
+        code, line = EXIT_FAILED, f"error: {first_line(error)}{later and '; '}{later}"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        code, line = EXIT_INTERRUPTED, f"interrupted{later and '; '}{later}"
+    print(line, file=sys.stderr, flush=True)
+    return code

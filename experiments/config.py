@@ -14,30 +14,19 @@ ENGINES = ("auto", "eager", "graph", "graph+compile", "fused", "fused-triton")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DEFAULT_ABLATION_N_SINKS = (0, 1, 2, 4, 8, 16)
 DEMO_MODEL = "demo"
-_MODEL_HELP = """demo (bundled; the default), a hub name such as EleutherAI/pythia-2.8b, a local folder, a .gguf
-file, or random:<size> such as random:pythia-2.8b (random weights: speed only)"""
-_DATASETS_HELP = """demo_encyclopaedia, demo_narrative (bundled), wikitext (WikiText-103 test), pg19 (PG19 test), a
-file (.txt, .json, .jsonl, .csv, .parquet, ..., also compressed), a folder of them, or a data set of the hub
-(owner/name[:config][@split]); default: the bundled texts, random_tokens for random weights"""
-_BOS_HELP = """auto, always, never: a beginning-of-sequence token in front of a text; auto (default): what the model
-was trained on, as its tokenizer and configuration tell"""
-_METHODS_HELP = """baseline, streaming, kvpress, window, dense; default: baseline streaming kvpress, the last skipped
-where it is not installed"""
-_WINDOW_HELP = """recent tokens kept, sinks excluded; default: 252 for the demo model, else what fills the model's
-context with the sinks, up to 2048 together"""
-_BACKENDS_HELP = """math, flash, cudnn (CUDA only), or auto (flash where it runs, else math); default: what FLASH_SDPA
-says (1 flash, 0 math), else math"""
-_ENGINE_HELP = f"""how a decode step runs, with every method that can: {", ".join(ENGINES)}; auto (default): the
-fastest that runs here; the re-computation is measured with every engine that a method uses"""
-_DTYPE_HELP = f"{', '.join(DTYPES)}; default: bfloat16 on a GPU that has it, float32 on a CPU"
-_SPREAD_HELP = """auto: spread a model that is too large for one GPU over all; default: all of it on --device"""
-_SCORING_HELP = """decode (default): perplexity from the token loop; parallel: block-parallel over the whole text, with
-the speed from a decode sample; ablations always use parallel"""
-_PRESS_HELP = """the press of kvpress: streaming_llm (default), knorm, keydiff, random, lagkv, cur; tova,
-expected_attention, cap on Llama-like models"""
-_OUTPUT_HELP = "default: results; a model other than the demo has a folder of its own in it"
-_LAUNCHER_HELP = "local (default): in this process; ray: side by side, on all GPUs of this machine or of a cluster"
-_ADDRESS_HELP = "of a Ray cluster (auto: the one of this machine); default: Ray starts on this machine"
+_MODEL_HELP = """demo (the default), a hub name such as EleutherAI/pythia-2.8b, a folder, a .gguf file, or
+random:<size> such as random:pythia-2.8b (random weights: speed only)"""
+_DATASETS_HELP = """demo_encyclopaedia, demo_narrative (the default), wikitext, pg19, a folder, a file (.txt, .jsonl,
+.csv, .parquet, ..., or compressed), of the hub owner/name[:config][@split]"""
+_BOS_HELP = "beginning-of-sequence token: always, never, auto (default: as the model was trained)"
+_METHODS_HELP = "baseline, streaming, kvpress (these are the default), window, dense"
+_WINDOW_HELP = "recent tokens kept; default: what fills the context, up to 2048 (demo: 252)"
+_BACKENDS_HELP = "math, flash, cudnn, auto; default: what FLASH_SDPA says (1: flash), else math"
+_ENGINE_HELP = f"{', '.join(ENGINES)}; default: auto"
+_DTYPE_HELP = f"{', '.join(DTYPES)}; default: bfloat16, on a CPU float32"
+_SPREAD_HELP = "auto: over all GPUs, for a model that is too large for one"
+_SCORING_HELP = "decode (default): by the token loop; parallel: in blocks, the speed from a sample"
+_PRESS_HELP = "streaming_llm (default), knorm, keydiff, random, lagkv, cur, tova, cap, ..."
 
 
 class SetupError(ValueError):
@@ -50,6 +39,11 @@ def unknown_name(what: str, name: object, known: Iterable[str]) -> SetupError:
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return SetupError(f"unknown {what} {name!r}{hint}; known: {', '.join(known)}")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def at_least(what: str, value: int | None, low: int) -> None:
@@ -106,9 +100,7 @@ class ExperimentConfig:
 
     n_sink: int | None = _number(None, 0, "S", "sinks kept; default: 4")
     window_size: int | None = _number(None, 1, "W", _WINDOW_HELP)
-    max_eval_tokens: int | None = _number(
-        None, 2, "N", "tokens of each text; default: 768 for the demo model, else 4096"
-    )
+    max_eval_tokens: int | None = _number(None, 2, "N", "tokens of each text; default: 4096 (demo: 768)")
 
     attn_backend_list: tuple[str, ...] | None = _option(None, _BACKENDS_HELP, many=True)
     engine: str = _option("auto", _ENGINE_HELP, known=ENGINES, flags=("--engine", "--decode-engine"))
@@ -117,39 +109,31 @@ class ExperimentConfig:
     device_map: str | None = _option(None, _SPREAD_HELP, known=("auto",))
     seed: int = _number(0, 0, "N", "for random weights and tokens; default: 0")
 
-    only: tuple[str, ...] = _option(
-        EXPERIMENTS, f"{', '.join(EXPERIMENTS)}; default: all", many=True, known=EXPERIMENTS
-    )
+    only: tuple[str, ...] = _option(EXPERIMENTS, ", ".join(EXPERIMENTS), many=True, known=EXPERIMENTS)
     repeats: int = _number(1, 1, "N", "runs of each cell, interleaved; figures are medians; default: 1")
     scoring: str = _option("decode", _SCORING_HELP, known=("decode", "parallel"))
-    decode_sample: int = _number(128, 0, "N", "decode steps timed under parallel scoring; 0: none; default: 128")
+    decode_sample: int = _number(128, 0, "N", "steps timed under parallel scoring and in ablations; default: 128")
     kvpress_press: str = _option("streaming_llm", _PRESS_HELP, known=_presses)
     ablation_window_sizes: tuple[int, ...] | None = _number(
-        None, 1, "W", "default: the five largest powers of two up to the model's context", many=True
+        None, 1, "W", "default: the five largest powers of two within the context", many=True
     )
     ablation_n_sinks: tuple[int, ...] | None = _number(
-        None, 0, "S", "default: 0 1 2 4 8 16; the cache size stays the same", many=True
+        None, 0, "S", "default: 0 1 2 4 8 16, the cache's size unchanged", many=True
     )
-    ablation_tokens: int | None = _number(
-        None, 2, "N", "tokens of the text (the first data set) that ablations score; default: 4096 or more"
-    )
+    ablation_tokens: int | None = _number(None, 2, "N", "of the first data set; default: 4096 or more")
 
-    output_dir: Path | None = _option("results", _OUTPUT_HELP, metavar="DIR")
+    output_dir: Path | None = _option("results", "default: results; in it a folder for each model", metavar="DIR")
     save_token_nll: bool = _option(False, "keep each token's loss: <stem>.<method>.nll.npz beside the main files")
     force: bool = _option(False, "run cells again that are finished already")
-    dry_run: bool = _option(
-        False, "print the plan, what is there already and an estimate of the time; compute nothing"
-    )
+    dry_run: bool = _option(False, "say what is to do and about how long it takes; compute nothing")
     progress: bool = _option(True, "no progress bars")
 
-    launcher: str = _option("local", _LAUNCHER_HELP, known=("local", "ray"))
-    ray_address: str | None = _option(None, _ADDRESS_HELP, metavar="HOST:PORT")
-    gpus_per_cell: float | None = _option(
-        None, "GPUs of a cell under Ray; a fraction only where nothing is timed; default: 1", metavar="N"
-    )
-    cpus_per_cell: int = _number(1, 1, "N", "CPU cores of a cell under Ray; default: 1")
-    gpu_type: str | None = _option(None, "the kind of GPU, by Ray's name (H100, ...), where a cluster has several")
-    retries: int = _number(2, 0, "N", "how often a cell is tried again whose worker died, under Ray; default: 2")
+    launcher: str = _option("local", "local (default) or ray: side by side, on all GPUs", known=("local", "ray"))
+    ray_address: str | None = _option(None, "of a cluster (auto: the one of this machine)", metavar="HOST:PORT")
+    gpus_per_cell: float | None = _option(None, "default: 1; a fraction only where nothing is timed", metavar="N")
+    cpus_per_cell: int = _number(1, 1, "N", "default: 1")
+    gpu_type: str | None = _option(None, "by Ray's name (H100, ...), where a cluster has several kinds")
+    retries: int = _number(2, 0, "N", "how often a cell whose worker died is tried again; default: 2")
 
     warmup_steps: int = field(default=4, metadata={"low": 0})
     command: str = ""  # the command line, for the record

@@ -1,15 +1,16 @@
 """How the re-computation baseline and block-parallel scoring run the engines of the library.
 
-A speedup is then never a comparison of two engines. The pieces that need CUDA are imported where they are used.
+A speedup is then never a comparison of two engines.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from streaming_llm import score_stream
+from streaming_llm.engines.recorder import GraphedCall
+from streaming_llm.fused import fused_forward, why_not_fused
 
 Forward = Callable[[Tensor], Tensor]
 """Token ids [batch, length] -> logits of the last token [batch, vocab]."""
@@ -30,17 +31,13 @@ def forward_of(model, engine: str) -> Forward:
 
     Raises ValueError where the engine does not exist or cannot run on the model's device.
     """
-    if engine == "eager":
-        return plain_forward(model)
-    if engine not in ("graph", "graph+compile", "fused"):
+    if engine not in ("eager", "graph", "graph+compile", "fused"):
         raise ValueError(f"no engine {engine!r} re-computes a window: choose eager, graph, graph+compile or fused")
     device = model.get_input_embeddings().weight.device
-    if device.type != "cuda":
+    if engine != "eager" and device.type != "cuda":
         raise ValueError(f"engine {engine!r} needs a CUDA device, and the model is on {device}: choose eager")
     if engine != "fused":
         return plain_forward(model)
-    from streaming_llm.fused import fused_forward, why_not_fused
-
     reason = why_not_fused(model)
     if reason is not None:
         raise ValueError(f"engine 'fused' cannot run: {reason}; choose graph or eager")
@@ -49,41 +46,7 @@ def forward_of(model, engine: str) -> Forward:
 
 def capture(forward: Forward, example: Tensor, engine: str) -> Forward:
     """`forward` as a CUDA graph for ids of the shape of `example`."""
-    from streaming_llm.engines.recorder import GraphedCall
-
     return GraphedCall(torch.compile(forward) if engine == "graph+compile" else forward, example)
-
-
-def default_block_size(window_size: int, model) -> int:
-    """Tokens to process at a time in blocks: what suits the model's device."""
-    from streaming_llm.engines.blocks import default_block_size
-
-    return default_block_size(window_size, model)
-
-
-def block_engine(model, engine: str = "auto") -> str:
-    """What blocks of tokens run by, "fused" or "eager"; raises ValueError where `engine` cannot run them."""
-    from streaming_llm import resolve_block_engine
-
-    return resolve_block_engine(model, engine)
-
-
-@torch.no_grad()
-def _dense(model, forward: Forward, ids: Tensor) -> Tensor:
-    from streaming_llm.attachment import maskless_attention
-    from streaming_llm.losses import token_nll
-
-    with maskless_attention(model):
-        return token_nll(model, forward(ids)[:, :-1], ids[:, 1:])
-
-
-def dense_losses(model, engine: str) -> Forward:
-    """Ids [1, N] -> losses [1, N - 1] of a plain dense forward over them, by the kernels of `block_engine`."""
-    if engine == "fused":
-        from streaming_llm.fused import fused_blocks
-
-        return partial(_dense, model, fused_blocks(model))
-    return partial(_dense, model, lambda ids: model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
 
 
 def score(model, ids: Tensor, n_sink: int, window_size: int, engine: str) -> Tensor:

@@ -19,10 +19,10 @@ _DRAWING = ("plot_", "make_report")  # reads results, and cannot change one
 
 
 @functools.cache
-def sources_hash() -> str:
-    """SHA-256 over the project's sources that could change a figure."""
+def sources_hash(*patterns: str) -> str:
+    """SHA-256 over the project's sources that match; without patterns, over all that could change a figure."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in _SOURCES for path in ROOT.glob(pattern)):
+    for path in sorted(path for pattern in patterns or _SOURCES for path in ROOT.glob(pattern)):
         if not path.name.startswith(_DRAWING):
             digest.update(path.relative_to(ROOT).as_posix().encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -64,13 +64,13 @@ def what_matters(device: torch.device) -> dict:
     }
 
 
-def environment(device: torch.device, command: str, seed: int, kvpress_imported: bool) -> dict:
+def environment(device: torch.device, command: str, seed: int) -> dict:
     """The record of where a result was measured: what is needed to reproduce it."""
     head, dirty = commit()
     return what_matters(device) | {
         "kvpress": kvpress_version(),
         "kvpress_imported": "before the first cell; its attention functions in force in its own cells only"
-        if kvpress_imported
+        if "kvpress" in sys.modules
         else "no",
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "platform": platform.platform(),

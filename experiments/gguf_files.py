@@ -26,17 +26,17 @@ def gguf_file(path: Path) -> Path | None:
     if path.suffix != ".gguf" or not path.is_file():
         return None
     if importlib.util.find_spec("gguf") is None:
-        raise SetupError(f"model {str(path)!r}: reading it needs the package gguf: pip install 'streaming-llm[gguf]'")
+        raise SetupError(f"model {str(path)!r}: it needs the package gguf: pip install '.[gguf]' in the checkout")
     return path.resolve()
 
 
-def gguf_fingerprint(path: Path) -> str:
-    """The SHA-256 of the file."""
-    return f"gguf:{_hash(path, path.stat().st_size, path.stat().st_mtime_ns)}"
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, read once as long as it does not change."""
+    return _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=16)
-def _hash(path: Path, size: int, changed: int) -> str:
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -4,12 +4,11 @@ One quick request tells whether the hub answers; where it does not (or HF_HUB_OF
 on this machine is used. Without it, a machine without network waits through many retries.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-from experiments.config import SetupError
+from experiments.config import SetupError, first_line
 
 _TIMEOUT_SEC = 10
 _SPLITS = ("test", "validation", "train")  # the first that a data set has is taken
@@ -58,19 +57,8 @@ def datasets_library(name: str) -> ModuleType:
             f"data set {name}: all but plain text is read by the package datasets, which is not installed: "
             "pip install datasets, or pass a .txt file (plain or compressed)"
         ) from None
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it logs, it also raises
     return datasets
-
-
-@contextmanager
-def quiet(datasets: ModuleType) -> Iterator[None]:
-    """Without what `datasets` logs, which is also what it raises."""
-    log = datasets.utils.logging
-    before = log.get_verbosity()
-    log.set_verbosity(log.CRITICAL)
-    try:
-        yield
-    finally:
-        log.set_verbosity(before)
 
 
 def hub_rows(name: str, repo: str, config: str | None, split: str | None) -> tuple[Sequence[dict], str]:
@@ -87,7 +75,7 @@ def hub_rows(name: str, repo: str, config: str | None, split: str | None) -> tup
         download = datasets.DownloadConfig(local_files_only=offline, max_retries=1)
         found = datasets.load_dataset(repo, config, split=split, download_config=download)
     except Exception as error:  # a missing copy, a broken download: the kinds differ between versions
-        reason = answer.reason or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = answer.reason or f"{type(error).__name__}: {first_line(error)}"
         raise SetupError(
             f"data set {name} could not be loaded: the hub was asked and this machine's cache was looked at "
             f"({reason}); pass a local file instead: --datasets path/to/text.txt"

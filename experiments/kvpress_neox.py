@@ -23,6 +23,9 @@ from experiments.kvpress_support import PRESSES
 from personal_adapters.neox_flash import NeoXFlashAttentionAdapter
 from streaming_llm.families import layer_windows, rotaries_from_model
 
+# It warns about every model class that it does not know, and so about the view.
+logging.getLogger("kvpress.presses.base_press").setLevel(logging.ERROR)
+
 
 class _PartialKeyRerotationPress(KeyRerotationPress):
     """Key re-rotation limited to the rotary dimensions (GPT-NeoX rotates a quarter of each head)."""
@@ -148,12 +151,5 @@ def attach(press: DecodingPress, model, press_name: str) -> Iterator[None]:
             f"kvpress_press {press_name!r} cannot run on {type(model).__name__}: it recomputes queries, and kvpress "
             "knows no way to do so for this family's attention"
         )
-    log = logging.getLogger("kvpress.presses.base_press")
-    before = log.level
-    log.setLevel(logging.ERROR)  # it warns about every model class that it does not know, and so about the view
-    try:
-        with press(view):
-            log.setLevel(before)
-            yield
-    finally:
-        log.setLevel(before)
+    with press(view):
+        yield

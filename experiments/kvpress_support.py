@@ -76,17 +76,11 @@ def kvpress_unavailable() -> str | None:
         return "the package kvpress is not installed (pip install kvpress)"
     if Version(version) < Version(_OLDEST):
         return f"kvpress {version} is installed; {_OLDEST} or newer is needed"
-    for line in importlib.metadata.requires(_PACKAGE) or ():
-        requirement = Requirement(line)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
+    for requirement in map(Requirement, importlib.metadata.requires(_PACKAGE) or ()):
+        if requirement.name in _DECISIVE:  # with other versions of the rest it runs
             installed = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            return f"kvpress {version} needs {requirement.name}, which is not installed"
-        # It runs with other versions of what it only evaluates with; with another Transformers it may not.
-        if requirement.name in _DECISIVE and not requirement.specifier.contains(installed, prereleases=True):
-            return f"kvpress {version} needs {requirement.name}{requirement.specifier}; {installed} is installed"
+            if not requirement.specifier.contains(installed, prereleases=True):
+                return f"kvpress {version} needs {requirement.name}{requirement.specifier}; {installed} is installed"
     return None
 
 

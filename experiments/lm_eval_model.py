@@ -180,7 +180,8 @@ class StreamingLM(HFLM):
                 for (strings, context, continuation), hidden in zip(chunk, states, strict=True):
                     alike = order.get_cache(strings, context, continuation, hidden[None])
                     for of_request, tokens, hidden_states in alike:
-                        answers.append(self._answer(hidden_states[0, -len(tokens) :], tokens))
+                        losses, greedy = judged(self.model, hidden_states[0, -len(tokens) :], tokens)
+                        answers.append((-float(losses.sum(dtype=torch.float64)), bool(greedy.all())))
                         if of_request is not None:
                             self.cache_hook.add_partial("loglikelihood", of_request, answers[-1])
                         bar.update()
@@ -218,11 +219,6 @@ class StreamingLM(HFLM):
         inputs = [row[:-1] for row in rows]
         wanted = [range(len(row) - n, len(row)) for row, n in zip(inputs, n_last, strict=True)]
         return states_at(self.model, self._block, self.streaming_config, inputs, wanted)
-
-    def _answer(self, hidden: Tensor, tokens: list[int]) -> tuple[float, bool]:
-        """Log-likelihood of `tokens` from the states ``[n, hidden]`` that predict them, and whether all are greedy."""
-        losses, greedy = judged(self.model, hidden, tokens)
-        return -float(losses.sum(dtype=torch.float64)), bool(greedy.all())
 
 
 def _loaded(config: ExperimentConfig, tokenizer: Any) -> tuple[PreTrainedModel, Any, StreamingConfig, dict]:

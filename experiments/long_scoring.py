@@ -5,7 +5,6 @@ In the work folder: `checkpoint.json` (how far each pass over the text has come)
 checkpoint that counts them; when it is taken up, the losses are cut back to it.
 """
 
-import math
 import os
 import shutil
 import time
@@ -22,8 +21,9 @@ from torch import Tensor
 
 from experiments.config import SetupError
 from experiments.memory import PeakMemory
+from experiments.progress import Show, perplexity_shown
 from experiments.stop_request import StopRequest
-from experiments.storage import read_json, write_json
+from experiments.storage import differences, read_json, write_json
 from streaming_llm import StreamingKVCache, StreamingLLMWrapper
 from streaming_llm.blockwise import BlockScorer, in_blocks
 from streaming_llm.families import text_config
@@ -33,8 +33,6 @@ CHECKPOINT = "checkpoint.json"
 
 Chunks = Callable[[int], Iterator[Tensor]]
 """The token ids of a pass from a given token on, in chunks int64 [1, n] of any length."""
-Show = Callable[[int, float | None], None]
-"""Called with the tokens done since the last call, and the running perplexity."""
 
 
 class ScoringError(RuntimeError):
@@ -63,7 +61,7 @@ class LongScoring:
     """Passes over texts, each resumable, with a model inside a `StreamingLLMWrapper`.
 
     `identity`: JSON values that a checkpoint has to share with this run to be taken up. `every_sec`: seconds between
-    checkpoints; 0 for one after each block. `memory`: measures the peak of this session; started already. `say` is
+    checkpoints; 0 for one after each block. `say` is
     told when a checkpoint has been written. Raises SetupError where the checkpoint in `work` is of another run, or
     cannot be read.
     """
@@ -76,12 +74,12 @@ class LongScoring:
         block_size: int,
         every_sec: float,
         stop: StopRequest,
-        memory: PeakMemory,
         say: Callable[[str], None],
     ):
         self.work, self.identity, self.stream = work, identity, stream
         self.block_size, self.every_sec, self.stop = block_size, every_sec, stop
-        self.memory, self.say = memory, say
+        self.memory, self.say = PeakMemory(stream.model.get_input_embeddings().weight.device), say
+        self.memory.start()
         self.passes: dict[str, Pass] = {}
         self.facts = {"sessions": 1, "checkpoint_sec": 0.0, "peak_memory_mb": None}
         self._saved: dict | None = None  # the stream in the checkpoint, until it is taken up
@@ -91,7 +89,7 @@ class LongScoring:
             self.facts = saved["facts"] | {"sessions": saved["facts"]["sessions"] + 1}
             self._saved = saved["stream"]
 
-    def run(self, name: str, chunks: Chunks, show: Show) -> np.ndarray:
+    def run(self, name: str, chunks: Chunks, show: Show | None = None) -> np.ndarray:
         """Score one pass to its end, from where the checkpoint left it.
 
         Returns the losses of all tokens but the first, float32 in nats, mapped from their file. Raises StoppedError
@@ -102,7 +100,7 @@ class LongScoring:
         with _Losses(self.work / f"{name}.f32", max(0, state.tokens - 1)) as losses:
             if not state.done:
                 with closing(read_ahead(chunks(state.tokens))) as tokens:
-                    self._score(state, losses, in_blocks(tokens, self.block_size), show)
+                    self._score(state, losses, in_blocks(tokens, self.block_size), show or (lambda *_: None))
             return losses.read()
 
     def discard(self) -> None:
@@ -191,10 +189,7 @@ def read_checkpoint(path: Path, identity: dict) -> dict:
         raise SetupError(f"{path}: not a readable checkpoint ({error}); --force starts anew") from None
     if saved.get("format") != CHECKPOINT_FORMAT:
         raise SetupError(f"{path}: not a checkpoint of this program, or of another version; --force starts anew")
-    theirs = saved["identity"]
-    differing = [key for key in {**theirs, **identity} if theirs.get(key) != identity.get(key)]
-    if differing:
-        what = "; ".join(f"{key}: {theirs.get(key)} there, {identity.get(key)} now" for key in differing)
+    if what := differences(saved["identity"], identity):
         raise SetupError(f"{path}: belongs to another run ({what}); choose another --output, or --force to start anew")
     return saved
 
@@ -245,7 +240,7 @@ class _Losses:
     @property
     def perplexity(self) -> float | None:
         """None before the first loss."""
-        return math.exp(min(self._sum / self._count, 700.0)) if self._count else None
+        return perplexity_shown(self._sum / self._count) if self._count else None
 
 
 class Arriving:

@@ -55,17 +55,31 @@ def curve(losses: np.ndarray, edges: list[int]) -> list[dict[str, Any]]:
 
 def stream_figures(losses: np.ndarray) -> dict[str, Any]:
     """All figures of a stream, from the losses of tokens 1, 2, ...."""
-    num_tokens = len(losses) + 1
+    num_tokens, total = len(losses) + 1, summary(losses)
+    curves = {"log": log_edges(num_tokens), "equal": equal_edges(num_tokens, EQUAL_BINS)}
     return {
-        "mean_nll": (total := summary(losses))["mean_nll"],
+        "mean_nll": total["mean_nll"],
         "perplexity": total["perplexity"],
         "scored_tokens": total["tokens"],
         "tenths": curve(losses, equal_edges(num_tokens, 10)),
-        "curve": {
-            "log": curve(losses, log_edges(num_tokens)),
-            "equal": curve(losses, equal_edges(num_tokens, EQUAL_BINS)),
-        },
+        "curve": {name: curve(losses, edges) for name, edges in curves.items()},
     }
+
+
+def in_words(value: dict[str, Any]) -> str:
+    """A result in a few lines."""
+    lines = [
+        f"{value['num_tokens']:,} tokens of {value['dataset']} at {value['toks_per_sec']:,.0f} tokens/s: perplexity "
+        f"{value['perplexity']:.3f}",
+        "by tenths: " + " ".join(f"{row['perplexity']:.2f}" for row in value["tenths"]),
+    ]
+    if value["fresh_tail"] is not None:
+        row = value["fresh_tail"]["settled"] or value["fresh_tail"]["all"]
+        lines.append(
+            f"the last {row['tokens']:,} tokens: {row['in_stream']['perplexity']:.3f} in the stream, "
+            f"{row['fresh']['perplexity']:.3f} as a fresh one ({row['drift_percent']:+.2f}%)"
+        )
+    return "\n".join(lines)
 
 
 def tail_length(num_tokens: int, fraction: float) -> int:

@@ -34,7 +34,7 @@ SCRIPTS = (
     plot_ablation_results,
 )
 # What the project itself shows; everything else under results/ is a user's own.
-PROJECT = [Path(__file__).resolve().parents[1] / "results" / machine for machine in ("cpu", "h200")]
+PROJECT = [Path(__file__).resolve().parents[1] / "results" / machine for machine in ("cpu", "h100", "h200")]
 
 
 def roots_of(top: Path, runs: str = "all") -> list[Path]:

@@ -4,13 +4,14 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-import numpy as np
 import torch
 
-from experiments.config import DTYPES, ExperimentConfig, SetupError
+from experiments.config import DTYPES, ExperimentConfig, SetupError, first_line
 from experiments.environment import environment, what_matters
-from experiments.kvpress_support import PRESSES, import_adapter
+from experiments.kept import Found
+from experiments.kvpress_support import PRESSES
 from experiments.methods import DEFAULT_METHODS, METHODS, MethodSettings
 from experiments.models import LoadedModel, ModelSource
 from experiments.perplexity import compute_perplexity
@@ -20,6 +21,8 @@ from experiments.results import run_record
 from personal_adapters.neox_flash import wrap_attention
 from personal_adapters.sdpa import check_backend_available, resolve_attn_backend, select_dtype
 from streaming_llm import resolve_engine
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -34,21 +37,29 @@ class Machine:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    def load(self, source: ModelSource, device_map: str | None = None, backend: str | None = None) -> LoadedModel:
-        """A model with its attention wrapped for a backend, the first if none is named; raises SetupError."""
+    def load(self, source: ModelSource, device_map: str | None = None) -> LoadedModel:
+        """A model with its attention wrapped for the first backend; raises SetupError."""
         loaded = source.load(self.dtype, self.device, device_map)
-        self.wrap(loaded, source.name, backend or self.backends[0])
+        self.wrap(loaded, self.backends[0])
         return loaded
 
-    def wrap(self, loaded: LoadedModel, name: str, backend: str) -> None:
+    def wrap(self, loaded: LoadedModel, backend: str) -> None:
         """Let a backend compute the model's attention; raises SetupError where it cannot."""
         available = check_backend_available(backend, self.dtype, self.device, loaded.head_dim)
         if not available:
-            raise SetupError(f"attention backend {backend!r} cannot run {name!r}: {available.reason}")
+            raise SetupError(f"attention backend {backend!r} cannot run {loaded.name!r}: {available.reason}")
         try:
             wrap_attention(loaded.model, backend)
         except ValueError as error:
-            raise SetupError(f"model {name!r} cannot be measured: {error}") from None
+            raise SetupError(f"model {loaded.name!r} cannot be measured: {error}") from None
+
+    def engine(self, loaded: LoadedModel, asked: str, backend: str) -> str:
+        """The decode engine with a backend: what was asked for, or the fastest that runs; raises SetupError."""
+        self.wrap(loaded, backend)
+        try:
+            return resolve_engine(loaded.model, asked)
+        except ValueError as error:
+            raise SetupError(f"engine {asked!r} cannot run {loaded.name!r}: {error}") from None
 
 
 def resolve_machine(config: ExperimentConfig) -> Machine:
@@ -75,19 +86,17 @@ def resolve_machine(config: ExperimentConfig) -> Machine:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell: its `run` as `results.run_record` makes it, or the reason why there is none.
+    """What became of a cell.
 
-    `nll`, `position`: losses in nats and the positions of their tokens. `matters`: what could change a figure, as
-    it was found where the cell ran.
+    `found`: its run as `results.run_record` makes it, with the losses `nll` in nats and the `position` of their
+    tokens; or None and the `reason`. `matters`: what could change a figure, as it was found where the cell ran.
     """
 
     cell: Cell
-    run: dict | None
-    wall_sec: float
-    matters: dict
+    found: Found | None = None
+    wall_sec: float = 0.0
+    matters: dict = field(default_factory=dict)
     reason: str = ""
-    nll: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32), repr=False)
-    position: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
 
 
 class Bench:
@@ -96,26 +105,22 @@ class Bench:
     def __init__(self, config: ExperimentConfig):
         self.config = config
         self.machine = resolve_machine(config)
-        self._kvpress_imported = import_methods(config)
+        require_methods(config)
         self._source: ModelSource | None = None
         self._loaded: LoadedModel | None = None
 
     def open(self, source: ModelSource) -> Facts:
         """Load a model and find out what of the configuration runs with it; raises SetupError where nothing does."""
-        loaded = self._load(source)
-        settings = model_settings(self.config, source, loaded)
-        sizes = settings.sizes
-        engines = {backend: self._engine(source, backend) for backend in self.machine.backends}
-        self.machine.wrap(loaded, source.name, self.machine.backends[0])
-        methods, skipped = self._methods(source, sizes, engines[self.machine.backends[0]])
-        device = self.machine.device
-        matters = what_matters(device)
-        asked = self.config.device_map
+        loaded, machine, asked = self._load(source), self.machine, self.config.device_map
+        sizes = model_settings(self.config, source, loaded).sizes
+        engines = {backend: machine.engine(loaded, self.config.engine, backend) for backend in machine.backends}
+        machine.wrap(loaded, machine.backends[0])
+        methods, skipped = self._methods(loaded, sizes, engines[machine.backends[0]])
+        matters = what_matters(machine.device)
         spread = None if asked is None else {"asked": asked, "weights_mb": loaded.weights_mb}
-        where = environment(device, self.config.command, self.config.seed, self._kvpress_imported)
+        where = environment(machine.device, self.config.command, self.config.seed)
         return Facts(
-            device=matters["device"],
-            dtype=self.machine.dtype_name,
+            dtype=machine.dtype_name,
             engines=engines,
             methods=methods,
             skipped=skipped,
@@ -128,18 +133,18 @@ class Bench:
         """Run a cell. Raises whatever goes wrong; see `outcome_of`."""
         start, cell, config = time.perf_counter(), task.cell, task.config
         loaded = self._load(task.source)
-        self.machine.wrap(loaded, task.source.name, cell.backend)
+        self.machine.wrap(loaded, cell.backend)
         result = compute_perplexity(
             loaded.model,
             task.ids,
-            METHODS[cell.method](loaded.model, self._method_settings((cell.n_sink, cell.window_size), cell.engine)),
+            METHODS[cell.method](loaded.model, self._method_settings(cell.sizes, cell.engine)),
             scoring=cell.scoring,
             decode_sample=config.decode_sample,
             warmup_steps=config.warmup_steps,
             progress=display,
         )
-        run, wall_sec = run_record(result, cell.backend), time.perf_counter() - start
-        return Outcome(cell, run, wall_sec, what_matters(self.machine.device), "", result.nll, result.position)
+        found = Found(run_record(result, cell.backend), {"nll": result.nll, "position": result.position})
+        return Outcome(cell, found, time.perf_counter() - start, what_matters(self.machine.device))
 
     def _load(self, source: ModelSource) -> LoadedModel:
         if self._source != source:
@@ -152,15 +157,7 @@ class Bench:
     def _method_settings(self, sizes: tuple[int, int], engine: str) -> MethodSettings:
         return MethodSettings(*sizes, engine, self.config.kvpress_press, self.config.seed)
 
-    def _engine(self, source: ModelSource, backend: str) -> str:
-        """The decode engine with a backend: what was asked for, or the fastest that runs."""
-        self.machine.wrap(self._loaded, source.name, backend)
-        try:
-            return resolve_engine(self._loaded.model, self.config.engine)
-        except ValueError as error:
-            raise SetupError(f"engine {self.config.engine!r} cannot run {source.name!r}: {error}") from None
-
-    def _methods(self, source: ModelSource, sizes: tuple[int, int], engine: str) -> tuple[tuple[str, ...], dict]:
+    def _methods(self, loaded: LoadedModel, sizes: tuple[int, int], engine: str) -> tuple[tuple[str, ...], dict]:
         """The methods that can run, by attaching each to the model, and of the default ones why another cannot."""
         able, skipped = [], {}
         for name in self.config.methods or DEFAULT_METHODS:
@@ -168,55 +165,48 @@ class Bench:
             try:
                 if reason is None:
                     settings = self._method_settings(sizes, METHODS[name].engine_for(engine))
-                    with METHODS[name](self._loaded.model, settings):
+                    with METHODS[name](loaded.model, settings):
                         able.append(name)
                         continue
             except (ValueError, ImportError) as error:
                 reason = str(error)
             if self.config.methods is not None or not METHODS[name].optional:
-                raise SetupError(f"method {name!r} cannot run with model {source.name!r}: {reason}")
+                raise SetupError(f"method {name!r} cannot run with model {loaded.name!r}: {reason}")
             skipped[name] = reason
         return tuple(able), skipped
 
 
-def import_methods(config: ExperimentConfig) -> bool:
-    """Import what optional methods need, before anything is timed; whether kvpress was imported.
-
-    Raises SetupError where a method that was named explicitly cannot run in this environment.
-    """
+def require_methods(config: ExperimentConfig) -> None:
+    """Raise SetupError where a method that was named cannot run in this environment."""
     for name in config.methods or ():
         reason = METHODS[name].unavailable()
         if reason is not None:
             raise SetupError(f"method {name!r} cannot run here: {reason}")
     if PRESSES[config.kvpress_press].cannot:
         raise SetupError(f"kvpress_press {config.kvpress_press!r} cannot run: {PRESSES[config.kvpress_press].cannot}")
-    if "kvpress" not in (config.methods or DEFAULT_METHODS) or METHODS["kvpress"].unavailable() is not None:
-        return False
+
+
+def attempt(compute: Callable[[], Value]) -> tuple[Value | None, str]:
+    """What a piece of work gives, or why it gives nothing: the boundary at which whatever goes wrong becomes a reason,
+    and the other pieces go on."""
     try:
-        import_adapter()
-    except ImportError as error:
-        if config.methods is not None:
-            raise SetupError(f"method 'kvpress' cannot run here: {error}") from None
-        return False
-    return True
+        return compute(), ""
+    except Exception as error:  # whatever it is, it concerns this piece
+        reason = describe(error)
+    free_memory()  # what the failed run held must not be missing to the next one
+    return None, reason
 
 
 def outcome_of(measure: Callable[[], Outcome], cell: Cell) -> Outcome:
-    """A cell's outcome: the boundary at which whatever goes wrong becomes a reason, and the other cells go on."""
-    try:
-        return measure()
-    except Exception as error:  # whatever it is, it concerns this cell
-        reason = describe(error)
-    free_memory()  # what the failed run held must not be missing to the next one
-    return Outcome(cell, None, 0.0, {}, reason)
+    """A cell's outcome, whatever goes wrong."""
+    outcome, reason = attempt(measure)
+    return outcome or Outcome(cell, reason=reason)
 
 
 def describe(error: Exception) -> str:
     """An error as a reason: its kind and first line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return f"out of memory: {lines[0] if lines else type(error).__name__}"
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return f"{'out of memory' if is_memory else type(error).__name__}: {first_line(error)}"
 
 
 def free_memory() -> None:

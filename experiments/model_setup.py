@@ -1,6 +1,5 @@
 """What the scripts do with a model before they run it, and with what they measured of it."""
 
-import argparse
 import hashlib
 import shlex
 import sys
@@ -10,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experiments.cli import config_from
 from experiments.config import ExperimentConfig, SetupError
 from experiments.environment import device_name, environment
 from experiments.measuring import Machine, resolve_machine
@@ -19,11 +17,6 @@ from experiments.plan import model_settings
 from experiments.storage import now, write_json
 from experiments.tokens import Beginning
 from streaming_llm import StreamingConfig, StreamingDecoder
-
-
-def config_of(options: argparse.Namespace) -> ExperimentConfig:
-    """The settings of a script's command line that are the evaluation's too."""
-    return config_from(options, [], "")
 
 
 @dataclass(frozen=True)
@@ -48,18 +41,11 @@ class Subject:
             "bos": self.beginning.record(),
         }
 
-    def keep_result(self, path: Path | None, value: dict, script: str, argv: list[str], seed: int) -> None:
-        """Write what was measured; nothing without a path."""
-        keep_result(path, value, self.machine, script, argv, seed)
 
-
-def set_up(config: ExperimentConfig, needs_text: bool = False) -> Subject:
-    """Find and load the one model of a configuration; raises SetupError for what is wrong.
-
-    `needs_text`: refuse a model with random weights.
-    """
+def set_up(config: ExperimentConfig) -> Subject:
+    """Find and load the one model of a configuration; raises SetupError for what is wrong, random weights too."""
     machine, source = resolve_machine(config), find_model(config.model[0], config.seed)
-    if needs_text and source.weights == "random":
+    if source.weights == "random":
         raise SetupError(f"--model {source.name}: random weights have no text")
     loaded = machine.load(source)
     settings = model_settings(config, source, loaded)
@@ -74,8 +60,7 @@ def keep_result(path: Path | None, value: dict, machine: Machine, script: str, a
     if path is None:
         return
     command = shlex.join(["python", f"scripts/{script}", *argv])
-    where = environment(machine.device, command, seed, kvpress_imported=False)
-    write_json(path, value | {"environment": where, "timestamp": now()})
+    write_json(path, value | {"environment": environment(machine.device, command, seed), "timestamp": now()})
     print(f"wrote: {path}")
 
 

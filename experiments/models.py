@@ -1,7 +1,6 @@
 """The models that are evaluated: the bundled demo, a hub name, a local folder, random weights of a known size."""
 
 import copy
-import functools
 import hashlib
 import socket
 from collections.abc import Iterator
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from experiments.config import DEMO_MODEL, SetupError, unknown_name
-from experiments.gguf_files import gguf_file, gguf_fingerprint, read_gguf
+from experiments.config import DEMO_MODEL, SetupError, first_line, unknown_name
+from experiments.gguf_files import gguf_file, read_gguf, sha256_of
 from experiments.hub import ask_hub
 from experiments.random_models import RANDOM_SIZES, random_config, random_model
 from experiments.tokens import NO_TOKENIZER, Beginning, beginning_of
@@ -76,6 +75,7 @@ class LoadedModel(ModelInfo):
     """A model in evaluation mode on its device."""
 
     model: torch.nn.Module
+    name: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -135,13 +135,15 @@ class ModelSource:
     def load(self, dtype: torch.dtype, device: torch.device, device_map: str | None = None) -> LoadedModel:
         """The model on a device, or spread over all of them; raises SetupError where it cannot be loaded."""
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
         info, where = self.info(), self._place()
         if self.weights == "random":
             model = random_model(RANDOM_SIZES[self.where], self.seed, dtype, device, device_map)
-            return LoadedModel(**vars(info), model=model)
+            return LoadedModel(**vars(info), model=model, name=self.name)
         known = {"config": copy.deepcopy(info.config)} if "gguf_file" in self.options else {}  # reading it takes long
-        with self._readable(), _no_loading_bar():
+        disable_progress_bar()  # of weights that are read, which it draws also where nobody watches
+        with self._readable():
             model, report = AutoModelForCausalLM.from_pretrained(
                 where,
                 dtype=dtype,
@@ -155,7 +157,7 @@ class ModelSource:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise SetupError(f"model {self.name!r} could not be loaded: weights are missing ({missing}, ...)")
         model = model if device_map else model.to(device)
-        return LoadedModel(**vars(info), model=model.eval().requires_grad_(False))
+        return LoadedModel(**vars(info), model=model.eval().requires_grad_(False), name=self.name)
 
     def _place(self) -> str:
         """The folder or hub name; raises SetupError where this machine has no such folder, or another."""
@@ -167,7 +169,7 @@ class ModelSource:
             if not Path(self.where, gguf or "").exists():
                 what = f"file {gguf} in" if gguf else "folder"
                 raise SetupError(f"model {self.name!r}: there is no {what} {here}; copy it there, or name a hub model")
-            found = gguf_fingerprint(Path(self.where, gguf)) if gguf else _files_fingerprint(Path(self.where))
+            found = f"gguf:{sha256_of(Path(self.where, gguf))}" if gguf else _files_fingerprint(Path(self.where))
             if found != self.fingerprint:
                 raise SetupError(f"model {self.name!r}: the files in {here} are not those of the model")
         return self.where
@@ -177,7 +179,8 @@ class ModelSource:
         try:
             yield
         except Exception as error:  # a file is missing, or is not what it should be: each reader has its own errors
-            raise SetupError(f"model {self.name!r} could not be loaded: {_first_line(error)}") from None
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise SetupError(f"model {self.name!r} could not be loaded: {what}") from None
 
 
 def find_model(name: str, seed: int = 0) -> ModelSource:
@@ -188,7 +191,7 @@ def find_model(name: str, seed: int = 0) -> ModelSource:
         return _random(name, seed)
     if (file := gguf_file(Path(name))) is not None:
         options = {"local_files_only": True, "gguf_file": file.name}
-        return ModelSource(name, _slug(file.stem), "trained", gguf_fingerprint(file), str(file.parent), options)
+        return ModelSource(name, _slug(file.stem), "trained", f"gguf:{sha256_of(file)}", str(file.parent), options)
     if Path(name).is_dir():
         return _folder(name, Path(name), slug=_slug(Path(name).resolve().name))
     if Path(name).exists():
@@ -216,17 +219,9 @@ def _folder(name: str, folder: Path, slug: str) -> ModelSource:
 
 def _files_fingerprint(folder: Path) -> str:
     """A hash of the files that a model is loaded from."""
-    files = sorted({path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)})
-    return _hash_of_files(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
-
-
-@functools.lru_cache(maxsize=16)
-def _hash_of_files(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for path, _, _ in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in sorted({path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)}):
+        digest.update(path.name.encode() + bytes.fromhex(sha256_of(path)))
     return f"{_FILES}{digest.hexdigest()}"
 
 
@@ -260,25 +255,6 @@ def _attention(model_config) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]._supports_sdpa else "eager"
-
-
-@contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    """Transformers draws a bar while it reads weights, also where nobody watches."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _random(name: str, seed: int) -> ModelSource:

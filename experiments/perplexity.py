@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.methods import Method
+from experiments.method_base import Method
 from experiments.progress import LossDisplay
 from experiments.timing import measured, seconds, synchronise
 from streaming_llm.attachment import maskless_attention
@@ -96,23 +96,27 @@ def compute_perplexity(
     progress = progress or LossDisplay()
 
     prompt_nll = prompt_losses(model, ids[:, :prompt]) if scoring == "decode" else None
-    scored, scoring_sec = _score_parallel(method, ids) if scoring == "parallel" and method.parallel else (None, None)
+    scored = scoring_sec = None
+    if scoring == "parallel" and method.parallel:
+        found: list[Tensor] = []
+        scoring_sec = seconds(lambda: found.append(method.score(ids)[0]), ids.device)
+        scored = found[0]
     with method:
         if method.engine != "eager":
             warmup_steps = max(warmup_steps, _CAPTURING_STEPS)
         _decode(method, ids[:, : min(n_tokens, prompt + warmup_steps + 1)], prompt, LossDisplay())
         stream = ids[:, : prompt + steps + 1]
-        (timing, nll), peak = measured(method, lambda: _decode(method, stream, prompt, progress), devices_of(model))
+        decoded, peak = measured(method, lambda: _decode(method, stream, prompt, progress), devices_of(model))
         held = {
             "kv_cache_mb": method.kv_cache_nbytes / 1e6,
             "kv_bytes_per_token": method.kv_bytes_per_token,
             "engine": method.engine,
             "details": method.details | ({} if method.engine == "eager" else {"compile_sec": method.compile_sec}),
         }
+    (figures, reasons), nll = decoded
     if scoring == "decode":
         nll[: prompt - 1] = prompt_nll
         scored = nll
-    figures, reasons = timing.figures(), dict(timing.reasons)
     if scoring == "parallel" and decode_sample == 0:
         timed = [name for name in (*figures, "scoring_sec") if name != "decode_tokens"]
         figures |= dict.fromkeys(timed[:-1])
@@ -124,7 +128,7 @@ def compute_perplexity(
         reasons["peak_memory_mb"] = peak.kind
     losses = np.zeros(0, np.float32) if scored is None else scored.cpu().numpy()
     return PerplexityResult(
-        perplexity=None if scored is None else _perplexity(losses),
+        perplexity=None if scored is None else perplexity(losses),
         **figures,
         peak_memory_mb=peak.peak_mb,
         peak_memory_kind=peak.kind,
@@ -151,7 +155,8 @@ def decode_steps(num_tokens: int, prompt: int, scoring: str, decode_sample: int 
     return steps if scoring == "decode" or decode_sample is None else min(steps, decode_sample)
 
 
-def _perplexity(nll: np.ndarray) -> float:
+def perplexity(nll: np.ndarray) -> float:
+    """Of losses in nats; raises RuntimeError where they are not usable."""
     mean = float(np.mean(nll, dtype=np.float64))
     if not np.isfinite(nll).all() or mean > 700:  # exp overflows
         bad = int(np.count_nonzero(~np.isfinite(nll)))
@@ -159,35 +164,26 @@ def _perplexity(nll: np.ndarray) -> float:
     return math.exp(mean)
 
 
-@dataclass(frozen=True)
-class _Timing:
-    """Clock readings of one run, in seconds from its start; `first` is None where there was no decode step."""
+def _timing(prefill: float, first: float | None, end: float, steps: int) -> tuple[dict, dict[str, str]]:
+    """Figures from clock readings in seconds since the start, and reasons for those that there are none of.
 
-    prefill: float
-    first: float | None
-    end: float
-    steps: int
-
-    @property
-    def reasons(self) -> dict[str, str]:
-        names = ("first_token_latency_sec", "ttft_sec", "decode_toks_per_sec", "tpot_ms")
-        return {} if self.steps else dict.fromkeys(names, NO_DECODE)
-
-    def figures(self) -> dict:
-        decode = self.end - self.prefill
-        return {
-            "runtime_sec": self.end,
-            "prefill_sec": self.prefill,
-            "first_token_latency_sec": None if self.first is None else self.first - self.prefill,
-            "ttft_sec": self.first,
-            "decode_sec": decode,
-            "decode_tokens": self.steps,
-            "decode_toks_per_sec": self.steps / decode if self.steps else None,
-            "tpot_ms": 1e3 * decode / self.steps if self.steps else None,
-        }
+    `first`: after the first decode step, None where there was none.
+    """
+    decode = end - prefill
+    figures = {
+        "runtime_sec": end,
+        "prefill_sec": prefill,
+        "first_token_latency_sec": None if first is None else first - prefill,
+        "ttft_sec": first,
+        "decode_sec": decode,
+        "decode_tokens": steps,
+        "decode_toks_per_sec": steps / decode if steps else None,
+        "tpot_ms": 1e3 * decode / steps if steps else None,
+    }
+    return figures, {name: NO_DECODE for name, value in figures.items() if value is None}
 
 
-def _decode(method: Method, ids: Tensor, prompt: int, progress: LossDisplay) -> tuple[_Timing, Tensor]:
+def _decode(method: Method, ids: Tensor, prompt: int, progress: LossDisplay) -> tuple[tuple[dict, dict], Tensor]:
     """Prefill `prompt` tokens, then feed the others but the last: losses [N - 1] of which those before P - 1 are 0.
 
     ids [1, N]. Every loss is that of the next token, in float32 (float64 for a float64 model).
@@ -216,13 +212,16 @@ def _decode(method: Method, ids: Tensor, prompt: int, progress: LossDisplay) -> 
     synchronise(ids.device)
     end = time.perf_counter() - start
     steps = max(0, n_tokens - 1 - prompt)
-    return _Timing(prefill, first, end if steps else prefill, steps), nll
+    return _timing(prefill, first, end if steps else prefill, steps), nll
 
 
-def _score_parallel(method: Method, ids: Tensor) -> tuple[Tensor, float]:
-    found: list[Tensor] = []
-    took = seconds(lambda: found.append(method.score(ids)[0]), ids.device)
-    return found[0], took
+@torch.inference_mode()
+def token_losses(method: Method, ids: Tensor) -> Tensor:
+    """Losses [N - 1] in nats of ids [1, N] by an attached method's own steps, without a clock."""
+    prompt = min(method.settings.cache_size, ids.shape[1])
+    nll = _decode(method, ids, prompt, LossDisplay())[1]
+    nll[: prompt - 1] = prompt_losses(method.model, ids[:, :prompt])
+    return nll
 
 
 def prompt_losses(model, ids: Tensor) -> Tensor:

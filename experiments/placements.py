@@ -6,6 +6,7 @@ positions in the cache as a naive implementation does: at every step each kept k
 the model's dtype, and rounded, up to W times in its life.
 """
 
+import functools
 from contextlib import ExitStack
 
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from experiments.method_base import Capturing, Method, MethodSettings
-from experiments.rerotated_scoring import rerotated_losses, turned_back
+from experiments.perplexity import token_losses
 from streaming_llm import StreamingConfig, StreamingKVCache
 from streaming_llm.attachment import attached
 from streaming_llm.blockwise import BlockScorer, in_blocks
 from streaming_llm.engines import make_engine
 from streaming_llm.engines.blocks import default_block_size, feed
 from streaming_llm.families import UNROTATED, last_logits, layer_windows, rotaries_from_model, transformers_model
+from streaming_llm.rope_utils import Rotary
 
 
 def model_call_engine(engine: str) -> str:
@@ -136,7 +138,23 @@ class Rerotated(Capturing):
         return sum(x.numel() * x.element_size() // x.shape[2] for x in self._slots() if x is not None)
 
     def score(self, ids: Tensor) -> Tensor:
-        return rerotated_losses(self.model, ids, self.settings.n_sink, self.settings.window_size)
+        """See `Method.score`, but token by token: a key's n-th rounding cannot be had in one step."""
+        with self:
+            return token_losses(self, ids)[None].float()
+
+
+@functools.lru_cache(maxsize=16)
+def _one_back(rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine `[rotary_dim]` of a turn by -1 position."""
+    with torch.inference_mode(False):
+        return tuple(x.to(dtype) for x in rotary.cos_sin(-1))
+
+
+def turned_back(keys: Tensor, rotary: Rotary) -> Tensor:
+    """Keys `[..., head_dim]` turned by -1 position with cosines, products and sums in their own dtype."""
+    cos, sin = _one_back(rotary, keys.dtype)
+    turned, passed = keys[..., : rotary.rotary_dim], keys[..., rotary.rotary_dim :]
+    return torch.cat((turned * cos + rotary.quarter_turn(turned) * sin, passed), dim=-1)
 
 
 class _ShiftedLayer(CacheLayerMixin):

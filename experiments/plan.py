@@ -6,7 +6,7 @@ whose outcome is kept. A file needs the cells of its groups, each as often as th
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class Cell:
     window_size: int
     scoring: str
     tokens: int
-    repeat: int
+    repeat: int = 0
 
     def __str__(self) -> str:
         engine = "" if self.engine == "eager" else f" ({self.engine})"
@@ -44,14 +44,20 @@ class Cell:
         return f"{self.dataset} | {self.backend} | {self.method} {sizes}{engine} | run {self.repeat + 1}"
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Sinks and window."""
+        return self.n_sink, self.window_size
+
+    @property
+    def stem(self) -> str:
+        """Names its record."""
+        sizes = f"s{self.n_sink}w{self.window_size}n{self.tokens}"
+        return "_".join((self.dataset, self.backend, self.method, self.engine, sizes, self.scoring, f"r{self.repeat}"))
+
+    @property
     def kind(self) -> tuple[str, ...]:
         """Cells of one kind take about equally long for each token."""
         return self.model, self.method, self.backend, self.engine, self.scoring
-
-    @property
-    def without_repeat(self) -> tuple:
-        """What a cell shares with its repeats."""
-        return (*self.kind, self.dataset, self.n_sink, self.window_size, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,6 @@ class Facts:
     run, and why. `matters`: what could change a figure. `environment`: the rest of what is recorded.
     """
 
-    device: str
     dtype: str
     engines: dict[str, str]
     methods: tuple[str, ...]
@@ -73,42 +78,25 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Group:
-    """A method with its engine and sizes: in a file, the runs that one block or entry is made of."""
+class FilePlan:
+    """One result file: `kind` is a name of EXPERIMENTS.
 
-    method: str
-    engine: str
-    n_sink: int
-    window_size: int
+    `cells`: the first run of each of its blocks or entries; they differ in method, engine and sizes alone.
+    """
+
+    kind: str
+    cells: tuple[Cell, ...]
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        return self.n_sink, self.window_size
-
-
-@dataclass(frozen=True)
-class FilePlan:
-    """One result file: what it compares, on which text, with which backend. `kind` is a name of EXPERIMENTS."""
-
-    model: str
-    kind: str
-    dataset: str
-    backend: str
-    tokens: int
-    scoring: str
-    groups: tuple[Group, ...]
+    def first(self) -> Cell:
+        """Stands for what all its cells share."""
+        return self.cells[0]
 
     @property
     def stem(self) -> str:
         """The file's name without `.json`."""
-        prefix = f"{self.dataset}_main" if self.kind == MAIN else self.kind
-        return f"{prefix}_backend-{self.backend}"
-
-    def cell(self, group: Group, repeat: int) -> Cell:
-        """One run of a group."""
-        sizes = (group.n_sink, group.window_size)
-        which = (self.model, self.dataset, self.backend, group.method, group.engine)
-        return Cell(*which, *sizes, self.scoring, self.tokens, repeat)
+        prefix = f"{self.first.dataset}_main" if self.kind == MAIN else self.kind
+        return f"{prefix}_backend-{self.first.backend}"
 
 
 def plan_files(
@@ -118,14 +106,12 @@ def plan_files(
     files = []
     for dataset in datasets if MAIN in config.only else ():
         for backend, engine in facts.engines.items():  # the attn_backend_list
-            groups = [
-                Group(method, own, *settings.sizes)
+            cells = tuple(
+                Cell(model, dataset, backend, method, own, *settings.sizes, config.scoring, settings.max_eval_tokens)
                 for method in facts.methods
                 for own in engines_of(method, engine, facts.methods)
-            ]
-            files.append(
-                FilePlan(model, MAIN, dataset, backend, settings.max_eval_tokens, config.scoring, tuple(groups))
             )
+            files.append(FilePlan(MAIN, cells))
     # Window sizes with the sinks unchanged; sinks with the cache size unchanged, as in Table 2 of the paper.
     ladders = {
         "ablation_window_size": [(settings.n_sink, window) for window in settings.ablation_window_sizes],
@@ -133,8 +119,11 @@ def plan_files(
     }
     for kind in (kind for kind in ladders if kind in config.only):
         for backend, engine in facts.engines.items():
-            groups = tuple(Group("streaming", engine, *pair) for pair in ladders[kind])
-            files.append(FilePlan(model, kind, datasets[0], backend, settings.ablation_tokens, "parallel", groups))
+            cells = tuple(
+                Cell(model, datasets[0], backend, "streaming", engine, *sizes, "parallel", settings.ablation_tokens)
+                for sizes in ladders[kind]
+            )
+            files.append(FilePlan(kind, cells))
     return files
 
 
@@ -159,11 +148,11 @@ def plan_cells(files: Iterable[FilePlan], repeats: int) -> list[Cell]:
     files = list(files)
     phases = [[f for f in files if f.kind == MAIN], [f for f in files if f.kind != MAIN]]
     cells = [
-        file.cell(group, repeat)
+        replace(cell, repeat=repeat)
         for phase in phases
         for repeat in range(repeats)
         for file in phase
-        for group in file.groups
+        for cell in file.cells
     ]
     return list(dict.fromkeys(cells))
 
@@ -181,7 +170,7 @@ class Task:
     def steps(self) -> int:
         """How many decode steps are timed."""
         num_tokens, cell = self.ids.shape[1], self.cell
-        prompt = min(cell.n_sink + cell.window_size, num_tokens)
+        prompt = min(sum(cell.sizes), num_tokens)
         return decode_steps(num_tokens, prompt, cell.scoring, self.config.decode_sample)
 
 
@@ -232,25 +221,26 @@ class ModelPlan:
 
     def cell_config(self, cell: Cell) -> dict:
         """Everything that could change a cell's figures, its hash's preimage; the same for all its repeats."""
-        value = self._shared_config(cell.dataset, cell.tokens, cell.backend, cell.scoring)
+        value = self._shared_config(cell)
         value |= {"method": cell.method, "engine": cell.engine}
         value |= {"n_sink": cell.n_sink, "window_size": cell.window_size}
         return value | (self._kvpress_config() if cell.method == "kvpress" else {})
 
-    def _shared_config(self, key: str, limit: int, backend: str, scoring: str) -> dict:
-        ids = self.ids(key, limit)
+    def _shared_config(self, cell: Cell) -> dict:
+        """What all methods with the cell's backend on its text share."""
+        ids = self.ids(cell.dataset, cell.tokens)
         return {
             "schema": 1,
             "model": self.source.fingerprint,
-            "data_sha256": self.text(key).sha256,
+            "data_sha256": self.text(cell.dataset).sha256,
             "tokens_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
             "num_tokens": ids.shape[1],
-            "backend": backend,
+            "backend": cell.backend,
             "dtype": self.facts.dtype,
             "device_map": self.facts.device_map,
-            "scoring": scoring,
-            "decode_sample": self.config.decode_sample if scoring == "parallel" else None,
-            "decode_engine": self.facts.engines[backend],
+            "scoring": cell.scoring,
+            "decode_sample": self.config.decode_sample if cell.scoring == "parallel" else None,
+            "decode_engine": self.facts.engines[cell.backend],
             "seed": self.config.seed,
             "warmup_steps": self.config.warmup_steps,
             **self.facts.matters,
@@ -261,25 +251,25 @@ class ModelPlan:
 
     def header(self, file: FilePlan) -> dict:
         """The conditions of a result file; its hash covers all methods' configurations, not which of them ran."""
-        text, settings = self.text(file.dataset), self.settings
-        shared = self._shared_config(file.dataset, file.tokens, file.backend, file.scoring) | self._kvpress_config()
+        cell, text, settings = file.first, self.text(file.first.dataset), self.settings
+        shared = self._shared_config(cell) | self._kvpress_config()
         if file.kind == MAIN:
             shared |= {"n_sink": settings.n_sink, "window_size": settings.window_size}
         else:
-            shared |= {"sizes": [list(group.sizes) for group in file.groups]}
+            shared |= {"sizes": [list(cell.sizes) for cell in file.cells]}
         is_random = self.info.tokenizer is None
         return {
             "experiment": text.experiment,
             "model": self.source.name,
             "dataset": text.dataset,
-            "dataset_key": file.dataset,
-            "backend": file.backend,
+            "dataset_key": text.key,
+            "backend": cell.backend,
             "dtype": self.facts.dtype,
-            "device": self.facts.device,
+            "device": self.facts.matters["device"],
             "num_tokens": shared["num_tokens"],
-            "max_eval_tokens": file.tokens,
+            "max_eval_tokens": cell.tokens,
             "tokens": f"random ids, seed {self.config.seed}" if is_random else "the text, by the model's tokenizer",
-            "scoring": file.scoring,
+            "scoring": cell.scoring,
             "weights": self.source.weights,
             "bos": self.beginning.record(),
             "data_sha256": text.sha256,

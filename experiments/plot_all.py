@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--runs",
         choices=("all", "own", "project"),
         default="all",
-        help="your own, those that the project shows (results/cpu, results/h200), or all; default: %(default)s",
+        help="your own, those that the project shows (results/cpu, h100, h200), or all; default: %(default)s",
     )
     args = parser.parse_args(argv)
     top, output = args.results_dir, args.output_dir

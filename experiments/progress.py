@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,19 +10,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 _EVERY_STEPS = 32
-Kind = tuple[str, ...]
-"""Cells of one kind take about equally long for each token: see `plan.Cell.kind`."""
+Times = dict[tuple[str, ...], list[float]]
+"""Seconds per token, by kind."""
+
+Show = Callable[[int, float | None], None]
+"""Called with the steps done since the last call, and the running perplexity (None until there is one)."""
 
 
 class LossDisplay:
     """Shows a bar's progress and the perplexity of the losses so far, a few steps late on a GPU.
 
-    `show(steps, perplexity)` is called every 32 steps with the number of steps done since the last call and the
-    running perplexity (None until there is one). On CUDA the mean loss is copied to pinned memory behind the work
+    `show` is called every 32 steps. On CUDA the mean loss is copied to pinned memory behind the work
     in flight, and read when an event says that it has arrived; nothing waits for it. Without `show` it does nothing.
     """
 
-    def __init__(self, show: Callable[[int, float | None], None] | None = None):
+    def __init__(self, show: Show | None = None):
         self._show = show
         self._steps = 0
         self._pinned: Tensor | None = None
@@ -39,44 +41,51 @@ class LossDisplay:
         if nll.device.type == "cuda":
             self._poll(nll)
         elif nll.device.type == "cpu":
-            self._perplexity = _exp(nll.mean().item())
+            self._perplexity = perplexity_shown(nll.mean().item())
         self._show(_EVERY_STEPS, self._perplexity)
 
     def _poll(self, nll: Tensor) -> None:
         if self._arrived is not None:
             if not self._arrived.query():
                 return
-            self._perplexity = _exp(self._pinned.item())
+            self._perplexity = perplexity_shown(self._pinned.item())
         if self._pinned is None:
             self._pinned = torch.empty((), dtype=nll.dtype, pin_memory=True)
         self._pinned.copy_(nll.mean(), non_blocking=True)
         self._arrived = torch.cuda.current_stream(nll.device).record_event()
 
 
-def _exp(mean: float) -> float:
+def perplexity_shown(mean: float) -> float:
+    """Of a mean loss in nats, for the eye: a huge one is cut."""
     return math.exp(min(mean, 700.0))
 
 
 @contextmanager
-def cell_bar(title: str, steps: int, wanted: bool, show_perplexity: bool) -> Iterator[LossDisplay]:
-    """A bar on standard error for one cell; the display that it gives shows nothing where nobody watches."""
-    visible = wanted and sys.stderr.isatty()
-    with tqdm(desc=title, total=steps, unit=" tokens", leave=False, disable=not visible) as bar:
+def token_bar(
+    title: str, wanted: bool, expected: Callable[[], int | None] = lambda: None, show_perplexity: bool = True
+) -> Iterator[Show | None]:
+    """A bar on standard error, to be told of tokens, of which so many are `expected`; None where nobody watches."""
+    if not (wanted and sys.stderr.isatty()):
+        yield None
+        return
+    with tqdm(desc=title, unit=" tokens", unit_scale=True, leave=False) as bar:
 
         def show(done: int, perplexity: float | None) -> None:
             if show_perplexity and perplexity is not None:
                 bar.set_postfix_str(f"perplexity {perplexity:.2f}", refresh=False)
+            whole = expected()
+            bar.total = whole if whole is None else max(whole, bar.n + done)
             bar.update(done)
 
-        yield LossDisplay(show if visible else None)
+        yield show
 
 
 class TimeEstimator:
     """How long cells take, from those that have run: the mean of their kind for each token."""
 
-    def __init__(self, earlier: Mapping[Kind, list[float]]):
+    def __init__(self, earlier: Times):
         self._earlier = dict(earlier)
-        self._now: dict[Kind, list[float]] = {}
+        self._now: Times = {}
 
     def add(self, cell, wall_sec: float) -> None:
         """Count a cell that ran; what is known from this run goes before what earlier runs took."""

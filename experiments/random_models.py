@@ -10,49 +10,20 @@ Size = dict[str, object]
 """Keyword arguments of a configuration, with its `model_type`."""
 
 
-def pythia(hidden: int, layers: int, heads: int, intermediate: int, vocab: int) -> Size:
-    """The numbers in which the Pythia models differ (Biderman et al., 2023)."""
-    return {
-        "model_type": "gpt_neox",
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": intermediate,
-        "vocab_size": vocab,
-        "max_position_embeddings": 2048,
-        "rotary_pct": 0.25,
-        "use_parallel_residual": True,
-        "tie_word_embeddings": False,
-        "hidden_act": "gelu",
-    }
+_PYTHIA = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+_GROUPED = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "intermediate_size", "vocab_size", "max_position_embeddings", "tie_word_embeddings")  # fmt: skip
 
 
-def _grouped(
-    model_type: str,
-    hidden: int,
-    layers: int,
-    heads: tuple[int, int],
-    head_dim: int,
-    intermediate: int,
-    vocab: int,
-    positions: int,
-    tied: bool,
-    **more: object,
-) -> Size:
-    """A model with grouped queries; `heads` are those of the queries and those of keys and values."""
-    return {
-        "model_type": model_type,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1],
-        "head_dim": head_dim,
-        "intermediate_size": intermediate,
-        "vocab_size": vocab,
-        "max_position_embeddings": positions,
-        "tie_word_embeddings": tied,
-        **more,
-    }
+def pythia(*numbers: int) -> Size:
+    """The numbers in which the Pythia models differ (Biderman et al., 2023), as in `_PYTHIA`."""
+    shared = {"model_type": "gpt_neox", "max_position_embeddings": 2048, "rotary_pct": 0.25, "hidden_act": "gelu"}
+    return shared | dict(zip(_PYTHIA, numbers, strict=True), use_parallel_residual=True, tie_word_embeddings=False)
+
+
+def _grouped(*values: object, **more: object) -> Size:
+    """A model with grouped queries, by the values of `_GROUPED`."""
+    return dict(zip(_GROUPED, values, strict=True), **more)
 
 
 RANDOM_SIZES: dict[str, Size] = {
@@ -64,14 +35,14 @@ RANDOM_SIZES: dict[str, Size] = {
     "pythia-2.8b": pythia(2560, 32, 32, 10240, 50304),
     "pythia-6.9b": pythia(4096, 32, 32, 16384, 50432),
     "pythia-12b": pythia(5120, 36, 40, 20480, 50688),
-    "llama-3.2-1b": _grouped("llama", 2048, 16, (32, 8), 64, 8192, 128256, 131072, tied=True),
-    "llama-3.1-8b": _grouped("llama", 4096, 32, (32, 8), 128, 14336, 128256, 131072, tied=False),
-    "qwen2.5-0.5b": _grouped("qwen2", 896, 24, (14, 2), 64, 4864, 151936, 32768, tied=True),
-    "qwen3-0.6b": _grouped("qwen3", 1024, 28, (16, 8), 128, 3072, 151936, 40960, tied=True),
-    "qwen3-4b": _grouped("qwen3", 2560, 36, (32, 8), 128, 9728, 151936, 40960, tied=True),
-    "qwen3-8b": _grouped("qwen3", 4096, 36, (32, 8), 128, 12288, 151936, 40960, tied=False),
-    "gemma-3-1b": _grouped("gemma3_text", 1152, 26, (4, 1), 256, 6912, 262144, 32768, tied=True, sliding_window=512),
-    "mistral-7b": _grouped("mistral", 4096, 32, (32, 8), 128, 14336, 32768, 32768, tied=False, sliding_window=None),
+    "llama-3.2-1b": _grouped("llama", 2048, 16, 32, 8, 64, 8192, 128256, 131072, True),
+    "llama-3.1-8b": _grouped("llama", 4096, 32, 32, 8, 128, 14336, 128256, 131072, False),
+    "qwen2.5-0.5b": _grouped("qwen2", 896, 24, 14, 2, 64, 4864, 151936, 32768, True),
+    "qwen3-0.6b": _grouped("qwen3", 1024, 28, 16, 8, 128, 3072, 151936, 40960, True),
+    "qwen3-4b": _grouped("qwen3", 2560, 36, 32, 8, 128, 9728, 151936, 40960, True),
+    "qwen3-8b": _grouped("qwen3", 4096, 36, 32, 8, 128, 12288, 151936, 40960, False),
+    "gemma-3-1b": _grouped("gemma3_text", 1152, 26, 4, 1, 256, 6912, 262144, 32768, True, sliding_window=512),
+    "mistral-7b": _grouped("mistral", 4096, 32, 32, 8, 128, 14336, 32768, 32768, False, sliding_window=None),
 }
 
 

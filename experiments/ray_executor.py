@@ -11,14 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from experiments.config import ExperimentConfig, SetupError, unknown_name
+from experiments.cell_queue import CellQueue
+from experiments.config import ExperimentConfig, SetupError, first_line, unknown_name
 from experiments.environment import ROOT, commit, sources_hash
-from experiments.executors import Executor, Queue
 from experiments.measuring import Bench, Outcome, outcome_of
 from experiments.models import ModelSource
 from experiments.plan import Facts, Task
@@ -35,32 +36,33 @@ class Worker:
 
     def __init__(self, config: ExperimentConfig):
         self.config = config
-        self.bench: Bench | None = None
         if config.device == "cpu":
             torch.set_num_threads(config.cpus_per_cell)
 
     def started(self) -> None:
         """Answers when the worker is there."""
 
-    def _ready(self) -> Bench:
-        self.bench = self.bench or Bench(self.config)
-        return self.bench
+    @cached_property
+    def bench(self) -> Bench:
+        return Bench(self.config)
 
     def open(self, source: ModelSource) -> Facts | SetupError:
         try:
-            return self._ready().open(source)
+            return self.bench.open(source)
         except SetupError as error:
             return error
 
     def measure(self, task: Task) -> Outcome:
-        return outcome_of(lambda: self._ready().measure(task), task.cell)
+        return outcome_of(lambda: self.bench.measure(task), task.cell)
 
 
-class RayExecutor(Executor):
+class RayExecutor:
     """Runs cells side by side. Raises SetupError for what is wrong with its options or the cluster.
 
     ImportError where Ray is not installed.
     """
+
+    models_at_once: int | None = None
 
     def __init__(self, config: ExperimentConfig):
         self.ray = connect(config.ray_address)
@@ -81,7 +83,7 @@ class RayExecutor(Executor):
         where = config.ray_address or "this machine"
         self.description = f"ray on {where}: {len(nodes)} nodes, {self._capacity()} workers with {what} each"
 
-    def __exit__(self, *exc_info) -> None:
+    def close(self) -> None:
         for worker in self._workers():
             self.ray.kill(worker)
         self.ray.shutdown()
@@ -141,7 +143,7 @@ class RayExecutor(Executor):
                     if tries <= self.config.retries:
                         again.append(argument)
                         continue
-                    answer = f"its worker died {tries} times: {_first_line(answer)}"
+                    answer = f"its worker died {tries} times: {first_line(answer)}"
                 yield argument, answer
             if self._busy or self._capacity():
                 last_seen = time.monotonic()
@@ -180,28 +182,25 @@ class RayExecutor(Executor):
             self._facts[source.name] = answer
         return [self._facts[source.name] for source in sources]
 
-    def measure(self, queue: Queue) -> Iterator[Outcome]:
+    def measure(self, queue: CellQueue) -> Iterator[Outcome]:
         visible = self.config.progress and sys.stderr.isatty()
         with tqdm(desc="cells", total=len(queue), unit="cell", disable=not visible) as bar:
             for task, answer in self._calls("measure", queue.next, lambda: len(queue)):
-                yield (
-                    Outcome(task.cell, None, 0.0, {}, answer) if isinstance(answer, str) else self._of_one_kind(answer)
-                )
+                yield Outcome(task.cell, reason=answer) if isinstance(answer, str) else self._of_one_kind(answer)
                 bar.update()
                 bar.set_postfix_str(f"{len(self._busy)} running, {queue.progress()}")
 
     def _of_one_kind(self, outcome: Outcome) -> Outcome:
         """The outcome, if it was measured under the conditions of the others; figures of two cards never meet."""
         expected = self._facts[outcome.cell.model].matters
-        if outcome.run is None or outcome.matters == expected:
+        if outcome.found is None or outcome.matters == expected:
             return outcome
-        differing = {
-            key: (outcome.matters[key], expected[key]) for key in expected if outcome.matters[key] != expected[key]
-        }
-        reason = "; ".join(
-            f"{key} {own} where it ran, {others} for the others" for key, (own, others) in differing.items()
+        differing = "; ".join(
+            f"{key} {outcome.matters[key]} where it ran, {expected[key]} for the others"
+            for key in expected
+            if outcome.matters[key] != expected[key]
         )
-        return Outcome(outcome.cell, None, 0.0, {}, f"{reason}: see --gpu-type")
+        return Outcome(outcome.cell, reason=f"{differing}: see --gpu-type")
 
 
 def connect(address: str | None):
@@ -222,7 +221,7 @@ def connect(address: str | None):
     try:
         ray.init(**options)
     except Exception as error:  # nothing listens there, another version, no space: each has its own errors
-        raise SetupError(f"--launcher ray: {address or 'Ray on this machine'}: {_first_line(error)}") from None
+        raise SetupError(f"--launcher ray: {address or 'Ray on this machine'}: {first_line(error)}") from None
     return ray
 
 
@@ -266,8 +265,3 @@ def share_of_a_cell(config: ExperimentConfig, nodes: Iterable[dict], on_gpu: boo
     if on_gpu and config.gpu_type is None and len(kinds) > 1:
         raise SetupError(f"the Ray cluster has GPUs of several kinds: choose one with --gpu-type ({', '.join(kinds)})")
     return share | ({"accelerator_type": config.gpu_type} if config.gpu_type else {})
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

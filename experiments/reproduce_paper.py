@@ -5,19 +5,20 @@ python experiments/reproduce_paper.py --model path/to/model.gguf --datasets book
 
 import functools
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file, perhaps from a checkout that is not installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.cli import MODEL, TEXTS, OneLineParser, add_options, config_from, guarded
-from experiments.config import SetupError, at_least
+from experiments.cli import GOES_ON, MODEL, TEXTS, OneLineParser, add_options, config_from, guarded
+from experiments.config import SetupError, at_least, unknown_name
 from experiments.measuring import resolve_machine
 from experiments.models import find_model
 from experiments.paper.pieces import PIECES
 from experiments.paper.questions import read_questions
-from experiments.paper.run import PaperModel, plan_lines, require_known
-from experiments.paper.setting import Lengths, Setting, free
+from experiments.paper.run import PaperModel
+from experiments.paper.setting import Lengths, Setting
 from experiments.paper.table import EXPERIMENTS
 from experiments.plotting.paper_page import write_pages
 from experiments.storage import check_writable, folder_lock
@@ -62,14 +63,17 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     namespace = build_parser().parse_args(argv)
-    return guarded(lambda: _run(namespace, argv))
+    return guarded(lambda: _run(namespace, argv), later=GOES_ON)
 
 
 def _run(namespace, argv: list[str]) -> int:
     say = functools.partial(print, flush=True)
     only = vars(namespace).pop("only")
     config = config_from(namespace, argv, "experiments/reproduce_paper.py")
-    chosen = require_known(only, EXPERIMENTS)
+    for name in only or ():
+        if name not in EXPERIMENTS:
+            raise unknown_name("experiment", name, EXPERIMENTS)
+    chosen = [EXPERIMENTS[name] for name in dict.fromkeys(only or EXPERIMENTS)]
     for name in ("cache_size", "samples"):
         at_least(name, getattr(namespace, name), 1)
     if namespace.cache_size is not None and namespace.cache_size <= (4 if config.n_sink is None else config.n_sink):
@@ -86,20 +90,17 @@ def _run(namespace, argv: list[str]) -> int:
         lengths = Lengths.of(source.info().context_length, source.is_demo, namespace.cache_size,
                              config.max_eval_tokens, namespace.samples)  # fmt: skip
         settings.append(Setting(config, source, machine, text, lengths, namespace.questions))
-    if config.dry_run:
-        for setting in settings:
-            say(f"model {setting.source.name}: {machine.device}, {machine.dtype_name}, {setting.backend}")
-            for line in plan_lines(PaperModel(setting, chosen, root, config.force, say)):
-                say(line)
-        return 0
-    with folder_lock(root / PIECES / "lock"):
+    with nullcontext() if config.dry_run else folder_lock(root / PIECES / "lock"):
         for setting in settings:
             say(f"model {setting.source.name}: {machine.device}, {machine.dtype_name}, {setting.backend}")
             model = PaperModel(setting, chosen, root, config.force, say)
+            if config.dry_run:
+                model.plan()
+                continue
             model.run()
             failed = failed or bool(model.failed)
-            free(setting)
-        for path in write_pages(root):
+            setting.free()
+        for path in () if config.dry_run else write_pages(root):
             say(f"wrote: {path}")
     return 1 if failed else 0
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from experiments.engines import recomputing_engine
 from experiments.methods import METHODS, REFERENCE_METHOD
-from experiments.plan import Group
+from experiments.plan import Cell
 from experiments.storage import now, read_json, set_aside, write_json
 
 SCHEMA_VERSION = 1
@@ -33,14 +33,13 @@ FIGURES = (
 _PARALLEL_FIGURES = ("scoring_sec", "scored_tokens")  # only of a run that was scored in parallel
 COMPARISONS = ("speedup", "compression_ratio", "ppl_increase_percent")
 _ABOUT_THE_RUN = ("timestamp", "environment")  # differ between two writings of one result
-_RANDOM_WEIGHTS = "the weights are random"
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The finished runs of a group, or why there are none: `status` is "ok", "skipped" or "failed"."""
+    """The finished runs of a cell and its repeats, or why there are none: `status` "ok", "skipped" or "failed"."""
 
-    group: Group
+    cell: Cell
     runs: Sequence[dict]  # figures and facts of each run, as `run_record` makes them
     status: str = "ok"
     reason: str = ""
@@ -63,13 +62,14 @@ def run_record(result, attn_backend: str) -> dict:
 
 def method_block(runs: Runs, header: dict, reference: Runs | None) -> dict:
     """A method's block: medians over its runs, its comparison with the reference method, the raw runs."""
-    block: dict = {"status": runs.status, "label": METHODS[runs.group.method].label}
+    block: dict = {"status": runs.status, "label": METHODS[runs.cell.method].label}
     if runs.reason:
         block["reason"] = runs.reason
     if runs.status != "ok":
         block |= dict.fromkeys((*FIGURES, *COMPARISONS))
         return block | {"runs": list(runs.runs)}
-    records = [_without_perplexity(run) if header["weights"] == "random" else run for run in runs.runs]
+    no_perplexity = {"perplexity": None, "perplexity_reason": "the weights are random"}
+    records = [run | no_perplexity if header["weights"] == "random" else run for run in runs.runs]
     names = FIGURES + tuple(name for name in _PARALLEL_FIGURES if name in records[0])
     block |= {name: median([record[name] for record in records]) for name in names}
     facts = {key: value for key, value in records[0].items() if key not in names}
@@ -77,10 +77,6 @@ def method_block(runs: Runs, header: dict, reference: Runs | None) -> dict:
     if len(records) > 1:
         block["spread"] = {name: _spread([record[name] for record in records]) for name in names}
     return block | {"runs": records}
-
-
-def _without_perplexity(run: dict) -> dict:
-    return run | {"perplexity": None, "perplexity_reason": _RANDOM_WEIGHTS}
 
 
 def median(values: Sequence[float | None]) -> float | None:
@@ -103,8 +99,8 @@ def evicts(num_tokens: int, cache_size: int, method: str = "streaming") -> bool:
 
 
 def _comparisons(runs: Runs, block: dict, header: dict, reference: Runs | None) -> dict:
-    num_tokens, cache_size = header["num_tokens"], sum(runs.group.sizes)
-    evicted = evicts(num_tokens, cache_size, runs.group.method)
+    num_tokens, cache_size = header["num_tokens"], sum(runs.cell.sizes)
+    evicted = evicts(num_tokens, cache_size, runs.cell.method)
     compared = {
         "speedup": None,
         "compression_ratio": 1 - cache_size / num_tokens if evicted else 0.0,
@@ -136,12 +132,12 @@ def main_result(header: dict, methods: Sequence[Runs], sizes: tuple[int, int], e
     A method is compared with the reference method by the same engine. `methods` may hold the latter several times:
     the first is the file's `baseline`, and all of them stand by engine under `baselines`.
     """
-    references = {runs.group.engine: runs for runs in methods if runs.group.method == REFERENCE_METHOD}
+    references = {runs.cell.engine: runs for runs in methods if runs.cell.method == REFERENCE_METHOD}
     blocks: dict[str, dict] = {}
     baselines: dict[str, dict] = {}
     failed: dict[str, str] = {}
     for runs in methods:
-        method, engine = runs.group.method, runs.group.engine
+        method, engine = runs.cell.method, runs.cell.engine
         block = method_block(runs, header, references.get(recomputing_engine(engine)))
         if method == REFERENCE_METHOD:
             baselines[engine] = block
@@ -175,7 +171,7 @@ def ablation_result(header: dict, kind: str, cells: Sequence[Runs], held_constan
     no_baseline = {f"{name}{reason}" for name in ("speedup", "ppl_increase_percent") for reason in ("", "_reason")}
     for runs in cells:
         block = method_block(runs, header, None)
-        sizes = _sizes(runs.group.sizes)
+        sizes = _sizes(runs.cell.sizes)
         entry = sizes | {"evicts": evicts(header["num_tokens"], sizes["max_cache_size"])}
         entries.append(entry | {name: figure for name, figure in block.items() if name not in no_baseline})
         if runs.status == "failed":
@@ -225,18 +221,16 @@ def save_result(path: Path, value: dict, keep_previous: bool = False) -> Saved:
         return Saved(path, "wrote")
     try:
         previous = read_result(path)
+        if previous["config_hash"] == value["config_hash"] and not keep_previous:
+            if _substance(previous) == _substance(value):
+                return Saved(path, "unchanged")
+            write_json(path, value)
+            return Saved(path, "updated")
+        aside, why = set_aside(path, previous["config_hash"][:8]), "the earlier result"
     except ValueError as error:
-        aside = set_aside(path, "unreadable")
-        write_json(path, value)
-        return Saved(path, "wrote", aside, f"what was there ({error})")
-    if previous["config_hash"] != value["config_hash"] or keep_previous:
-        aside = set_aside(path, previous["config_hash"][:8])
-        write_json(path, value)
-        return Saved(path, "wrote", aside, "the earlier result")
-    if _substance(previous) == _substance(value):
-        return Saved(path, "unchanged")
+        aside, why = set_aside(path, "unreadable"), f"what was there ({error})"
     write_json(path, value)
-    return Saved(path, "updated")
+    return Saved(path, "wrote", aside, why)
 
 
 def _substance(value: dict) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 if __name__ == "__main__":  # perhaps in a checkout that is not installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.cli import MODEL, STREAM, TEXTS, OneLineParser, add_options, config_from, guarded
+from experiments.cli import GOES_ON, MODEL, STREAM, TEXTS, OneLineParser, add_options, config_from, guarded
 from experiments.config import ExperimentConfig
 from experiments.runner import ExperimentRunner, RunSummary
 
@@ -27,8 +27,6 @@ _EXAMPLES = """examples:
         --methods baseline streaming kvpress window dense --only main --save-token-nll
   speed alone, with random weights of a known size:
     python experiments/run_final_experiments.py --model random:pythia-2.8b --attn-backend-list math flash --only main
-  on all GPUs of this machine, or of a Ray cluster (pip install 'streaming-llm[cluster]'):
-    python experiments/run_final_experiments.py --launcher ray --model random:pythia-2.8b --repeats 3
 
 exit codes: 0 all is well; 1 a cell failed (its reason is in the result file); 2 something is wrong that was found
 before computing; 130 interrupted. Interrupted or killed, the same command goes on where it stopped."""
@@ -44,9 +42,9 @@ def build_parser() -> OneLineParser:
     ablations = ("ablation_window_sizes", "ablation_n_sinks", "ablation_tokens")
     which = ("only", "repeats", "scoring", "decode_sample", "kvpress_press", *ablations)
     add_options(parser, "which experiments", which)
-    add_options(parser, "output", ("output_dir", "save_token_nll", "force", "dry_run", "progress"))
+    add_options(parser, "output and how it is run", ("output_dir", "save_token_nll", "force", "dry_run", "progress"))
     ray = ("launcher", "ray_address", "gpus_per_cell", "cpus_per_cell", "gpu_type", "retries")
-    add_options(parser, "where cells run", ray)
+    add_options(parser, "where cells run (ray: pip install 'streaming-llm[cluster]')", ray)
     return parser
 
 
@@ -59,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         config = config_from(namespace, argv, "experiments/run_final_experiments.py")
         return ExperimentRunner(config, say=functools.partial(print, flush=True)).run().exit_code
 
-    return guarded(command)
+    return guarded(command, later=GOES_ON)
 
 
 if __name__ == "__main__":

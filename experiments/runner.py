@@ -6,20 +6,19 @@ cells are there. It alone writes.
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+from experiments.cell_queue import CellQueue, Probes
 from experiments.config import ExperimentConfig, SetupError
-from experiments.executors import Executor, InProcess
+from experiments.executors import InProcess
 from experiments.model_results import CELLS, ModelResults
 from experiments.models import ModelSource, find_model
-from experiments.plan import Cell, ModelPlan, Task
-from experiments.progress import TimeEstimator
+from experiments.plan import ModelPlan
 from experiments.storage import check_writable, folder_lock
 from experiments.summary import ablation_table, cell_line, main_table
 from experiments.texts import default_datasets, load_texts
 
 _NBYTES_NEEDED = 2**20  # what a run writes at least: records, losses and result files
-_PROBE_STEPS = 4
 
 
 @dataclass
@@ -52,8 +51,12 @@ class ExperimentRunner:
         config, summary = self.config, self.summary
         with ExitStack() as stack:
             sources = _find_models(config)
-            texts = {source.name: _load_texts(config, source) for source in sources}
-            executor = stack.enter_context(make_executor(config))
+            texts = {}
+            for source in sources:
+                names = config.datasets or default_datasets(source.weights != "random")
+                texts[source.name] = load_texts(names, config.text_key)
+            executor = make_executor(config)
+            stack.callback(executor.close)
             self.say(executor.description)
             if config.output_dir is not None and not config.dry_run:
                 stack.enter_context(folder_lock(config.output_dir / CELLS / "lock"))
@@ -69,7 +72,7 @@ class ExperimentRunner:
             self.say(f"FAILED: {failure}")
         return summary
 
-    def _plan(self, executor: Executor, sources: Sequence[ModelSource], texts, first: bool) -> list[ModelResults]:
+    def _plan(self, executor, sources: Sequence[ModelSource], texts, first: bool) -> list[ModelResults]:
         """The models' plans. One that cannot be had is fatal where nothing has been computed yet, else a failure."""
         models = []
         for source, facts in zip(sources, executor.open(sources), strict=True):
@@ -86,27 +89,27 @@ class ExperimentRunner:
             self._say_plan(plan)
         return models
 
-    def _run(self, executor: Executor, models: Sequence[ModelResults], later: Sequence[ModelSource]) -> None:
+    def _run(self, executor, models: Sequence[ModelResults], later: Sequence[ModelSource]) -> None:
         """Run what is missing, in order; keep each cell, and write each file as soon as its cells are finished."""
         by_name = {model.plan.source.name: model for model in models}
         self.summary.outcomes |= by_name
         for model in models:
             model.prepare_folders()
             model.find_finished(move_broken=True)
-            for cell in model.done if model.root is not None else ():
+            for cell in model.done:
                 self.say(f"reused: {cell} ({model.store.path(cell, model.hashes[cell])})")
             model.write_complete()
-        queue = _Cells(models)
+        queue = CellQueue(models)
         try:
             for outcome in executor.measure(queue):
                 cell, model = outcome.cell, by_name[outcome.cell.model]
                 model.keep(outcome)
-                if outcome.run is None:
-                    self.say(f"{queue.where(cell)}: FAILED: {outcome.reason}")
+                if outcome.found is None:
+                    self.say(f"{queue.title(cell)}: FAILED: {outcome.reason}")
                 else:
                     queue.estimator.add(cell, outcome.wall_sec)
-                    shown = cell_line(outcome.run, show_perplexity=model.plan.source.weights == "trained")
-                    self.say(f"{queue.where(cell)}: {shown}; left: {queue.time_left()}")
+                    shown = cell_line(outcome.found.values, show_perplexity=model.plan.source.weights == "trained")
+                    self.say(f"{queue.title(cell)}: {shown}; left: {queue.time_left()}")
                 model.write_complete()
         except KeyboardInterrupt:
             self._say_interrupted(models, later)
@@ -140,7 +143,7 @@ class ExperimentRunner:
         for name, reason in facts.skipped.items():
             self.say(f"skipped: {name}: {reason}")
 
-    def _dry_run(self, executor: Executor, models: Sequence[ModelResults]) -> None:
+    def _dry_run(self, executor, models: Sequence[ModelResults]) -> None:
         for model in models:
             plan, cells = model.plan, model.plan.cells
             model.find_finished(move_broken=False)
@@ -148,10 +151,10 @@ class ExperimentRunner:
                 self.say(f"[{number}/{len(cells)}] {cell}: {'already there' if cell in model.done else 'to do'}")
             for file in plan.files:
                 self.say(f"file: {model.root / 'final' / (file.stem + '.json')}")
-            probes = _Probes(model)
+            probes = Probes(model)
             for outcome in executor.measure(probes):
-                if outcome.run is not None:
-                    probes.add(outcome.run, plan.task(outcome.cell))
+                if outcome.found is not None:
+                    probes.add(outcome.found.values, plan.task(outcome.cell))
             self.say(f"{len(model.missing)} cells to do; time: {probes.time_left()}")
 
     def _say_results(self, model: ModelResults) -> None:
@@ -177,69 +180,7 @@ class ExperimentRunner:
         self.say("the same command goes on from here")
 
 
-class _Cells:
-    """The cells of models that are left, in order: an `executors.Queue`."""
-
-    def __init__(self, models: Sequence[ModelResults]):
-        self.models = {model.plan.source.name: model for model in models}
-        self.planned = [cell for model in models for cell in model.plan.cells]
-        self.waiting = [cell for model in models for cell in model.missing]
-        self.estimator = TimeEstimator(
-            {kind: t for model in models for kind, t in model.store.earlier_times().items()}
-        )
-
-    def __len__(self) -> int:
-        return len(self.waiting)
-
-    def next(self, model: str | None) -> Task | None:
-        while self.waiting:
-            cell = next((cell for cell in self.waiting if cell.model == model), self.waiting[0])
-            self.waiting.remove(cell)
-            results = self.models[cell.model]
-            if not results.fails_again(cell):
-                return results.plan.task(cell)
-        return None
-
-    def title(self, task: Task) -> str:
-        return f"{self.where(task.cell)}, left: {self.time_left()}"
-
-    def progress(self) -> str:
-        done, failed = (sum(len(getattr(m, what)) for m in self.models.values()) for what in ("done", "failed"))
-        return f"{done} done, {failed} failed, left: {self.time_left()}"
-
-    def where(self, cell: Cell) -> str:
-        return f"[{self.planned.index(cell) + 1}/{len(self.planned)}] {cell}"
-
-    def time_left(self) -> str:
-        return self.estimator.text([cell for model in self.models.values() for cell in model.missing])
-
-
-class _Probes(_Cells):
-    """A small piece of each kind of cell of which no time is known, for the estimate of a dry run."""
-
-    def __init__(self, model: ModelResults):
-        super().__init__([model])
-        self.waiting = list({cell.kind: cell for cell in model.missing if not self.estimator.knows(cell)}.values())
-
-    def next(self, model: str | None) -> Task | None:
-        task = super().next(model)
-        if task is None:
-            return None
-        cache_size = task.cell.n_sink + task.cell.window_size
-        length = 4 * cache_size if task.cell.scoring == "parallel" else cache_size + _PROBE_STEPS + 1
-        config = replace(task.config, warmup_steps=1, decode_sample=_PROBE_STEPS)
-        return replace(task, config=config, ids=task.ids[:, :length])
-
-    def add(self, run: dict, task: Task) -> None:
-        """Estimate the whole task from the run of its piece."""
-        steps = task.config.warmup_steps + task.steps
-        seconds = 2 * run["prefill_sec"] + steps * (run["tpot_ms"] or 0.0) / 1e3
-        if "scoring_sec" in run:
-            seconds += run["scoring_sec"] * task.ids.shape[1] / (run["scored_tokens"] + 1)
-        self.estimator.add(task.cell, seconds)
-
-
-def make_executor(config: ExperimentConfig) -> Executor:
+def make_executor(config: ExperimentConfig):
     """The executor that a configuration names; raises SetupError where it cannot be had."""
     if config.launcher == "local":
         return InProcess(config)
@@ -249,8 +190,8 @@ def make_executor(config: ExperimentConfig) -> Executor:
         return RayExecutor(config)
     except ImportError as error:
         raise SetupError(
-            f"--launcher ray needs the package ray, which cannot be imported ({error}): pip install "
-            "'streaming-llm[cluster]'"
+            f"--launcher ray needs the package ray, which cannot be imported ({error}): "
+            "pip install '.[cluster]' in the checkout"
         ) from None
 
 
@@ -264,7 +205,3 @@ def _find_models(config: ExperimentConfig) -> list[ModelSource]:
                 "run them with different --output-dir"
             )
     return sources
-
-
-def _load_texts(config: ExperimentConfig, source: ModelSource) -> list:
-    return load_texts(config.datasets or default_datasets(source.weights != "random"), config.text_key)

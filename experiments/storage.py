@@ -32,6 +32,12 @@ def hash_of(value: dict) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def differences(theirs: dict, ours: dict) -> str:
+    """What differs between the conditions of two runs, "" if nothing does."""
+    differing = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+    return "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} now" for key in differing)
+
+
 def now() -> str:
     """The time, in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -151,17 +157,14 @@ def folder_lock(path: Path, name: str = "") -> Iterator[None]:
         yield
 
 
-def check_writable(folder: Path, nbytes: int) -> None:
-    """Make sure, by writing them, that `nbytes` fit into the folder; raises SetupError."""
+def check_writable(folder: Path | None, nbytes: int) -> None:
+    """Make sure, by writing them, that `nbytes` fit into the folder, if there is one; raises SetupError."""
+    if folder is None:
+        return
     probe = folder / f".probe.{os.getpid()}{TEMPORARY_SUFFIX}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with probe.open("wb") as file:
-                file.write(os.urandom(nbytes))
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise SetupError(f"output folder {folder}: cannot be written ({error.strerror or error})") from None
+        write_atomically(probe, lambda file: file.write(os.urandom(nbytes)))
+        probe.unlink()
+    except SaveError as error:
+        reason = getattr(error.__cause__, "strerror", None) or error.__cause__
+        raise SetupError(f"output folder {folder}: cannot be written ({reason})") from None

@@ -13,22 +13,16 @@ _COLUMNS = (  # heading, key, format
     ("memory MB", "peak_memory_mb", "{:.0f}"),
 )
 _MISSING = "-"
-_NAMES = ("data set", "method", "sinks", "window", "")  # headings of columns that hold no figures
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in aligned columns: the first ones to the left, numbers (those after the names) to the right."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(headings, *rows, strict=True)]
-    numeric = [heading not in _NAMES for heading in headings]
-
-    def line(cells):
-        parts = (
-            str(cell).rjust(width) if right else str(cell).ljust(width)
-            for cell, width, right in zip(cells, widths, numeric, strict=True)
-        )
-        return "  ".join(parts).rstrip()
-
-    return "\n".join([line(headings), line(["-" * width for width in widths]), *map(line, rows)])
+    """Rows of text in aligned columns, numbers to the right."""
+    columns = list(zip(*rows, strict=True))
+    adjust = [str.rjust if all(cell[:1] in "+-0123456789" for cell in column) else str.ljust for column in columns]
+    widths = [max(map(len, (heading, *column))) for heading, column in zip(headings, columns, strict=True)]
+    lines = [headings, ["-" * width for width in widths], *rows]
+    aligned = ([a(cell, w) for a, cell, w in zip(adjust, line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
 def _figures(block: dict) -> list[str]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from experiments.config import SetupError, unknown_name
-from experiments.hub import datasets_library, hub_rows, quiet
+from experiments.config import SetupError, first_line, unknown_name
+from experiments.hub import datasets_library, hub_rows
 
 ASSETS = Path(__file__).resolve().parent / "assets" / "texts"
 RANDOM_TOKENS = "random_tokens"
@@ -249,7 +249,7 @@ def _record_file(path: Path, text_key: str) -> Iterator[str]:
     reader, options = _RECORDS[_kind(path)]
     if reader == "csv":  # pandas would read "NA" as a missing value and "3" as a number
         options = {**options, "converters": {text_key: str}, "keep_default_na": False}
-    with quiet(datasets), _readable(path, is_json_lines=_kind(path) in (".jsonl", ".ndjson")):
+    with _readable(path, is_json_lines=_kind(path) in (".jsonl", ".ndjson")):
         rows = datasets.load_dataset(reader, data_files=[str(path)], split="train", streaming=True, **options)
         yield from record_texts(rows, text_key, str(path))
 
@@ -277,8 +277,7 @@ def _readable(path: Path, is_json_lines: bool = False) -> Iterator[None]:
         raise
     except Exception as error:
         where = _wrong_line(path) if is_json_lines else ""
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SetupError(f"data set {path}: cannot be read: {where or first}") from None
+        raise SetupError(f"data set {path}: cannot be read: {where or first_line(error)}") from None
 
 
 def _wrong_line(path: Path) -> str:

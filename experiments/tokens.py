@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
 from experiments.config import SetupError
-from experiments.texts import DATASETS, RANDOM_TOKENS, Text
+from experiments.texts import Text
 from experiments.token_windows import token_ids
 
 # What stands in front of a text
@@ -107,23 +108,19 @@ def first_tokens(text: Text, tokenizer, front: Iterable[int], limit: int) -> Ten
 
     `front` stands before them. Raises SetupError for a text of fewer than two tokens, those in front not counted.
     """
-
-    def parts() -> Iterator[str]:
-        for number, document in enumerate(text.documents()):
-            yield f"\n\n{document}" if number else document
-
+    parts = (f"\n\n{document}" if number else document for number, document in enumerate(text.documents()))
     ids: list[int] = []
-    for found, _ in token_ids(tokenizer, parts()):
+    for found, _ in token_ids(tokenizer, parts):
         ids += found
         if len(ids) >= max(limit, 2):
             break
-    require_two_tokens(text, len(ids))
+    require_two_tokens(text, ids)
     return torch.tensor([[*front, *ids][:limit]], dtype=torch.int64)
 
 
-def require_two_tokens(text: Text, num_tokens: int) -> None:
+def require_two_tokens(text: Text, ids: Iterable[int]) -> None:
     """Raise SetupError for a text of fewer."""
-    if num_tokens < 2:
+    if len(list(islice(ids, 2))) < 2:
         raise SetupError(f"data set {text.dataset}: the text has fewer than two tokens, there is nothing to predict")
 
 
@@ -145,16 +142,8 @@ class DocumentStream:
         self.text, self.tokenizer, self.limit = text, tokenizer, limit
         self.front, self.between = list(front), list(between)
         self._counts = (0, 0)  # tokens given out, and the characters they stand for, for the estimate of a length
-        self._require_two_tokens()
-
-    def _require_two_tokens(self) -> None:
-        n_found = 0
-        for document in self.text.documents():
-            for ids, _ in token_ids(self.tokenizer, [document]):
-                n_found += len(ids)
-                if n_found >= 2:
-                    return
-        require_two_tokens(self.text, n_found)
+        found = (ids for document in text.documents() for ids, _ in token_ids(tokenizer, [document]))
+        require_two_tokens(text, chain.from_iterable(found))
 
     def chunks(self, start: int = 0) -> Iterator[Tensor]:
         """The stream from token `start` on, in chunks int64 [1, n] of whatever length comes."""
@@ -188,17 +177,3 @@ class DocumentStream:
             return self.limit
         expected = round(tokens / characters * self.text.num_characters)
         return expected if self.limit is None else min(expected, self.limit)
-
-
-class RandomStream:
-    """Random token ids in place of a text, for a model without a tokenizer; see `DocumentStream`."""
-
-    def __init__(self, vocab_size: int, limit: int, seed: int):
-        self.limit = limit
-        self._ids = random_tokens(DATASETS[RANDOM_TOKENS](), vocab_size, limit, seed)
-
-    def chunks(self, start: int = 0) -> Iterator[Tensor]:
-        yield self._ids[:, start:]
-
-    def expected_tokens(self) -> int:
-        return self.limit

@@ -8,18 +8,15 @@ import argparse
 import shlex
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # perhaps in a checkout that is not installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.benchmarks.contenders import CONTENDERS, PEER
-from experiments.cli import OneLineParser, add_options, config_from, guarded
+from experiments.benchmarks.contenders import CONTENDERS
+from experiments.cli import GOES_ON, OneLineParser, add_options, config_from, guarded
 from experiments.config import DEMO_MODEL, SetupError, at_least, unknown_name
 from experiments.storage import check_writable, read_json
-
-_NBYTES_NEEDED = 2**20
 
 EPILOG = """examples:
   the bundled demo model, whatever runs on this machine:
@@ -50,13 +47,7 @@ def build_parser() -> OneLineParser:
     add = add_options(parser, "what is compared", subject, attn_backend_list=backends).add_argument
     packed = "quantise the models' weights with torchao; results say so after the model's name"
     add("--quantize", choices=("int8", "int4"), default=None, help=packed)
-    known = f"{', '.join(CONTENDERS)}; default: all, {PEER} only with --peer-python"
-    add("--contenders", nargs="+", default=None, metavar="NAME", help=known)
-    of_peer = (
-        f"the Python (3.11 or older) of an environment with attention_sinks, einops, torch and transformers==4.34.1, "
-        f"for {PEER}"
-    )
-    add("--peer-python", type=Path, default=None, metavar="PATH", help=of_peer)
+    add("--contenders", nargs="+", default=None, metavar="NAME", help=f"{', '.join(CONTENDERS)}; default: all")
     add = add_options(parser, "sizes, in tokens", ("n_sink",), n_sink={"default": 4}).add_argument
     numbers = {"type": int, "metavar": "N"}
     sizes = "sinks and window together; default: 256 for the demo model alone, else 2048"
@@ -72,8 +63,6 @@ def build_parser() -> OneLineParser:
     add("--max-run-seconds", default=5.0, help="fewer steps in a run that would take longer; default: 5", **seconds)
     late = "start no run after so many seconds; the same command goes on from there"
     add("--max-seconds", default=None, help=late, **seconds)
-    rounds = "also measure what an eager step costs beside the model's forward, in N rounds of single steps"
-    add("--overhead-rounds", default=0, help=rounds, **numbers)
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, default=None, metavar="FILE", help="the JSON file to write or go on with")
     add("--figures", type=Path, default=None, metavar="DIR", help="draw figures into this folder")
@@ -85,21 +74,15 @@ def build_parser() -> OneLineParser:
 
 def check(options: argparse.Namespace) -> None:
     """Raise SetupError for numbers and names that cannot be."""
-    lows = {"n_sink": 0, "steps": 1, "warmup_steps": 4, "repeats": 1, "overhead_rounds": 0, "seed": 0}
+    lows = {"n_sink": 0, "steps": 1, "warmup_steps": 4, "repeats": 1, "seed": 0}
+    lows |= {"cache_sizes": options.n_sink + 1, "batch_sizes": 1, "prefill_lengths": 2}
     for name, low in lows.items():
-        at_least(f"--{name.replace('_', '-')}", getattr(options, name), low)
-    for name, low in {"cache_sizes": options.n_sink + 1, "batch_sizes": 1, "prefill_lengths": 2}.items():
-        for value in getattr(options, name) or ():
+        given = getattr(options, name)
+        for value in given if isinstance(given, list) else [given]:
             at_least(f"--{name.replace('_', '-')}", value, low)
     for name in options.contenders or ():
         if name not in CONTENDERS:
             raise unknown_name("contender", name, CONTENDERS)
-    if PEER in (options.contenders or ()) and options.peer_python is None:
-        raise SetupError(f"contender {PEER!r} runs in a Python of its own: name it with --peer-python")
-    if options.peer_python is not None and options.quantize is not None:
-        raise SetupError(f"--quantize: {PEER} has no quantised weights, leave out --peer-python")
-    if options.peer_python is not None and not options.peer_python.exists():
-        raise SetupError(f"--peer-python {options.peer_python}: there is no such file")
     if options.plot_only and options.figures is None:
         raise SetupError("--plot-only needs --figures, the folder to draw into")
 
@@ -110,7 +93,6 @@ def prepare(options: argparse.Namespace, command: str, start: float):
     `start`: `time.monotonic()` when the program began.
     """
     from experiments.benchmarks.decode import Plan, Timing  # here: they import torch, which drawing does not need
-    from experiments.benchmarks.peer import run_peer
     from experiments.benchmarks.rows import ResultFile
     from experiments.benchmarks.runner import DecodeBenchmark
     from experiments.measuring import resolve_machine
@@ -118,7 +100,7 @@ def prepare(options: argparse.Namespace, command: str, start: float):
     from experiments.quantised import QuantisedSource, torchao
     from personal_adapters.sdpa import ATTN_BACKENDS, check_backend_available
 
-    config = config_from(options, [], "")
+    config = config_from(options)
     machine = resolve_machine(config)
     backends = machine.backends
     if config.attn_backend_list is None:
@@ -128,26 +110,22 @@ def prepare(options: argparse.Namespace, command: str, start: float):
     if options.quantize is not None:
         torchao()
         sources = [QuantisedSource(source, options.quantize) for source in sources]
-    names = options.contenders or [name for name in CONTENDERS if name != PEER or options.peer_python is not None]
     plan = Plan(
         cache_sizes=tuple(options.cache_sizes or ([256] if only_demo else [2048])),
         prefill_lengths=tuple(options.prefill_lengths),
         batch_sizes=tuple(options.batch_sizes),
-        contenders=tuple(name for name in CONTENDERS if name in names),
+        contenders=tuple(name for name in CONTENDERS if name in (options.contenders or CONTENDERS)),
         backends=backends,
         n_sink=options.n_sink,
     )
     timing = Timing(options.steps, options.warmup_steps, options.max_run_seconds, config.seed)
-    if options.output is not None:
-        check_writable(options.output.parent, _NBYTES_NEEDED)
+    check_writable(options.output and options.output.parent, 1 << 20)
     file = ResultFile(options.output, machine, timing, command)
     if resumed := file.resume():
         print(resumed)
     print(f"device {machine.device}, {machine.dtype_name}, attention backends: {', '.join(backends)}")
     deadline = None if options.max_seconds is None else start + options.max_seconds
-    peer = partial(run_peer, options.peer_python, machine.dtype_name, timing)
-    what = (plan, timing, options.repeats, sources, machine, file, print)
-    return DecodeBenchmark(*what, options.overhead_rounds, deadline, peer)
+    return DecodeBenchmark(plan, timing, options.repeats, sources, machine, file, print, deadline)
 
 
 def run(options: argparse.Namespace, command: str) -> int:
@@ -158,15 +136,15 @@ def run(options: argparse.Namespace, command: str) -> int:
     start = time.monotonic()
     benchmark = prepare(options, command, start)
     try:
-        finished = benchmark.run()
+        n_left = benchmark.run()
     except KeyboardInterrupt:
         print("interrupted: what is finished is kept, the same command goes on from there", file=sys.stderr)
         raise
-    if not finished:
-        print(f"stopped after {time.monotonic() - start:.0f} s: {benchmark.left} runs left; the same command goes on")
+    if n_left:
+        print(f"stopped after {time.monotonic() - start:.0f} s: {n_left} runs left; the same command goes on")
     print(benchmark.file.table())
     if options.figures is not None:
-        draw(options, [benchmark.file.contents(finished)])
+        draw(options, [benchmark.file.contents(complete=not n_left)])
     for failure in benchmark.file.failures:
         print(f"FAILED: {failure}")
     return 1 if benchmark.file.failures else 0
@@ -196,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     options = build_parser().parse_args(argv)
-    return guarded(lambda: run(options, shlex.join(["python", "scripts/benchmark_decode.py", *argv])))
+    return guarded(lambda: run(options, shlex.join(["python", "scripts/benchmark_decode.py", *argv])), later=GOES_ON)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,18 @@ if __name__ == "__main__":  # perhaps in a checkout that is not installed
 import torch
 from torch import Tensor
 
-from experiments.cli import MODEL, OneLineParser, add_options, guarded
-from experiments.config import SetupError, at_least
-from experiments.engines import block_engine, dense_losses
+from experiments.cli import MODEL, OneLineParser, add_options, config_from, guarded
+from experiments.config import SetupError, at_least, first_line
 from experiments.environment import device_name
 from experiments.measuring import resolve_machine
-from experiments.model_setup import config_of, keep_result
+from experiments.model_setup import keep_result
 from experiments.models import LoadedModel, find_model
 from experiments.storage import check_writable
 from experiments.timing import seconds
-from streaming_llm import score_stream
+from streaming_llm import resolve_block_engine, score_stream
+from streaming_llm.attachment import maskless_attention
+from streaming_llm.fused import fused_blocks
+from streaming_llm.losses import token_nll
 
 EPILOG = """examples:
   python scripts/benchmark_scoring.py --attn-backend-list math flash --tokens 20000 --block-size 4096
@@ -34,12 +36,16 @@ EPILOG = """examples:
       --output results/scoring.json"""
 
 
+@torch.no_grad()
 def score_dense_chunks(loaded: LoadedModel, ids: Tensor, block_size: int, engine: str) -> None:
-    """The dense forward over chunks [1, block_size], with the loss that scoring uses."""
-    losses = dense_losses(loaded.model, engine)
-    for chunk in ids.split(block_size, dim=1):
+    """The dense forward over chunks [1, block_size], with the loss that scoring uses, by the kernels of `engine`."""
+    model = loaded.model
+    fused = fused_blocks(model) if engine == "fused" else None
+    for chunk in (part.to(loaded.device) for part in ids.split(block_size, dim=1)):
         if chunk.shape[1] > 1:  # nothing predicts one token
-            losses(chunk.to(loaded.device))
+            with maskless_attention(model):
+                hidden = fused(chunk) if fused else model.base_model(chunk, use_cache=False).last_hidden_state
+                token_nll(model, hidden[:, :-1], chunk[:, 1:])
 
 
 def peak_memory_mb(call: Callable[[], object], device: torch.device) -> float | None:
@@ -105,11 +111,10 @@ def run(argv: list[str]) -> int:
         at_least(f"--{name.replace('_', '-')}", getattr(options, name), 2)
     for length in options.peak_tokens:
         at_least("--peak-tokens", length, 2)
-    config = config_of(options)
+    config = config_from(options)
     machine = resolve_machine(config)
     sources = [find_model(name, config.seed) for name in config.model]
-    if options.output is not None:
-        check_writable(options.output.parent, 1 << 20)
+    check_writable(options.output and options.output.parent, 1 << 20)
     models, failed = {}, []
     result = {
         "benchmark": "scoring",
@@ -124,12 +129,12 @@ def run(argv: list[str]) -> int:
         for backend in machine.backends:
             what = f"{source.name} ({source.weights} weights), {backend}"
             try:
-                machine.wrap(loaded, source.name, backend)
-                engine = block_engine(loaded.model, options.block_engine)
+                machine.wrap(loaded, backend)
+                engine = resolve_block_engine(loaded.model, options.block_engine)
                 backends[backend] = {"status": "ok"} | measure(loaded, options, engine)
                 print(f"{what}: {line(backends[backend])}", flush=True)
             except (SetupError, ValueError, RuntimeError) as error:  # out of memory among them
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+                reason = first_line(error)
                 backends[backend] = {"status": "failed", "reason": reason}
                 failed.append(what)
                 print(f"{what}: failed: {reason}", file=sys.stderr, flush=True)

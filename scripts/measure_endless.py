@@ -22,10 +22,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from experiments.cli import MODEL, STREAM, OneLineParser, add_options, guarded
+from experiments.cli import MODEL, STREAM, OneLineParser, add_options, config_from, guarded
 from experiments.config import SetupError, at_least
 from experiments.memory import held_bytes, kind_of_held_bytes
-from experiments.model_setup import Subject, config_of, make_decoder, set_up
+from experiments.model_setup import Subject, keep_result, make_decoder, set_up
 from experiments.storage import check_writable
 from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
 
@@ -145,12 +145,11 @@ def run(argv: list[str]) -> int:
         raise SetupError(f"--tokens must be a multiple of {WARM_UP}, got {options.tokens}")
     if not 0 < options.temperature < math.inf:
         raise SetupError(f"--temperature must be above 0, got {options.temperature}")
-    if options.output is not None:
-        check_writable(options.output.parent, 1 << 20)
-    subject = set_up(config_of(options), needs_text=True)
+    check_writable(options.output and options.output.parent, 1 << 20)
+    subject = set_up(config_from(options))
     value = measure(options, subject)
     print(summary(value))
-    subject.keep_result(options.output, value, "measure_endless.py", argv, options.seed)
+    keep_result(options.output, value, subject.machine, "measure_endless.py", argv, options.seed)
     return 0
 
 

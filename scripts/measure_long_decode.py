@@ -11,7 +11,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":  # perhaps in a checkout that is not installed
@@ -21,28 +20,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.cli import EXIT_FAILED, MODEL, STREAM, TEXTS, OneLineParser, add_options, guarded
+from experiments.cli import MODEL, STREAM, TEXTS, OneLineParser, add_options, config_from, guarded
 from experiments.config import SetupError, at_least
-from experiments.engines import block_engine
 from experiments.memory import held_bytes, kind_of_held_bytes
-from experiments.model_setup import Subject, config_of, make_decoder, set_up
+from experiments.model_setup import Subject, keep_result, make_decoder, set_up
 from experiments.storage import check_writable
 from experiments.texts import Text, default_datasets, load_texts
 from experiments.tokens import first_tokens
-from streaming_llm import StreamingDecoder, score_stream
+from streaming_llm import StreamingDecoder, resolve_block_engine, score_stream
 
 CHUNKS = 1000
 """Parts of the stream whose times are taken: a hundredth is the median of ten."""
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A decoded stream: losses in nats [tokens], float32, on the CPU; of each chunk the milliseconds per token, and
-    the bytes in use after it."""
-
-    nll: Tensor
-    chunk_ms: list[float]
-    chunk_memory: list[int]
 
 
 def read_tokens(subject: Subject, texts: Sequence[Text], length: int) -> tuple[Tensor, float]:
@@ -52,9 +40,11 @@ def read_tokens(subject: Subject, texts: Sequence[Text], length: int) -> tuple[T
     return once.repeat(1, -(-length // once.shape[1]))[:, :length], length / once.shape[1]
 
 
-def decode(decoder: StreamingDecoder, ids: Tensor, prompt: int) -> Decoded:
+def decode(decoder: StreamingDecoder, ids: Tensor, prompt: int) -> tuple[Tensor, list[float], list[int]]:
     """Feed ids [1, prompt + tokens] token by token behind a prompt that fills the cache.
 
+    Returns the losses in nats [tokens], float32, on the CPU; of each chunk the milliseconds per token, and the bytes
+    in use after it.
     The first chunks are decoded once before: what has to be compiled, recorded or allocated is so then.
     """
     device, steps = decoder.model.get_input_embeddings().weight.device, ids[:, prompt:]
@@ -73,16 +63,15 @@ def decode(decoder: StreamingDecoder, ids: Tensor, prompt: int) -> Decoded:
             chunk_ms.append(1e3 * (time.perf_counter() - begin) / size)
             chunk_memory.append(held_bytes(device))
             bar.update(size)
-    return Decoded(nll, chunk_ms, chunk_memory)
+    return nll, chunk_ms, chunk_memory
 
 
-def speed_and_memory(decoded: Decoded) -> dict:
+def speed_and_memory(chunk_ms: list[float], memory: list[int]) -> dict:
     """From the first hundredth of the stream to its last."""
     hundredth = CHUNKS // 100
-    first, last = (statistics.median(part) for part in (decoded.chunk_ms[:hundredth], decoded.chunk_ms[-hundredth:]))
-    memory = decoded.chunk_memory
+    first, last = (statistics.median(part) for part in (chunk_ms[:hundredth], chunk_ms[-hundredth:]))
     return {
-        "ms_per_token": statistics.median(decoded.chunk_ms),
+        "ms_per_token": statistics.median(chunk_ms),
         "ms_per_token_first_hundredth": first,
         "ms_per_token_last_hundredth": last,
         "last_to_first": last / first,
@@ -117,27 +106,23 @@ def measure(options: Namespace, subject: Subject) -> dict:
     texts, prompt = load_texts(names, options.text_key), config.cache_size
     ids, times = read_tokens(subject, texts, prompt + options.tokens)
     with make_decoder(subject.loaded, config, options.engine) as decoder:
-        decoded = decode(decoder, ids, prompt)
-        engine, compile_sec, cache_bytes = (
-            decoder.engine,
-            decoder.compile_sec,
-            decoder.cache_nbytes,
-        )
+        nll, chunk_ms, memory = decode(decoder, ids, prompt)
+        engine, compile_sec, cache_bytes = decoder.engine, decoder.compile_sec, decoder.cache_nbytes
     expected = score_stream(model, ids, config.n_sink, config.window_size)[0, prompt - 1 :]
     return {
         "experiment": "long_decode",
         **subject.facts(),
         "decode_engine": engine,
-        "scoring_engine": block_engine(model),
+        "scoring_engine": resolve_block_engine(model),
         "texts": [text.dataset for text in texts],
         "texts_repeated": times,
         "prompt_tokens": prompt,
         "tokens": options.tokens,
         "compile_sec": compile_sec,
         "cache_bytes": cache_bytes,
-        **speed_and_memory(decoded),
+        **speed_and_memory(chunk_ms, memory),
         "memory_kind": kind_of_held_bytes(device),
-        **agreement(decoded.nll, expected),
+        **agreement(nll, expected),
     }
 
 
@@ -173,22 +158,17 @@ def run(argv: list[str]) -> int:
     at_least("--tokens", options.tokens, 2 * CHUNKS)
     if options.tokens % CHUNKS:
         raise SetupError(f"--tokens must be a multiple of {CHUNKS}, got {options.tokens}")
-    if options.output is not None:
-        check_writable(options.output.parent, 1 << 20)
-    subject = set_up(config_of(options), needs_text=True)
-    try:
-        value = measure(options, subject)
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+    check_writable(options.output and options.output.parent, 1 << 20)
+    subject = set_up(config_from(options))
+    value = measure(options, subject)
     print(summary(value))
-    subject.keep_result(options.output, value, "measure_long_decode.py", argv, 0)
+    keep_result(options.output, value, subject.machine, "measure_long_decode.py", argv, 0)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    return guarded(lambda: run(sys.argv[1:] if argv is None else argv))
+    return guarded(lambda: run(sys.argv[1:] if argv is None else argv), FloatingPointError)
 
 
 if __name__ == "__main__":

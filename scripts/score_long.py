@@ -5,12 +5,10 @@ python scripts/score_long.py --datasets book.txt --output book.json
 """
 
 import argparse
-import json
 import math
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,32 +20,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments import long_scoring, loss_figures
-from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SETUP, MODEL, STREAM, TEXTS, OneLineParser, add_options
+from experiments import loss_figures
+from experiments.cli import EXIT_SIGNAL, MODEL, STREAM, TEXTS, OneLineParser, add_options, config_from, guarded
 from experiments.config import SetupError, at_least
-from experiments.engines import default_block_size
 from experiments.environment import environment, what_matters
 from experiments.long_scoring import LongScoring, ScoringError, StoppedError
-from experiments.memory import PeakMemory
-from experiments.model_setup import Subject, config_of, set_up
-from experiments.models import RANDOM_PREFIX
+from experiments.model_setup import Subject, set_up
+from experiments.progress import token_bar
 from experiments.results import SCHEMA_VERSION, read_result, save_result
 from experiments.stop_request import StopRequest
-from experiments.storage import (
-    SaveError,
-    check_writable,
-    folder_lock,
-    hash_of,
-    now,
-    remove_leftovers,
-    set_aside,
-    write_npz,
-)
-from experiments.texts import DATASETS, RANDOM_TOKENS, Text, load_as_one
-from experiments.tokens import DocumentStream, RandomStream
+from experiments.storage import check_writable, folder_lock, hash_of, now, remove_leftovers, set_aside, write_npz
+from experiments.texts import Text, load_as_one
+from experiments.tokens import DocumentStream
 from streaming_llm import StreamingLLMWrapper
+from streaming_llm.engines.blocks import default_block_size
 
-EXIT_SIGNAL = 128  # plus the signal's number: 130 for Ctrl-C
 _CHECKPOINT_ROOM = 1 << 20
 
 EPILOG = """examples:
@@ -58,8 +45,7 @@ EPILOG = """examples:
         --fresh-tail 0.1 --output books.json
   the real thing:
     python scripts/score_long.py --model EleutherAI/pythia-2.8b --datasets pg19 --output pg19.json
-  speed alone:
-    python scripts/score_long.py --model random:pythia-2.8b --max-tokens 1000000 --output speed.json
+  speed alone, with random weights: scripts/benchmark_scoring.py
 
 Documents (files, the records of a file, what the character U+001C separates in a .txt file) are tokenised one by one
 and joined in order as they come, with nothing in between: one stream. What --bos puts in front of a text stands at
@@ -74,7 +60,7 @@ def build_parser() -> OneLineParser:
     """The command line."""
     parser = OneLineParser("score_long.py", __doc__.splitlines()[0], EPILOG)
     texts = {"flags": ("--datasets", "--dataset"), "help": "as of run_final_experiments.py; several make one stream; "
-             "default: demo_encyclopaedia, random_tokens for random weights"}  # fmt: skip
+             "default: demo_encyclopaedia"}  # fmt: skip
     add = add_options(parser, "what is scored", ("model", *TEXTS), ("model",), datasets=texts).add_argument
     add("--max-tokens", type=int, default=None, metavar="N", help="default: the whole text")
     each = "put the beginning-of-sequence token before each document (default: at the very start alone)"
@@ -105,7 +91,7 @@ class Job:
     subject: Subject
     block_size: int
     text: Text
-    stream: DocumentStream | RandomStream
+    stream: DocumentStream
 
     @property
     def work(self) -> Path:
@@ -119,11 +105,11 @@ class Job:
     def identity(self) -> dict:
         """Everything that could change a figure; a checkpoint and a result with another identity are not used."""
         options, machine, streaming = self.options, self.subject.machine, self.subject.streaming
-        value = {
+        return {
             "model": self.subject.source.fingerprint,
             "data_sha256": self.text.sha256,
             "documents": self.text.num_documents,
-            "bos": self.subject.beginning.ids,
+            "bos": list(self.subject.beginning.ids),
             **{name: getattr(options, name) for name in ("max_tokens", "bos_per_document", "fresh_tail", "seed")},
             "n_sink": streaming.n_sink,
             "window_size": streaming.window_size,
@@ -133,37 +119,12 @@ class Job:
             **what_matters(machine.device),
             "script": hash_of({"source": Path(__file__).read_text(encoding="utf-8")}),
         }
-        return json.loads(json.dumps(value))  # plain values: torch's version is a class of its own
-
-    @property
-    def config_hash(self) -> str:
-        return hash_of(self.identity())
 
 
 def prepare(options: argparse.Namespace) -> Job:
     """Check a command line and load what it names; raises SetupError."""
-    is_random = options.model.startswith(RANDOM_PREFIX)
-    _check(options, is_random)
-    names = options.datasets or ["demo_encyclopaedia"]
-    text = DATASETS[RANDOM_TOKENS]() if is_random else load_as_one(names, options.text_key)
-    subject = set_up(config_of(options))
-    loaded, beginning = subject.loaded, subject.beginning
-    if text.warning:
-        print(f"warning: {text.warning}", file=sys.stderr)
-    if is_random:
-        stream = RandomStream(loaded.vocab_size, options.max_tokens, options.seed)
-    else:
-        each = beginning.start if options.bos_per_document else ()
-        if options.bos_per_document and not each:
-            raise SetupError("--bos-per-document: the tokenizer has no beginning-of-sequence token")
-        stream = DocumentStream(text, loaded.tokenizer, beginning.ids, options.max_tokens, each)
-    block_size = options.block_size or default_block_size(subject.streaming.window_size, loaded.model)
-    return Job(options, subject, block_size, text, stream)
-
-
-def _check(options: argparse.Namespace, is_random: bool) -> None:
-    for name, low in {"max_tokens": 2, "block_size": 1}.items():
-        at_least(f"--{name.replace('_', '-')}", getattr(options, name), low)
+    at_least("--max-tokens", options.max_tokens, 2)
+    at_least("--block-size", options.block_size, 1)
     wrong = ""
     if options.fresh_tail is not None and not 0 < options.fresh_tail < 1:
         wrong = f"--fresh-tail must be above 0 and below 1, got {options.fresh_tail}"
@@ -173,14 +134,19 @@ def _check(options: argparse.Namespace, is_random: bool) -> None:
         wrong = "--bos-per-document and --bos never exclude each other"
     elif options.output.suffix != ".json" or options.output.is_dir():
         wrong = f"--output {options.output}: name a file that ends in .json"
-    elif is_random and options.max_tokens is None:
-        wrong = f"model {options.model!r}: random tokens have no end, give --max-tokens"
-    elif is_random and options.datasets not in (None, [RANDOM_TOKENS]):
-        wrong = f"model {options.model!r} has no tokenizer: only --datasets {RANDOM_TOKENS}"
-    elif is_random and (options.fresh_tail or options.save_token_nll or options.bos_per_document):
-        wrong = "--fresh-tail, --save-token-nll and --bos-per-document say nothing about random weights"
     if wrong:
         raise SetupError(wrong)
+    text = load_as_one(options.datasets or ["demo_encyclopaedia"], options.text_key)
+    subject = set_up(config_from(options))
+    loaded, beginning = subject.loaded, subject.beginning
+    if text.warning:
+        print(f"warning: {text.warning}", file=sys.stderr)
+    each = beginning.start if options.bos_per_document else ()
+    if options.bos_per_document and not each:
+        raise SetupError("--bos-per-document: the tokenizer has no beginning-of-sequence token")
+    stream = DocumentStream(text, loaded.tokenizer, beginning.ids, options.max_tokens, each)
+    block_size = options.block_size or default_block_size(subject.streaming.window_size, loaded.model)
+    return Job(options, subject, block_size, text, stream)
 
 
 # Scoring
@@ -188,20 +154,19 @@ def _check(options: argparse.Namespace, is_random: bool) -> None:
 
 def score(job: Job, command: str) -> None:
     """Score a job's stream, and write the result; raises SetupError, SaveError, ScoringError, StoppedError."""
-    options, streaming, memory = job.options, job.subject.streaming, PeakMemory(job.subject.machine.device)
-    memory.start()
+    options, streaming = job.options, job.subject.streaming
     wrapper = StreamingLLMWrapper(job.subject.loaded.model, streaming.n_sink, streaming.window_size)
     with wrapper as stream, StopRequest() as stop:
         every = options.checkpoint_every
-        run = LongScoring(job.work, job.identity(), stream, job.block_size, every, stop, memory, say)
+        run = LongScoring(job.work, job.identity(), stream, job.block_size, every, stop, say)
         if run.passes:
             say(f"goes on at token {sum(state.tokens for state in run.passes.values()):,}")
-        with display(job, "stream") as show:
+        with token_bar("stream", options.progress, job.stream.expected_tokens) as show:
             losses = run.run("stream", job.stream.chunks, show)
         tail = None
         if options.fresh_tail is not None:
             start = len(losses) + 1 - loss_figures.tail_length(len(losses) + 1, options.fresh_tail)
-            with display(job, "fresh tail") as show:
+            with token_bar("fresh tail", options.progress) as show:
                 tail = run.run("tail", lambda position: tail_chunks(job, start, position), show)
         value = result(job, run, losses, tail, command)
         if job.token_nll_path.exists():  # of an earlier result, perhaps another one
@@ -210,7 +175,7 @@ def score(job: Job, command: str) -> None:
             write_npz(job.token_nll_path, nll=np.asarray(losses), position=np.arange(1, len(losses) + 1))
             say(f"wrote: {job.token_nll_path}")
         say(str(save_result(options.output, value, keep_previous=options.force)))
-        say(summary(value))
+        say(loss_figures.in_words(value))
     del losses, tail  # mapped from files that are removed
     run.discard()
 
@@ -226,31 +191,10 @@ def tail_chunks(job: Job, start: int, position: int) -> Iterator[Tensor]:
     yield from job.stream.chunks(start + max(0, position - 1) if front else start - 1 + position)
 
 
-@contextmanager
-def display(job: Job, title: str) -> Iterator[long_scoring.Show]:
-    """A bar on standard error, where a person watches."""
-    visible = job.options.progress and sys.stderr.isatty()
-    with tqdm(desc=title, unit=" tokens", unit_scale=True, leave=False, disable=not visible) as bar:
-
-        def show(tokens: int, perplexity: float | None) -> None:
-            if perplexity is not None:
-                bar.set_postfix_str(f"perplexity {perplexity:.2f}", refresh=False)
-            whole = job.stream.expected_tokens() if title == "stream" else None
-            bar.total = whole if whole is None else max(whole, bar.n + tokens)
-            bar.update(tokens)
-
-        yield show
-
-
 def result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | None, command: str) -> dict:
     """The result file's contents. Times are sums over all sessions, without loading and checkpoints."""
     subject = job.subject
-    if subject.source.weights == "random":
-        figures = dict.fromkeys(("mean_nll", "perplexity", "tenths", "curve")) | {"scored_tokens": len(losses)}
-        figures["perplexity_reason"] = "the weights are random"
-    else:
-        figures = loss_figures.stream_figures(losses)
-    config, state, device = subject.streaming, run.passes["stream"], subject.machine.device
+    config, state = subject.streaming, run.passes["stream"]
     if tail is not None:
         tail = loss_figures.tail_figures(losses, tail, job.options.fresh_tail, config.cache_size)
     facts, at_start = subject.facts(), "at the start of the stream" if subject.beginning.ids else "nowhere"
@@ -268,34 +212,18 @@ def result(job: Job, run: LongScoring, losses: np.ndarray, tail: np.ndarray | No
         "num_tokens": state.tokens,
         "max_tokens": job.options.max_tokens,
         "block_size": job.block_size,
-        **figures,
+        **loss_figures.stream_figures(losses),
         "fresh_tail": tail,
         "scoring_sec": state.scoring_sec,
         "waiting_for_text_sec": state.waiting_for_text_sec,
         "toks_per_sec": state.tokens / state.scoring_sec,
         **run.facts,
-        "environment": environment(device, command, job.options.seed, kvpress_imported=False),
-        "config_hash": job.config_hash,
+        "environment": environment(subject.machine.device, command, job.options.seed),
+        "config_hash": hash_of(job.identity()),
         "data_sha256": job.text.sha256,
         "status": "ok",
         "timestamp": now(),
     }
-
-
-def summary(value: dict) -> str:
-    """The result in a few lines."""
-    lines = [f"{value['num_tokens']:,} tokens of {value['dataset']} at {value['toks_per_sec']:,.0f} tokens/s"]
-    if value["perplexity"] is not None:
-        lines[0] += f": perplexity {value['perplexity']:.3f}"
-        lines.append("by tenths: " + " ".join(f"{row['perplexity']:.2f}" for row in value["tenths"]))
-    if value["fresh_tail"] is not None:
-        part = "settled" if value["fresh_tail"]["settled"] else "all"
-        row = value["fresh_tail"][part]
-        lines.append(
-            f"the last {row['tokens']:,} tokens: {row['in_stream']['perplexity']:.3f} in the stream, "
-            f"{row['fresh']['perplexity']:.3f} as a fresh one ({row['drift_percent']:+.2f}%)"
-        )
-    return "\n".join(lines)
 
 
 # The command
@@ -304,7 +232,7 @@ def summary(value: dict) -> str:
 def is_finished(job: Job) -> bool:
     """Whether the output holds the result of this very job, with the losses if they are wanted."""
     try:
-        finished = read_result(job.options.output)["config_hash"] == job.config_hash
+        finished = read_result(job.options.output)["config_hash"] == hash_of(job.identity())
     except (OSError, ValueError):
         return False
     return finished and (job.token_nll_path.exists() or not job.options.save_token_nll)
@@ -327,25 +255,19 @@ def run(argv: list[str]) -> int:
         for path in job.work.iterdir() if force else ():
             if path.name != "lock":
                 path.unlink()
-        score(job, shlex.join(["python", "scripts/score_long.py", *argv]))
+        try:
+            score(job, shlex.join(["python", "scripts/score_long.py", *argv]))
+        except StoppedError as stopped:
+            print(f"error: {stopped}; the same command goes on from there", file=sys.stderr, flush=True)
+            return EXIT_SIGNAL + stopped.signal_number
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     later = "the same command goes on from the last checkpoint, if there is one"
-    try:
-        return run(sys.argv[1:] if argv is None else argv)
-    except SetupError as error:
-        code, line = EXIT_SETUP, str(error)
-    except (ScoringError, SaveError, torch.OutOfMemoryError) as error:
-        code, line = EXIT_FAILED, f"{str(error).splitlines()[0]}; {later}"
-    except StoppedError as stopped:
-        code, line = EXIT_SIGNAL + stopped.signal_number, f"{stopped}; the same command goes on from there"
-    except KeyboardInterrupt:
-        code, line = EXIT_INTERRUPTED, f"interrupted; {later}"
-    print(f"error: {line}", file=sys.stderr, flush=True)
-    return code
+    failures = (ScoringError, torch.OutOfMemoryError)
+    return guarded(lambda: run(sys.argv[1:] if argv is None else argv), *failures, later=later)
 
 
 if __name__ == "__main__":

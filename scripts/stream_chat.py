@@ -20,9 +20,9 @@ import torch
 
 from experiments.chat.talk import Talk, note, say
 from experiments.chat.turns import Turns
-from experiments.cli import EXIT_FAILED, EXIT_INTERRUPTED, MODEL, STREAM, OneLineParser, add_options, guarded
+from experiments.cli import EXIT_INTERRUPTED, MODEL, STREAM, OneLineParser, add_options, config_from, guarded
 from experiments.config import SetupError, at_least
-from experiments.model_setup import Subject, config_of, make_decoder, set_up, weights_fingerprint
+from experiments.model_setup import Subject, make_decoder, set_up, weights_fingerprint
 from experiments.storage import check_writable
 from streaming_llm import StreamingDecoder, read_metadata
 from streaming_llm.sampling import Sampling
@@ -169,7 +169,7 @@ def run(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
     check_options(options)
     notes = read_notes(options) if options.resume else {}
-    subject = set_up(config_of(options), needs_text=True)
+    subject = set_up(config_from(options))
     with (
         resumed(options, subject, notes) if notes else make_decoder(subject.loaded, subject.streaming, options.engine)
     ) as decoder:
@@ -185,12 +185,9 @@ def run(argv: list[str]) -> int:
         if options.save is not None and talk.at_rest:
             save(talk, options)
         elif options.save is not None:
-            complain(f"{options.save} was not written: the interruption came in the middle of a token")
+            why = "the interruption came in the middle of a token"
+            print(f"error: {options.save} was not written: {why}", file=sys.stderr, flush=True)
         return code
-
-
-def complain(line: str) -> None:
-    print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -200,11 +197,8 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(encoding="utf-8", errors=errors)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` line editing
-    try:
-        return guarded(lambda: run(sys.argv[1:] if argv is None else argv))
-    except (torch.OutOfMemoryError, FloatingPointError, OSError) as error:
-        complain(str(error).splitlines()[0])
-        return EXIT_FAILED
+    failures = (torch.OutOfMemoryError, FloatingPointError, OSError)
+    return guarded(lambda: run(sys.argv[1:] if argv is None else argv), *failures)
 
 
 if __name__ == "__main__":

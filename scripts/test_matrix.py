@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import sysconfig
@@ -27,6 +26,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".venv-matrix"
@@ -50,6 +52,8 @@ NEEDED = ("pytest", "numpy", "safetensors")
 """What the tests need beside PyTorch and Transformers, in an environment that shares nothing."""
 
 OUTCOMES = ("passed", "failed", "skipped")
+TIMEOUT_SEC = 1800
+"""For the tests of one environment."""
 
 
 class SetupError(Exception):
@@ -80,43 +84,37 @@ class Row:
 # Versions
 
 
-def version_key(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")))
-
-
 def oldest_and_newest(versions: Iterable[str], minimum: str) -> list[str]:
     """The first and last release of each minor series from ``minimum`` on, in order; pre-releases are left out."""
-    series: dict[tuple[int, ...], list[str]] = {}
-    for version in sorted((v for v in versions if re.fullmatch(r"\d+(\.\d+)*", v)), key=version_key):
-        if version_key(version) >= version_key(minimum):
-            series.setdefault(version_key(version)[:2], []).append(version)
-    return [version for releases in series.values() for version in dict.fromkeys((releases[0], releases[-1]))]
+    known = sorted(v for v in map(Version, versions) if not v.is_prerelease and v >= Version(minimum))
+    first, last = ({v.release[:2]: v for v in some} for some in (known[::-1], known))
+    return [str(version) for version in sorted({*first.values(), *last.values()})]
 
 
 def claimed_minimum(package: str) -> str:
     """The lower bound of ``package`` in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for requirement in project["dependencies"]:
-        found = re.fullmatch(rf"{package}\s*>=\s*([\d.]+).*", requirement)
-        if found:
-            return found[1]
-    raise SetupError(f"pyproject.toml names no lowest version of {package}")
+    [requirement] = [r for r in map(Requirement, project["dependencies"]) if r.name == package]
+    [bound] = [bound.version for bound in requirement.specifier if bound.operator == ">="]
+    return bound
 
 
 def released(package: str) -> list[str]:
     """Every version that the package index has, as pip sees it."""
-    done = _run([sys.executable, "-m", "pip", "index", "versions", package, "--disable-pip-version-check"])
-    found = re.search(r"Available versions: (.*)", done.stdout)
-    if not found:
-        raise SetupError(f"pip found no versions of {package}; name them with --transformers. {_last_line(done)}")
-    return found[1].split(", ")
+    what = f"no versions of {package} found; name them with --transformers"
+    told = _run([sys.executable, "-m", "pip", "index", "versions", package, "--disable-pip-version-check"], what)
+    return told.partition("Available versions: ")[2].splitlines()[0].split(", ")
 
 
 # Environments
 
 
-def _run(command: Sequence[str | Path], **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
+def _run(command: Sequence[str | Path], what: str) -> str:
+    """What a command prints; raises SetupError, which says what could not be done, where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SetupError(f"{what}: {_last_line(done)}")
+    return done.stdout
 
 
 def _last_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -135,23 +133,18 @@ def make_environment(transformers: str, torch: str | None, pip_arguments: Sequen
         SetupError: it cannot be made.
     """
     environment = HOME / (f"transformers-{transformers}" + (f"-torch-{torch}" if torch else ""))
-    python = _python(environment)
-    made = environment / "complete"
+    python, made = _python(environment), environment / "complete"
     if made.exists():
         return environment
-    done = _run([sys.executable, "-m", "venv", "--clear", environment])
-    if done.returncode:
-        raise SetupError(f"no environment: {_last_line(done)}")
+    _run([sys.executable, "-m", "venv", "--clear", environment], "no environment")
     packages = [f"transformers=={transformers}"]
     if torch:
         packages += [f"torch=={torch}", *NEEDED]
     else:  # found after the environment's own packages, so that these win
-        site = _run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).stdout.strip()
+        site = _run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], "no Python").strip()
         shared = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
         Path(site, "shared.pth").write_text("\n".join(shared) + "\n", encoding="utf-8")
-    done = _run([python, "-m", "pip", "install", "--quiet", *pip_arguments, *packages])
-    if done.returncode:
-        raise SetupError(f"not installed: {_last_line(done)}")
+    _run([python, "-m", "pip", "install", "--quiet", *pip_arguments, *packages], "not installed")
     made.touch()
     return environment
 
@@ -165,10 +158,8 @@ def describe(environment: Path) -> Row:
     if not _python(environment).exists():
         raise SetupError(f"{environment} holds no Python")
     code = "import platform, torch, transformers; print(transformers.__version__, torch.__version__, "
-    done = _run([_python(environment), "-c", code + "platform.python_version())"])
-    if done.returncode:
-        raise SetupError(f"{environment.name}: {_last_line(done)}")
-    return Row(*done.stdout.split()[-3:])
+    told = _run([_python(environment), "-c", code + "platform.python_version())"], environment.name)
+    return Row(*told.split()[-3:])
 
 
 # Tests
@@ -185,7 +176,7 @@ def count_outcomes(report: Path) -> dict[str, dict[str, int]]:
     return {stem: {outcome: counter[outcome] for outcome in OUTCOMES} for stem, counter in counts.items()}
 
 
-def run_tests(environment: Path, row: Row, tests: Sequence[str], timeout_sec: float, log: Path) -> None:
+def run_tests(environment: Path, row: Row, tests: Sequence[str], log: Path) -> None:
     """Run test files in ``environment`` and write what they said into ``row``; the output goes to ``log``."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     with tempfile.TemporaryDirectory() as folder:
@@ -193,9 +184,11 @@ def run_tests(environment: Path, row: Row, tests: Sequence[str], timeout_sec: fl
         command = [_python(environment), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
         command += [f"--junitxml={report}", *(Path("tests", name) for name in tests)]
         try:
-            done = _run(command, cwd=ROOT, env=variables, timeout=timeout_sec)
+            done = subprocess.run(
+                command, cwd=ROOT, env=variables, timeout=TIMEOUT_SEC, capture_output=True, text=True, check=False
+            )
         except subprocess.TimeoutExpired:
-            row.error = f"not finished after {timeout_sec:g} s"
+            row.error = f"not finished after {TIMEOUT_SEC} s"
             return
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(done.stdout + done.stderr, encoding="utf-8")
@@ -230,25 +223,14 @@ def _cell(counts: dict[str, int] | None) -> str:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_argument_group("what to run")
-    what.add_argument(
-        "--transformers", nargs="+", metavar="VERSION", help="versions (default: what the index has, see above)"
-    )
-    what.add_argument("--torch", nargs="+", metavar="VERSION", help="versions to install (default: share the own one)")
-    what.add_argument(
-        "--environments", nargs="+", type=Path, metavar="FOLDER", help="existing ones to use as they are"
-    )
-    what.add_argument("--tests", nargs="+", default=CORE_TESTS, metavar="FILE", help="files of tests/ (default: core)")
-    how = parser.add_argument_group("how")
-    how.add_argument("--list", action="store_true", help="say what would run, and stop")
-    how.add_argument("--json", type=Path, metavar="PATH", help="write the results there too")
-    how.add_argument("--timeout", type=float, default=1800, metavar="SEC", help="for the tests of one environment")
-    how.add_argument(
-        "--pip-arguments",
-        nargs=argparse.REMAINDER,
-        default=[],
-        help="last: for `pip install`, as --index-url ...",
-    )
+    add = parser.add_argument
+    add("--transformers", nargs="+", metavar="VERSION", help="versions (default: what the index has, see above)")
+    add("--torch", nargs="+", metavar="VERSION", help="versions to install (default: share the own one)")
+    add("--environments", nargs="+", type=Path, metavar="FOLDER", help="existing ones to use as they are")
+    add("--tests", nargs="+", default=CORE_TESTS, metavar="FILE", help="files of tests/ (default: core)")
+    add("--json", type=Path, metavar="PATH", help="write the results there too")
+    rest = "last: for `pip install`, as --index-url ..."
+    add("--pip-arguments", nargs=argparse.REMAINDER, default=[], help=rest)
     args = parser.parse_args(arguments)
     if args.environments and (args.transformers or args.torch):
         parser.error("--environments are used as they are: give no --transformers and no --torch with them")
@@ -269,29 +251,23 @@ def planned(args: argparse.Namespace) -> list[tuple[str, str | None]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    rows: list[Row] = []
     try:
-        cells = [(folder.name, folder) for folder in args.environments or ()]
-        if not cells:
-            cells = [(f"transformers {t}" + (f", torch {p}" if p else ""), (t, p)) for t, p in planned(args)]
+        wanted = args.environments or planned(args)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name, what in cells:
-        if args.list:
-            print(name)
-            continue
+    rows = []
+    for what in wanted:
+        row = Row(what.name, "") if isinstance(what, Path) else Row(what[0], what[1] or "")
+        name = f"{row.transformers} {row.torch}".strip()
         print(f"{name} ...", file=sys.stderr, flush=True)
-        row = Row(name, "") if isinstance(what, Path) else Row(what[0], what[1] or "")
         try:
             environment = what if isinstance(what, Path) else make_environment(*what, args.pip_arguments)
             row = describe(environment)
-            run_tests(environment, row, args.tests, args.timeout, HOME / f"{name.replace(' ', '-')}.log")
+            run_tests(environment, row, args.tests, HOME / f"{name.replace(' ', '-')}.log")
         except SetupError as error:
             row.error = str(error)
         rows.append(row)
-    if args.list:
-        return 0
     print(markdown_table(rows, args.tests))
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 from dataclasses import asdict
@@ -33,10 +32,11 @@ from transformers import (
     Trainer,
 )
 
+from experiments.cli import EXIT_FAILED, guarded
+from experiments.config import SetupError
 from experiments.demo_training import held_out
 from experiments.demo_training.recipe import Options, Recipe
 from experiments.demo_training.sequences import (
-    DOCUMENT_SEPARATOR,
     Windows,
     encode,
     read_documents,
@@ -44,8 +44,10 @@ from experiments.demo_training.sequences import (
     save_tokenizer,
     train_tokenizer,
 )
+from experiments.environment import environment
+from experiments.storage import differences, write_json
+from experiments.texts import DOCUMENT_SEPARATOR
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 DOCUMENT_CHARACTERS = 16  # per token of context: several sequences of each document
 TAIL_SHARE, TAIL_CHARACTERS = 0.1, 100_000  # of the last document, held out where no other text is
 
@@ -71,14 +73,14 @@ class LossOnBar(ProgressCallback):
 
 
 def choose_device(requested: str) -> str:
-    """-> "cpu" or "cuda", with one GPU visible: Trainer would take all. Raises ValueError where it cannot be used."""
+    """-> "cpu" or "cuda", with one GPU visible: Trainer would take all. Raises SetupError where it cannot be used."""
     kind, _, index = requested.partition(":")
     if kind not in ("", "cpu", "cuda"):
-        raise ValueError(f"--device {requested}: cannot be used here; cpu or cuda[:N]")
+        raise SetupError(f"--device {requested}: cannot be used here; cpu or cuda[:N]")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = index or visible[0]
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {requested}: cannot be used here; there is no such CUDA device")
+        raise SetupError(f"--device {requested}: cannot be used here; there is no such CUDA device")
     return "cuda" if kind != "cpu" and torch.cuda.is_available() else "cpu"
 
 
@@ -86,7 +88,7 @@ def claim_folder(options: Options, identity: dict[str, object]) -> bool:
     """Note in the output folder which run it belongs to; -> whether that run's model is there already.
 
     Raises:
-        ValueError: it belongs to another run, and --force was not given.
+        SetupError: it belongs to another run, and --force was not given.
     """
     model, note = options.output_dir / "model.safetensors", options.output_dir / "run.json"
     if options.force:
@@ -95,19 +97,17 @@ def claim_folder(options: Options, identity: dict[str, object]) -> bool:
             path.unlink(missing_ok=True)
     if note.exists():
         theirs = json.loads(note.read_text(encoding="utf-8"))
-        keys = [key for key in {**theirs, **identity} if theirs.get(key) != identity.get(key)]
-        if keys:
-            differences = "; ".join(f"{key}: {theirs.get(key)} there, {identity.get(key)} now" for key in keys)
-            raise ValueError(
-                f"--output-dir {options.output_dir}: belongs to a run of another configuration ({differences}); "
+        if differing := differences(theirs, identity):
+            raise SetupError(
+                f"--output-dir {options.output_dir}: belongs to a run of another configuration ({differing}); "
                 "choose another folder, or --force to start anew"
             )
     elif model.exists():
-        raise ValueError(f"--output-dir {options.output_dir}: holds a model; choose another folder, or --force")
+        raise SetupError(f"--output-dir {options.output_dir}: holds a model; choose another folder, or --force")
     try:
         options.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output-dir {options.output_dir}: cannot be made ({error.strerror})") from None
+        raise SetupError(f"--output-dir {options.output_dir}: cannot be made ({error.strerror})") from None
     note.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
     return model.exists()
 
@@ -169,16 +169,16 @@ def measure(
         "cache_size": cache_size,
         "dtype": "float32",
         "start_character": options.held_out_start if options.held_out else 0,
-        "results": [asdict(result) for result in results],
+        "results": results,
         "attention_on_token_0_by_layer": shares,
     }
 
 
 def run(recipe: Recipe, options: Options) -> int:
-    """Train, write, report. Raises ValueError where something is wrong that is found before training."""
+    """Train, write, report. Raises SetupError where something is wrong that is found before training."""
     texts = {path.name: read_text(path)[options.held_out_start :] for path in options.held_out}
     if len(texts) < len(options.held_out):
-        raise ValueError("--held-out: two texts have the same file name")
+        raise SetupError("--held-out: two texts have the same file name")
     name = options.data if options.data.startswith("hf:") else Path(options.data).name
     documents = read_documents(options.data, DOCUMENT_CHARACTERS * recipe.context_length)
     if not texts:
@@ -201,8 +201,11 @@ def run(recipe: Recipe, options: Options) -> int:
     report = options.output_dir / "report.json"
     if not claim_folder(options, {**asdict(recipe), "data_sha256": data["sha256"]}):
         model, training = train(recipe, options, sequences)
+        where = environment(torch.device(options.device), " ".join(sys.argv), recipe.seed)
+        where |= {"autocast": "bfloat16" if options.on_cuda else None, "compiled": options.compile}
+        where |= {"tokenizers": tokenizers.__version__}
         facts = {"schema_version": 1, "recipe": asdict(recipe), "parameters": model.num_parameters(), "data": data}
-        facts |= {"training": training, "environment": environment(options), "held_out": None}
+        facts |= {"training": training, "environment": where, "held_out": None}
         write_json(report, facts)
         save_tokenizer(tokenizer, options.output_dir)
         write_model(model, recipe, options)
@@ -210,46 +213,27 @@ def run(recipe: Recipe, options: Options) -> int:
     try:
         write_json(report, {**facts, "held_out": measure(recipe, options, tokenizer, streams)})
     except Exception as error:  # whatever it is, a trained model must not be lost to its report
-        complain(f"the model is written, but its report failed ({type(error).__name__}: {error}); run this again")
+        failed = f"the model is written, but its report failed ({type(error).__name__}: {error}); run this again"
+        print(f"error: {failed}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     print(f"wrote {options.output_dir}", flush=True)
-    return EXIT_OK
-
-
-def environment(options: Options) -> dict[str, object]:
-    return {
-        "device": torch.cuda.get_device_name() if options.on_cuda else platform.machine(),
-        "autocast": "bfloat16" if options.on_cuda else None,
-        "compiled": options.compile,
-        "python": platform.python_version(),
-        **{module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
-    }
-
-
-def write_json(path: Path, value: dict[str, object]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def complain(line: str) -> None:
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = HfArgumentParser((Options, Recipe), description=__doc__, allow_abbrev=False)
     transformers.utils.logging.disable_progress_bar()  # of tensors, which take milliseconds
-    try:
-        options, recipe = parser.parse_args_into_dataclasses(argv)
+
+    def command() -> int:
+        try:
+            options, recipe = parser.parse_args_into_dataclasses(argv)
+        except ValueError as error:  # options that there are not
+            raise SetupError(str(error)) from None
         options.device = choose_device(options.device)
         return run(recipe, options)
-    except ValueError as error:
-        complain(str(error))
-        return EXIT_USAGE
-    except (OSError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
-        complain(str(error))
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        complain("interrupted; the same command goes on from the last checkpoint")
-        return EXIT_INTERRUPTED
+
+    later = "the same command goes on from the last checkpoint"
+    return guarded(command, OSError, FloatingPointError, torch.cuda.OutOfMemoryError, later=later)
 
 
 if __name__ == "__main__":

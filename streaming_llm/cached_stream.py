@@ -47,9 +47,14 @@ class CachedStream(Cache):
         return self.progress.n_seen
 
     @property
+    def n_until_full(self) -> int:
+        """Tokens until every row holds, in every layer, as many as the next one attends to."""
+        return max(0, max(layer.layout.config.cache_size for layer in self.layers) - min(self.progress.seen))
+
+    @property
     def is_full(self) -> bool:
-        """Whether every row holds, in every layer, as many tokens as the next one attends to."""
-        return min(self.progress.seen) >= max(layer.layout.config.cache_size for layer in self.layers)
+        """Whether no row holds, in any layer, fewer tokens than the next one attends to at most."""
+        return self.n_until_full == 0
 
     @property
     def batch_size(self) -> int | None:
@@ -73,6 +78,15 @@ class CachedStream(Cache):
         return self._forward is not None and self._forward.layers_done > 0
 
     # Changed as a whole
+
+    def clear_empty_slots(self) -> None:
+        """Zero the slots that hold no token, of all that are allocated: an earlier stream may have left anything."""
+        for layer in self.layers:
+            seen = torch.tensor(self.progress.seen, device=layer.device)
+            empty = (torch.arange(layer.keys.shape[2], device=layer.device) >= seen[:, None])[:, None, :, None]
+            for stored in (layer.keys, layer.values):
+                stored.masked_fill_(empty, 0.0)
+            layer.sinks.masked_fill_(empty[:, :, : layer.sinks.shape[2]], 0.0)
 
     def reset(self) -> None:
         """Forget the streams; the tensors stay allocated."""

@@ -146,7 +146,7 @@ class StreamingKVCache(SaveableCache):
             rotation.exact_angles = attached
         self._forward = CacheForward(n_tokens, len(self.layers), self.progress, attached)
         if n_tokens == 1 and self.progress.n_seen > self.streaming_config.cache_size:
-            if self._moving is None:
+            if self._moving is None or min(self.progress.seen) <= self.streaming_config.n_sink:  # some still come
                 self._moving = MovingSinks([layer for layer in self.layers if layer.sinks_turn])
             self._moving.move(self.progress)
 

@@ -6,6 +6,7 @@ of their own, in Triton's interpreter on a CPU or compiled on a CUDA device.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from called_recordings import Called, called  # noqa: F401 - a fixture
 from family_models import SLIDING, VOCAB, available, make_family
 from family_reference import family_reference_logits
 from packed_weights import KINDS, quantise_, quantised
@@ -25,8 +27,7 @@ from streaming_llm.attachment import maskless_attention
 from streaming_llm.attention import band, kernel_choice, torch_kernels, triton_kernels
 from streaming_llm.cache_layer import StreamingLayer
 from streaming_llm.config import StreamingConfig
-from streaming_llm.engines import recorded
-from streaming_llm.engines.fused_step import FusedTritonStep
+from streaming_llm.engines.fused_step import FusedStep, FusedTritonStep
 from streaming_llm.engines.recorded import RecordedEngine
 from streaming_llm.fused import block_heads, elementwise, gemv, ring_attention
 from streaming_llm.fused.family_recipes import recipe_of
@@ -448,7 +449,7 @@ def test_a_stream_in_blocks_by_two_causal_calls(monkeypatch, n_sink, block_size,
     def continues(query, plan, kernel) -> bool:
         return plan.first_query > n_sink + window and query.shape[2] > window
 
-    monkeypatch.setattr(band, "_continues", continues)
+    monkeypatch.setattr(band, "continues", continues)
     use_kernels(monkeypatch, "cudnn")
     model = make_family(case)
     nll = score_stream(model, ids, n_sink, window, block_size)
@@ -705,7 +706,8 @@ def test_a_draw_inverts_the_distribution_function(dtype):
 # -------------------------------------------------------------------------------------------------------- whole steps
 
 
-STEPPED = [("gpt_neox", True, 1, 9), ("gemma3", True, 1, 9), ("llama", True, 2, 9), ("phi", False, 2, 11)]
+STEPPED = [("gpt_neox", True, 1, 9), ("gemma3", True, 1, 9), ("llama", True, 2, 9), ("phi", False, 2, 11),
+           ("phi", False, 1, 2), ("gemma2", False, 2, 1), ("llama", False, 2, 4)]  # fmt: skip
 """Case, own attention, batch size, and length of the prompt: with a cache of 10 that is full soon, or at once."""
 
 
@@ -746,27 +748,19 @@ def test_steps_of_a_quantised_model(case, kind, batch):
     check_steps(model, expected, ids.to(DEVICE), StreamingConfig(3, 7), 9, own=True)
 
 
-@pytest.mark.usefixtures("loops")
-def test_one_recording_serves_all_settings(monkeypatch):
-    """The engine's own logic, with calls in place of recordings on a CPU."""
+@pytest.fixture
+def called_unwatched(monkeypatch, called):  # noqa: F811 - the fixture
+    """Calls in place of recordings on a CPU, where a kernel's interpreter is no device to wait for."""
     if DEVICE.type == "cuda":
         pytest.skip("the tests marked gpu record")
-    made = []
-
-    class Call:
-        def __init__(self, call, device, generator) -> None:
-            made.append(self)
-            self.call = call
-            call()
-
-        def replay(self, times: int) -> None:
-            for _ in range(times):
-                self.call()
-
     monkeypatch.setattr(fused, "require_fused", lambda model: None)
-    monkeypatch.setattr(recorded, "Recording", Call)
-    monkeypatch.setattr(recorded.RecordedEngine, "_rewinding", lambda self, call: call)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(Called, "watch", contextlib.nullcontext)
+    monkeypatch.setattr(Called, "warm_up", 1)
+
+
+@pytest.mark.usefixtures("loops", "called_unwatched")
+def test_one_recording_serves_all_settings():
+    """The engine's own logic."""
     model = make_family("llama", torch.float16)
     with StreamingDecoder(model, 2, 5, engine="eager") as decoder:
         decoder._engine = RecordedEngine(model, decoder.cache, "fused-triton", FusedTritonStep)
@@ -780,7 +774,19 @@ def test_one_recording_serves_all_settings(monkeypatch):
             decoder.reset()
             decoder.prefill(prompt)
             outputs.append(decoder.generate(2, seed=0, **controls))
-        assert len(made) == 2
+        assert Called.made == 2
     assert torch.equal(outputs[1], outputs[3])
     assert torch.equal(outputs[2], outputs[3])
     assert not torch.equal(outputs[0], outputs[3])
+
+
+@pytest.mark.usefixtures("loops", "called_unwatched")
+def test_a_recorded_step_with_the_math_kernel_until_the_cache_is_full_and_after():
+    model, n_sink, window, length = make_family("llama"), 2, 5, 11
+    ids = torch.randint(VOCAB, (2, length))
+    expected = family_reference_logits(model, ids, n_sink, window)
+    with StreamingDecoder(model, n_sink, window, engine="eager") as decoder:
+        decoder._engine = RecordedEngine(model, decoder.cache, "fused", FusedStep)
+        for t, token in enumerate(ids.unbind(1)):
+            close(decoder.step(token), expected[:, t], 1e-4)
+            assert Called.made == (t > 0) + (t >= n_sink + window), t

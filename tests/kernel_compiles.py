@@ -131,8 +131,11 @@ def test_attention_over_a_ring(heads, kv_heads, head_dim, kind, softcap, dtype, 
     tokens, table = torch.zeros(1, dtype=torch.int64), torch.zeros(3, 512, dtype=dtype)
     begin_step(tokens, table, torch.zeros(1, 512), rings, 2.0)
     RingAttention(attention, layer.keys, rings.states[0])(attention, qkv, layer, out, pdl=True)
-    FullRing(attention, layer.keys, rings.states[0])._store(attention, qkv, layer, pdl=True)
-    assert compiled == ["_begin_step", "_ring_attention", "_rotate_and_store"]
+    whole = FullRing(attention, layer.keys, rings.states[0])
+    for masked in (False, True):
+        whole.begin(masked)
+        whole._store(attention, qkv, layer, pdl=True)
+    assert compiled == ["_begin_step", "_ring_attention", *2 * ["_rotate_and_store"]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

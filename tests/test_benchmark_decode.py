@@ -17,7 +17,7 @@ from evaluation_support import make_model_folder
 from packed_weights import quantise_
 
 from experiments import quantised
-from experiments.benchmarks import contenders, decode, overhead, runner
+from experiments.benchmarks import contenders, decode, runner
 from experiments.benchmarks.contenders import CONTENDERS, Contender
 from experiments.benchmarks.decode import TOLERANCE, Bench, Cell, ConstantDense, Plan, Timing, in_turns
 from experiments.benchmarks.floor import copy_bytes_per_sec, kv_token_nbytes, step_nbytes, weight_nbytes
@@ -68,15 +68,19 @@ def loaded(model) -> LoadedModel:
 
 def test_contenders_are_methods_and_compared_with_their_own_engine():
     for contender in CONTENDERS.values():
-        assert contender.method in ("", contenders.CONSTANT_DENSE, *METHODS)
-        assert contender.compared_with in ("", *CONTENDERS)
-        assert not contender.compared_with or CONTENDERS[contender.compared_with].engine == contender.engine
+        assert contender.method in (contenders.CONSTANT_DENSE, *METHODS)
+    partners = {name: contender.compared_with for name, contender in CONTENDERS.items()}
+    assert partners == {
+        "recompute": None, "recompute-graph": None, "recompute-fused": None, "dynamic-cache": "recompute",
+        "kvpress": "recompute", "eager": "recompute", "graph": "recompute-graph", "graph+compile": None,
+        "fused": "recompute-fused", "fused-triton": None,
+    }  # fmt: skip
 
 
 def test_all_contenders_run_or_say_why_not(place, tmp_path):
-    names = [name for name in CONTENDERS if name != contenders.PEER]
+    names = list(CONTENDERS)
     figures_folder = tmp_path / "figures"
-    options = ["--batch-sizes", "1", "2", "--prefill-lengths", "40", "--overhead-rounds", "3"]
+    options = ["--batch-sizes", "1", "2", "--prefill-lengths", "40"]
     assert place.run(*options, "--backends", "math", "flash", "--figures", str(figures_folder), contenders=names) == 0
     result = place.result
     assert result["complete"]
@@ -101,7 +105,6 @@ def test_all_contenders_run_or_say_why_not(place, tmp_path):
     line = next(line for line in place.lines if line.endswith("batch 2 | eager (flash)") and "x  " in line)
     row = next(row for row in eager if row["cell"]["batch_size"] == 2 and row["cell"]["backend"] == "flash")
     assert float(line.split()[0]) == pytest.approx(row["tpot_ms"], abs=1e-3)
-    assert [row["backend"] for row in result["overhead"]] == ["math", "flash"]
     assert sorted(path.name for path in figures_folder.iterdir()) == [
         "decode_16_batch_1.png", "decode_16_batch_2.png", "prefill_40_batch_1.png", "prefill_40_batch_2.png",
     ]  # fmt: skip
@@ -316,7 +319,6 @@ def test_results_of_another_configuration_are_set_aside(place):
         (["--contenders", "graf"], ["graf", "graph"]),
         (["--cache-sizes", "2"], ["cache-sizes", "3"]),
         (["--backends", "cudnn"], ["cudnn", "CUDA devices only"]),
-        (["--contenders", "attention-sinks"], ["--peer-python"]),
         (["--plot-only", "nowhere.json"], ["--figures"]),
         (["--plot-only", "nowhere.json", "--figures", "f"], ["nowhere.json"]),
         (["--steps", "0"], ["--steps"]),
@@ -327,33 +329,6 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(place, options, words):
     assert len(place.errors.splitlines()) == 1
     assert all(word in place.errors for word in words)
     assert not place.output.exists()
-
-
-def test_the_overhead_is_what_the_decoder_adds_to_the_forward(monkeypatch):
-    model = make_neox()
-    times = {"decoder": [11e-3, 12e-3, 13e-3], "forward": [10e-3, 10e-3, 12e-3], "dynamic_cache": [9e-3] * 3}
-    monkeypatch.setattr(overhead, "_in_turns", lambda steps, tokens, device: times)
-    row = overhead.measure_overhead(loaded(model), MethodSettings(2, C - 2), "math", 3)
-    assert row["decoder_step_ms"] == pytest.approx(12)
-    assert row["overhead_ms"] == pytest.approx(1)
-    assert row["overhead_percent"] == pytest.approx(100 / 12)
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_the_plain_forward_attends_to_as_many_keys_and_keeps_them():
-    model, ids = make_neox(), make_ids(C)
-    own = overhead.twin(model)
-    assert own.gpt_neox.embed_in.weight is model.gpt_neox.embed_in.weight
-    assert own.config is not model.config
-    lengths = []
-    with torch.inference_mode(), overhead.ReadyForward(own, MethodSettings(2, C - 2)) as method:
-        method.reset()
-        method.prefill(ids)
-        before = [t.clone() for t in method._tensors()]
-        method.step(ids[:, 0])
-        lengths = {t.shape[2] for t in method._tensors()}
-        assert lengths == {C + 1}
-        assert all(torch.equal(a, b) for a, b in zip(before, method._tensors(), strict=True))
 
 
 def make_row(model: str, contender: str, backend: str, time: float | None, **changes) -> dict:
@@ -423,18 +398,3 @@ def test_drawing_needs_no_torch(tmp_path):
     code += f"assert benchmark_decode.main({argv!r}) == 0; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert (tmp_path / "decode_2048_batch_1.png").stat().st_size > 1000
-
-
-def test_the_peer_runs_in_its_own_python(place, tmp_path):
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho loading\necho \'{"tpot_ms": 2.5, "steps": 3, "kv_cache_mb": 1.0}\'\n')
-    python.chmod(0o755)
-    options = ["--backends", "math", "flash", "--peer-python", str(python)]
-    assert place.run(*options, contenders=["recompute", "attention-sinks"]) == 0
-    by_backend = {row["cell"]["backend"]: row for row in place.rows("attention-sinks")}
-    assert by_backend["math"]["tpot_ms"] == 2.5
-    assert by_backend["flash"]["status"] == "skipped"
-    python.write_text("#!/bin/sh\necho 'ModuleNotFoundError: no attention_sinks' >&2\nexit 1\n")
-    place.output.unlink()
-    assert place.run(*options, contenders=["attention-sinks"]) == 0
-    assert "ModuleNotFoundError: no attention_sinks" in place.rows("attention-sinks")[0]["reason"]

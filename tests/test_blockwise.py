@@ -102,7 +102,7 @@ def test_blocks_longer_than_the_window_attend_where_their_keys_lie(n_sink, windo
         taken.append(plan.first_query > config.cache_size and query.shape[2] > config.window_size)
         return taken[-1]
 
-    monkeypatch.setattr(band, "_continues", continues)
+    monkeypatch.setattr(band, "continues", continues)
     model, ids = make_neox(torch.float64), make_ids(400, batch=2)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         nll = score_stream(model, ids, n_sink, window_size, 100)

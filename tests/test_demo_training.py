@@ -197,12 +197,12 @@ def test_held_out_perplexities_against_a_plain_forward(tokenizer, model, tmp_pat
     with torch.no_grad():
         log_probabilities = model(ids).logits.log_softmax(-1)[0, 49:-1]  # predicts tokens 50..99
     nll = -log_probabilities.gather(1, ids[0, 50:, None]).mean()
-    assert result.dense == pytest.approx(nll.exp().item(), rel=1e-5)
-    assert result.first_position == 50
-    assert result.window_to_streaming == pytest.approx(result.window / result.streaming)
-    assert result.dense_to_streaming == pytest.approx(result.dense / result.streaming)
-    bits = np.log2(result.streaming) * 50 / len(tokenizer.decode(ids[0, 50:]))
-    assert result.streaming_bits_per_character == pytest.approx(bits)
+    assert result["dense"] == pytest.approx(nll.exp().item(), rel=1e-5)
+    assert result["first_position"] == 50
+    assert result["window_to_streaming"] == pytest.approx(result["window"] / result["streaming"])
+    assert result["dense_to_streaming"] == pytest.approx(result["dense"] / result["streaming"])
+    bits = np.log2(result["streaming"]) * 50 / len(tokenizer.decode(ids[0, 50:]))
+    assert result["streaming_bits_per_character"] == pytest.approx(bits)
 
 
 def test_the_share_of_attention_on_the_first_token(tokenizer, model, tmp_path):

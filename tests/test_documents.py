@@ -21,7 +21,9 @@ DOCUMENTS = [
     ROOT / "streaming_llm" / "README.md",
     ROOT / "experiments" / "assets" / "README.md",
 ]
-ELSEWHERE = re.compile(r"random:|EleutherAI/|Qwen/|\.gguf|\bfused|ray\b|books|--streams 16|lm_eval|\bMODEL\b|\.\.\.")
+ELSEWHERE = re.compile(
+    r"random:|\$M\b|EleutherAI/|Qwen/|\.gguf|\bfused|ray\b|books|--streams 16|lm_eval|\bMODEL\b|\.\.\."
+)
 """What only a GPU, the network, a cluster or an extra can run: their options alone are checked."""
 SMALL = {
     "experiments/run_final_experiments.py": "--max-eval-tokens 300 --only main --repeats 1 --output-dir {out}",

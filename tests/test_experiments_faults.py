@@ -183,23 +183,23 @@ def test_a_full_disk_is_found_before_computing(world):
 
 
 def test_a_disk_that_fills_up_while_running_is_fatal_and_leaves_whole_files(world, monkeypatch):
-    from experiments.cells import CellStore
+    from experiments.kept import KeptWork
     from experiments.storage import SaveError
 
     disk = world.base / "disk"
     with small_disk(disk, "2m"):
         world.output = disk / "out"
-        original = CellStore.save
+        original = KeptWork.save
         saved = []
 
-        def save(self, outcome, config):
+        def save(self, cell, config, found, wall_sec):
             if saved:  # before the second cell is kept, the disk is full
                 with contextlib.suppress(OSError):
                     (disk / "filler").write_bytes(bytes(4_000_000))
-            original(self, outcome, config)
-            saved.append(outcome)
+            original(self, cell, config, found, wall_sec)
+            saved.append(cell)
 
-        monkeypatch.setattr(CellStore, "save", save)
+        monkeypatch.setattr(KeptWork, "save", save)
         with pytest.raises(SaveError, match="No space"):
             world.run()
         assert len(saved) == 1
@@ -207,7 +207,7 @@ def test_a_disk_that_fills_up_while_running_is_fatal_and_leaves_whole_files(worl
         for path in disk.rglob("*.json"):
             json.loads(path.read_text())
         (disk / "filler").unlink()
-        monkeypatch.setattr(CellStore, "save", original)
+        monkeypatch.setattr(KeptWork, "save", original)
         world.run()
         assert len(world.lines("reused: ")) == 1
         assert json.loads((world.root / "final" / "one_main_backend-math.json").read_text())["status"] == "ok"

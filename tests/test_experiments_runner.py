@@ -391,7 +391,7 @@ def test_a_result_that_cannot_be_saved_is_fatal(world, monkeypatch):
     def full(path, value):
         raise SaveError(f"cannot write {path}: No space left on device")
 
-    monkeypatch.setattr("experiments.cells.write_json", full)
+    monkeypatch.setattr("experiments.kept.write_json", full)
     with pytest.raises(SaveError, match="No space"):
         world.run()
     assert not list((world.root / "final").iterdir())

@@ -10,9 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.cells import CellStore
 from experiments.config import SetupError
-from experiments.measuring import Outcome
+from experiments.kept import Found, KeptWork
 from experiments.plan import Cell
 from experiments.results import save_result
 from experiments.storage import (
@@ -34,7 +33,7 @@ RUN = {"perplexity": 1 / 3}
 
 
 def save(store):
-    store.save(Outcome(CELL, RUN, 2.5, {}, "", np.ones(3, np.float32), np.arange(3)), CONFIG)
+    store.save(CELL, CONFIG, Found(RUN, {"nll": np.ones(3, np.float32), "position": np.arange(3)}), 2.5)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
@@ -116,16 +115,16 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_a_cell_comes_back_exactly(tmp_path):
-    store = CellStore(tmp_path)
+    store = KeptWork(tmp_path)
     save(store)
-    assert store.load(CELL, HASH) == RUN
-    nll, position = store.load_losses(CELL, HASH)
-    assert (nll.tolist(), position.tolist()) == ([1, 1, 1], [0, 1, 2])
+    found = store.load(CELL, HASH)
+    assert found.values == RUN
+    assert {name: array.tolist() for name, array in found.arrays.items()} == {"nll": [1, 1, 1], "position": [0, 1, 2]}
     assert store.earlier_times() == {CELL.kind: [2.5 / 40]}
 
 
 def test_a_cell_of_another_configuration_is_not_there(tmp_path):
-    store = CellStore(tmp_path)
+    store = KeptWork(tmp_path)
     save(store)
     assert store.load(CELL, "cd" * 32) is None
     same_name = HASH[:16] + "0" * 48  # the file's name holds a part of the hash only
@@ -134,23 +133,24 @@ def test_a_cell_of_another_configuration_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".json", ".npz"])
-@pytest.mark.parametrize("content", [b"", b'{"cell_schema": 1', b"PK\x03\x04 cut"])
+@pytest.mark.parametrize("content", [b"", b'{"schema": 3', b"PK\x03\x04 cut"])
 def test_a_broken_cell_is_an_error_and_can_be_moved_away(tmp_path, suffix, content):
-    store = CellStore(tmp_path)
+    store = KeptWork(tmp_path)
     save(store)
     store.path(CELL, HASH).with_suffix(suffix).write_bytes(content)
-    with pytest.raises(ValueError, match=r"JSON|losses"):
+    with pytest.raises(ValueError, match=r"JSON|arrays"):
         store.load(CELL, HASH)
-    aside = store.set_aside(CELL, HASH)
-    assert aside.parent.name == "superseded"
+    said = []
+    assert store.find(CELL, HASH, said.append) is None
+    assert "superseded" in said[0]
     assert store.load(CELL, HASH) is None
 
 
 def test_a_cell_without_its_losses_is_not_complete(tmp_path):
-    store = CellStore(tmp_path)
+    store = KeptWork(tmp_path)
     save(store)
     store.path(CELL, HASH).with_suffix(".npz").unlink()
-    with pytest.raises(ValueError, match="losses"):
+    with pytest.raises(ValueError, match="arrays"):
         store.load(CELL, HASH)
 
 

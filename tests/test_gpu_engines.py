@@ -15,6 +15,7 @@ from conftest import GPU, make_ids, make_neox
 from family_models import VOCAB, available, make_family
 from family_reference import family_reference_logits
 from reference import reference_logits
+from streams import padded
 
 from personal_adapters.neox_flash import unwrap_attention, wrap_attention
 from personal_adapters.sdpa import check_backend_available
@@ -123,15 +124,53 @@ def test_half_precision_costs_no_more_than_the_plain_call_with_math(dtype, batch
     assert max(errors.values()) < 1.1 * errors["eager", "math"], errors
 
 
-def test_our_attention_is_recorded_from_the_first_token_and_others_when_the_cache_is_full():
-    ids, counts = make_ids(S + W + 1).to(DEVICE), {}
-    for variant in RECORDED:
-        with decoder_of(model_with(torch.float32), variant) as decoder:
-            for count, token in enumerate(ids.unbind(1)):
-                decoder.step(token)
-                if decoder.compile_sec and variant not in counts:
-                    counts[variant] = count
-    assert counts == {"graph": S + W, "fused": S + W, "fused-triton": 1}  # the very first makes the cache
+@pytest.mark.parametrize(
+    ("variant", "backend", "begins"),
+    [
+        ("graph", "math", 1),
+        ("graph", "flash", S + W),
+        ("fused", "math", 1),
+        ("fused", "flash", S + W),
+        ("fused-triton", "math", 1),
+    ],
+)  # the very first token makes the cache
+def test_where_recording_begins(variant, backend, begins):
+    with decoder_of(model_with(torch.bfloat16, backend), variant) as decoder:
+        for count, token in enumerate(make_ids(S + W + 1).to(DEVICE).unbind(1)):
+            decoder.step(token)
+            assert (decoder.compile_sec > 0) == (count >= begins), count
+
+
+@pytest.mark.parametrize("n_sink", [4, 0])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_that_are_not_equally_far(variant, n_sink):
+    """A prompt shorter than the sinks, one shorter than the cache, and one after which the ring has turned."""
+    lengths, rows, ids = torch.tensor([1, 30, 100]), torch.arange(3), make_ids(LENGTH, 3)
+    exact = exact_logits(torch.float32, 3, n_sink)
+    prompts, mask = padded([row[None, :n] for row, n in zip(ids, lengths.tolist(), strict=True)], "left")
+    with decoder_of(model_with(torch.float32), variant, n_sink) as decoder:
+        decoder.prefill(prompts.to(DEVICE), attention_mask=mask.to(DEVICE))
+        for t in range(150):
+            at = lengths + t
+            logits = decoder.step(ids[rows, at].to(DEVICE)).cpu()
+            assert far(logits, exact[rows, at]) < 1e-4, t
+        assert (decoder.compile_sec > 0) == (variant in RECORDED)
+
+
+@pytest.mark.parametrize("variant", RECORDED)
+def test_scores_and_samples_from_the_beginning_of_a_stream(variant):
+    """The step of a cache that is not full gives way to that of a full one in the middle of both."""
+    ids, tokens = make_ids(LENGTH, 3), {}
+    exact = F.cross_entropy(exact_logits(torch.float32, 3, S)[:, 2:-1].mT, ids[:, 3:], reduction="none")
+    for name in ("eager", variant):
+        with decoder_of(model_with(torch.float32), name) as decoder:
+            decoder.prefill(ids[:, :3].to(DEVICE))
+            assert far(decoder.score(ids[:, 3:].to(DEVICE)).cpu(), exact) < 1e-4
+            decoder.reset()
+            decoder.prefill(ids[:, :3].to(DEVICE))
+            generated = decoder.generate(150, temperature=0, eos_token_id=[5, 17])
+            tokens[name] = generated.tolist(), decoder.cache.progress.of_rows(3)
+    assert tokens["eager"] == tokens[variant]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -145,7 +184,7 @@ def test_ten_thousand_steps_in_float32(variant):
 
 @pytest.mark.parametrize("variant", ["fused", "fused-triton"])
 def test_ten_thousand_steps_in_the_schedule_of_large_models(monkeypatch, variant):
-    monkeypatch.setattr(StepForward, "_mlp_joins", lambda self, attention: True)
+    monkeypatch.setattr(StepForward, "mlp_joins", lambda self, attention: True)
     test_ten_thousand_steps_in_float32(variant)
 
 
@@ -451,3 +490,26 @@ def test_nothing_recorded_waits_for_the_device(variant):
             use()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("variant", RECORDED)
+def test_nothing_recorded_before_the_cache_is_full_waits_for_the_device(variant):
+    ids = make_ids(60).to(DEVICE)
+    with decoder_of(model_with(torch.bfloat16, "math"), variant) as decoder:
+
+        def use() -> None:
+            for token in ids[:, 20:30].unbind(1):
+                decoder.step(token)
+            decoder.score(ids[:, 30:40])
+            decoder.generate(10)
+
+        for mode in ("default", "error"):
+            decoder.reset()
+            decoder.prefill(ids[:, :19])
+            decoder.step(ids[:, 19])
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                use()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert not decoder.cache.is_full

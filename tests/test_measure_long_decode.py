@@ -45,7 +45,7 @@ def test_a_text_is_repeated_to_length(tmp_path, monkeypatch):
 
 def test_losses_that_are_not_finite_are_not_written(tmp_path, monkeypatch, capsys):
     output = tmp_path / "long_decode.json"
-    decoded = measure_long_decode.Decoded(torch.full((2000,), float("nan")), [1.0] * 1000, [1] * 1000)
+    decoded = torch.full((2000,), float("nan")), [1.0] * 1000, [1] * 1000
     monkeypatch.setattr(measure_long_decode, "decode", lambda *args: decoded)
     assert measure_long_decode.main([*SHORT, "--output", str(output)]) == 1
     assert "losses of decoding are not finite: nothing is written" in capsys.readouterr().err

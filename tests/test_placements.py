@@ -6,9 +6,7 @@ import pytest
 import torch
 from conftest import GPU, make_ids, make_neox
 from family_models import VOCAB, make_family
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from experiments import placements, rerotated_scoring
 from experiments.methods import METHODS, MethodSettings
 
 S, W, N = 2, 14, 60
@@ -54,27 +52,6 @@ def test_every_key_is_turned_at_every_step_in_the_model_s_dtype():
         assert torch.equal(layer.slots_of_keys[:, :, :S], sinks)
 
 
-def coarse(keys: torch.Tensor, rotary) -> torch.Tensor:
-    """A turn that is rounded to three digits, in a model that rounds nothing else."""
-    return turned_exactly(keys, rotary).mul(1e3).round().div(1e3)
-
-
-turned_exactly = rerotated_scoring.turned_back
-
-
-@pytest.mark.parametrize("at_a_time", [7, 64])
-def test_parallel_losses_are_those_of_keys_that_are_rounded_as_often(monkeypatch, at_a_time):
-    model, ids = make_neox(torch.float64), make_ids(N)
-    exact = METHODS["streaming"](model, MethodSettings(S, W)).score(ids)
-    monkeypatch.setattr(rerotated_scoring, "QUERIES_AT_A_TIME", at_a_time)
-    for module in (placements, rerotated_scoring):
-        monkeypatch.setattr(module, "turned_back", coarse)
-    found = METHODS["rerotated"](model, MethodSettings(S, W)).score(ids)
-    assert (found[:, C - 1 :] - losses_of_the_loop("rerotated", model, ids)).abs().max() < 1e-6
-    assert (found - exact)[:, : C - 1].abs().max() < 1e-6
-    assert (found - exact)[:, C:].abs().max() > 1e-4
-
-
 @pytest.mark.parametrize("case", ["llama", "glm", "qwen2", "cohere", "smollm3", "llama-yarn"])
 def test_without_rounding_re_rotation_is_streaming_in_every_family(case):
     model, ids = make_family(case).double(), make_ids(N) % VOCAB
@@ -90,28 +67,6 @@ def test_without_rounding_re_rotation_is_streaming_in_every_family(case):
 def test_models_for_which_re_rotation_is_not_defined_are_refused():
     with pytest.raises(ValueError, match="sliding windows of the model's own"):
         METHODS["rerotated"](make_family("mistral"), MethodSettings(S, 4))
-
-
-def test_a_model_that_writes_its_attention_out_is_refused_in_parallel_scoring():
-    model, ids = make_family("gptj", attention="eager"), make_ids(N) % VOCAB
-    with pytest.raises(ValueError, match="score it token by token"):
-        METHODS["rerotated"](model, MethodSettings(S, W)).score(ids)
-
-
-def test_the_model_is_restored_after_scoring_and_after_an_error(monkeypatch):
-    model, ids = make_neox(), make_ids(N)
-    method = METHODS["rerotated"](model, MethodSettings(S, W))
-    method.score(ids)
-    assert model.config._attn_implementation == "sdpa"
-
-    def fail(*args):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(rerotated_scoring, "turned_back", fail)
-    with pytest.raises(ZeroDivisionError):
-        method.score(ids)
-    assert model.config._attn_implementation == "sdpa"
-    assert "rerotated" not in ALL_ATTENTION_FUNCTIONS
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """The plot scripts as a person runs them: exit codes, what they say, no torch, no installed project."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +13,7 @@ from plot_fixtures.synthetic import write_json, write_older, write_set
 from experiments import make_report, plot_ablation_results, plot_all, plot_fixed_eval_results
 from experiments.plotting.script import main
 
+ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = Path(plot_all.__file__).parent
 SCRIPTS = {script.__name__.split(".")[-1]: script.draw for script in make_report.SCRIPTS}
 
@@ -100,6 +102,12 @@ def test_drawing_everything_fills_a_folder_per_root_and_is_reproducible(tmp_path
     page = tmp_path / "again" / "report.html"
     assert where == f"Open {page}: all figures and tables on one page that needs no network."
     assert found.startswith("On Demo narrative, StreamingLLM was 7.33 times as fast as re-computing the window")
+
+
+def test_what_the_project_shows_is_what_it_keeps_under_results():
+    kept = re.findall(r"^!/results/(\w+)/$", (ROOT / ".gitignore").read_text(), flags=re.MULTILINE)
+    assert kept == [folder.name for folder in make_report.PROJECT]
+    assert not make_report.roots_of(ROOT / "results" / "h100", "own")
 
 
 def test_a_newcomer_sees_the_own_run_only_and_the_project_s_by_themselves(tmp_path, capsys, monkeypatch):

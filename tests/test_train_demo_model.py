@@ -219,11 +219,11 @@ def test_training_on_cuda(data, tmp_path):
         ("missing.txt", None, "no such file"),
         ("empty.txt", b"", "is empty"),
         ("blank.txt", b" \n\n\t ", "is empty"),
-        ("zero.txt", b"text\0text", "is not text (zero character at 4)"),
-        ("latin.txt", b"caf\xe9 au lait", "is not UTF-8 text (byte 0xe9 at 3)"),
+        ("zero.txt", b"text\0text", "not a text (it holds NUL characters)"),
+        ("latin.txt", b"caf\xe9 au lait", "not UTF-8 text (byte 3)"),
         ("broken.txt.xz", b"no xz at all", "cannot be read"),
         ("short.txt", b"too short for anything", "the text is too small for --vocab-size"),
-        ("folder/", b"", "holds no text (.txt files in a folder"),
+        ("folder/", b"", "the folder holds no text"),
     ],
 )
 def test_bad_data_is_named_in_one_line(tmp_path, capsys, name, content, message):

@@ -54,6 +54,19 @@ def test_what_a_row_gives_alone_is_right(case):
         assert (logits[row] - reference).abs().max() < TOLERANCE
 
 
+def test_a_prompt_shorter_than_the_sinks_beside_one_longer_than_the_cache():
+    """The row's sinks come one by one, while those of the other row turn already."""
+    model, lengths = make_family("gpt_neox"), (1, 100)
+    ids = torch.randint(VOCAB, (2, 130), generator=torch.Generator().manual_seed(9))
+    exact = family_reference_logits(model, ids, S, W)
+    prompts, mask = padded([row[None, :n] for row, n in zip(ids, lengths, strict=True)], "right")
+    with StreamingDecoder(model, S, W, "eager") as decoder:
+        decoder.prefill(prompts, attention_mask=mask)
+        for t in range(30):
+            at = torch.tensor(lengths) + t
+            assert (decoder.step(ids[[0, 1], at]) - exact[[0, 1], at]).abs().max() < TOLERANCE, t
+
+
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("case", CASES)
 def test_generate(case, side):

@@ -1,4 +1,4 @@
-"""Who is compared: the evaluation's methods by each engine, Transformers' cache, and a peer. Imports no torch.
+"""Who is compared: the evaluation's methods by each engine, and Transformers' cache. Imports no torch.
 
 To add one: an entry of `CONTENDERS`.
 """
@@ -14,9 +14,8 @@ class Contender:
     or `group` names another. `checked`: it computes StreamingLLM, so its logits have to be those of the eager decoder
     with math. `prefills`: its prefill differs from the others', and is measured where prefills are. `attention`: ""
     where SDPA computes its attention, with each backend in turn; else the name of what does, which then stands in the
-    backend's place (SDPA only prefills). `compared_with`: the re-computation with the same engine, which its speedup
-    is relative to. `at_once`: opening it takes so long (it compiles) that its runs follow each other instead of
-    taking turns.
+    backend's place (SDPA only prefills). `at_once`: opening it takes so long (it compiles) that its runs follow each
+    other instead of taking turns.
     """
 
     label: str
@@ -26,21 +25,29 @@ class Contender:
     checked: bool = False
     prefills: bool = False
     attention: str = ""
-    compared_with: str = ""
     at_once: bool = False
 
+    def backends(self, chosen: tuple[str, ...]) -> tuple[str, ...]:
+        """What computes its attention, in turn."""
+        return (self.attention,) if self.attention else chosen
 
-def _decoder(label: str, engine: str, compared_with: str = "", **more) -> Contender:
-    label = f"StreamingDecoder, {label}"
-    return Contender(label, "streaming", engine, checked=True, compared_with=compared_with, **more)
+    @property
+    def compared_with(self) -> str | None:
+        """The re-computation with the same engine, which its speedup is relative to; None where there is none."""
+        for name, other in CONTENDERS.items():
+            if (other.method, other.engine) == ("baseline", self.engine) and self.method != "baseline":
+                return name
+        return None
+
+
+def _decoder(label: str, engine: str, **more) -> Contender:
+    return Contender(f"StreamingDecoder, {label}", "streaming", engine, checked=True, **more)
 
 
 def _recomputation(engine: str) -> Contender:
     return Contender(f"Re-computation, {engine}", "baseline", engine)
 
 
-PEER = "attention-sinks"
-"""Runs in a Python of its own."""
 CONSTANT_DENSE = "dynamic-cache"
 """Transformers' own cache at a constant length: no method of the evaluation."""
 
@@ -48,18 +55,11 @@ CONTENDERS: dict[str, Contender] = {
     "recompute": _recomputation("eager"),
     "recompute-graph": _recomputation("graph"),
     "recompute-fused": _recomputation("fused"),
-    CONSTANT_DENSE: Contender("DynamicCache", CONSTANT_DENSE, group="dense", prefills=True, compared_with="recompute"),
-    "kvpress": Contender("KVPress", "kvpress", compared_with="recompute"),
-    PEER: Contender("attention_sinks", "", group="mit"),
-    "eager": _decoder("eager", "eager", "recompute", prefills=True),
-    "graph": _decoder("graph", "graph", "recompute-graph"),
+    CONSTANT_DENSE: Contender("DynamicCache", CONSTANT_DENSE, group="dense", prefills=True),
+    "kvpress": Contender("KVPress", "kvpress"),
+    "eager": _decoder("eager", "eager", prefills=True),
+    "graph": _decoder("graph", "graph"),
     "graph+compile": _decoder("graph+compile", "graph+compile", at_once=True),
-    "fused": _decoder("fused", "fused", "recompute-fused", prefills=True),
+    "fused": _decoder("fused", "fused", prefills=True),
     "fused-triton": _decoder("fused, triton", "fused-triton", attention="triton"),
 }
-
-
-def backends_of(contender: str, backends: tuple[str, ...]) -> tuple[str, ...]:
-    """What computes a contender's attention, in turn."""
-    own = CONTENDERS[contender].attention
-    return (own,) if own else backends

@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from experiments.benchmarks.contenders import CONSTANT_DENSE, CONTENDERS, backends_of
-from experiments.memory import MemoryFigure
+from experiments.benchmarks.contenders import CONSTANT_DENSE, CONTENDERS
 from experiments.methods import METHODS, Dense, Method, MethodSettings, Streaming
 from experiments.models import LoadedModel
 from experiments.perplexity import devices_of
@@ -71,20 +70,18 @@ class Plan:
 
     def groups(self, model: str) -> list[list[Cell]]:
         """Cells that are measured in turns: one list for each set of conditions."""
-        groups = []
-        for batch_size in self.batch_sizes:
-            sizes = [(DECODE, size, size) for size in self.cache_sizes]
-            sizes += [(PREFILL, self.cache_sizes[0], length) for length in self.prefill_lengths]
-            for kind, cache_size, length in sizes:
-                conditions = (kind, model, cache_size, self.n_sink, batch_size, length)
-                groups.append(
-                    [
-                        Cell(*conditions, name, backend)
-                        for name in self.contenders
-                        if kind == DECODE or CONTENDERS[name].prefills
-                        for backend in backends_of(name, self.backends)
-                    ]
-                )
+        sizes = [(DECODE, size, size) for size in self.cache_sizes]
+        sizes += [(PREFILL, self.cache_sizes[0], length) for length in self.prefill_lengths]
+        groups = [
+            [
+                Cell(kind, model, cache_size, self.n_sink, batch_size, length, name, backend)
+                for name in self.contenders
+                if kind == DECODE or CONTENDERS[name].prefills
+                for backend in CONTENDERS[name].backends(self.backends)
+            ]
+            for batch_size in self.batch_sizes
+            for kind, cache_size, length in sizes
+        ]
         return [group for group in groups if group]
 
 
@@ -152,9 +149,8 @@ class Bench:
             return [self._one_decode(method, tokens) | {"check": found} for _ in range(count)]
 
     def _one_decode(self, method: Method, tokens: list[Tensor]) -> dict:
-        figures, peak = self._measured(method, lambda: self._time_steps(method, tokens))
-        kept = {"compile_sec": method.compile_sec, "kv_cache_mb": method.kv_cache_nbytes / 1e6}
-        return {**figures, "engine": method.engine, **kept, **_memory(peak)}
+        run = self._measured(method, lambda: self._time_steps(method, tokens))
+        return run | {"compile_sec": method.compile_sec, "kv_cache_mb": method.kv_cache_nbytes / 1e6}
 
     def _time_steps(self, method: Method, tokens: list[Tensor]) -> dict:
         """Milliseconds per step, over fewer steps where they take long."""
@@ -167,15 +163,16 @@ class Bench:
         return {"tpot_ms": 1e3 * feed(tokens[:steps]) / steps, "steps": steps}
 
     def _one_prefill(self, method: Method, ids: Tensor) -> dict:
-        took, peak = self._measured(method, lambda: self._time_prefill(method, ids))
-        return {"prefill_ms": 1e3 * took, "engine": method.engine, **_memory(peak)}
+        return self._measured(method, lambda: {"prefill_ms": 1e3 * self._time_prefill(method, ids)})
 
     def _time_prefill(self, method: Method, ids: Tensor) -> float:
         method.reset()
         return seconds(lambda: method.prefill(ids), self.loaded.device)
 
-    def _measured(self, method: Method, run: Callable) -> tuple:
-        return measured(method, run, devices_of(self.model))
+    def _measured(self, method: Method, run: Callable[[], dict]) -> dict:
+        figures, peak = measured(method, run, devices_of(self.model))
+        memory = {"peak_memory_mb": peak.peak_mb, "peak_memory_kind": peak.kind}
+        return {**figures, "engine": method.engine, **memory}
 
     # --- what they need --------------------------------------------------------------------------------------
 
@@ -236,7 +233,3 @@ class Bench:
                 f"{tolerance:g})"
             )
         return {"error": error, "largest_difference": float(difference.abs().max()), "tolerance": tolerance}
-
-
-def _memory(peak: MemoryFigure) -> dict:
-    return {"peak_memory_mb": peak.peak_mb, "peak_memory_kind": peak.kind}

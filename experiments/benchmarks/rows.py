@@ -4,28 +4,20 @@
 configuration (device, versions, sources, number of steps, seed) is moved to `superseded/` and never used.
 """
 
-import hashlib
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.benchmarks.contenders import CONTENDERS
 from experiments.benchmarks.decode import DECODE, PREFILL, TOLERANCE, Cell, Timing
-from experiments.environment import environment, what_matters
+from experiments.environment import environment, sources_hash, what_matters
 from experiments.measuring import Machine
 from experiments.storage import hash_of, now, read_json, set_aside, write_json
+from experiments.summary import table
 
 SCHEMA_VERSION = 1
 BENCHMARK = "decode"
 FIGURE = {DECODE: "tpot_ms", PREFILL: "prefill_ms"}
-
-
-def sources_hash() -> str:
-    """SHA-256 over the benchmark's own sources; the library's are part of the environment."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 class ResultFile:
@@ -48,11 +40,11 @@ class ResultFile:
             "floor": "bytes of weights (without the table of input embeddings) and of the keys and values attended "
             "to, over the bytes that a copy reads and writes per second in the same run",
         }
-        config = {**self.head, "seed": timing.seed, "benchmark_sources": sources_hash(), **matters}
+        own = sources_hash("experiments/benchmarks/*.py")
+        config = {**self.head, "seed": timing.seed, "benchmark_sources": own, **matters}
         self.config_hash = hash_of(config)
-        self.environment = environment(machine.device, command, timing.seed, kvpress_imported=False)
+        self.environment = environment(machine.device, command, timing.seed)
         self.models: dict[str, dict] = {}
-        self.overhead: list[dict] = []
         self._runs: dict[Cell, list[dict]] = {}
         self._failed: dict[Cell, tuple[str, str]] = {}
 
@@ -74,7 +66,6 @@ class ResultFile:
             cell = Cell(**row["cell"])
             self._runs[cell] = list(row["runs"])
         self.models = value["models"]
-        self.overhead = value["overhead"]
         return f"goes on with {sum(map(len, self._runs.values()))} finished runs in {self.path}"
 
     def has(self, cell: Cell, repeat: int) -> bool:
@@ -112,7 +103,6 @@ class ResultFile:
             "complete": complete,
             "models": self.models,
             "rows": self.rows(),
-            "overhead": self.overhead,
             "environment": self.environment,
             "timestamp": now(),
         }
@@ -127,13 +117,13 @@ class ResultFile:
 
     def table(self) -> str:
         """What a person reads at the end: the decode steps, in the order of the file."""
-        lines = [f"{'ms/step':>9} {'x floor':>8} {'speedup':>8}"]
+        rows = []
         for row in self.rows():
             if row["cell"]["kind"] == DECODE and row["status"] == "ok":
                 speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
-                figures = f"{row['tpot_ms']:9.3f} {row['ratio_to_floor']:8.2f} {speedup:>8}"
-                lines.append(f"{figures}  {Cell(**row['cell'])}")
-        return "\n".join(lines)
+                figures = [f"{row['tpot_ms']:.3f}", f"{row['ratio_to_floor']:.2f}", speedup]
+                rows.append([*figures, str(Cell(**row["cell"]))])
+        return table(["ms/step", "x floor", "speedup", ""], rows) if rows else "nothing was measured"
 
     def _row(self, cell: Cell, runs: Sequence[dict]) -> dict:
         contender = CONTENDERS[cell.contender]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.cli import EXIT_SIGNAL
 from experiments.config import SetupError
 from experiments.stop_request import StopRequest
 from streaming_llm import StreamingDecoder
@@ -22,7 +23,6 @@ from streaming_llm import StreamingDecoder
 from .text import ShownText
 from .turns import Place, Turns, special_ids
 
-EXIT_SIGNAL = 128  # plus the signal's number: 130 for Ctrl-C
 BETWEEN_TEXTS = "\n\n"
 AT_A_TIME = 1024
 """Tokens of an endless text in one call of `generate`."""

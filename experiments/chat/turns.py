@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from experiments.config import SetupError
+from experiments.config import SetupError, first_line
 
 PLAIN = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
@@ -58,8 +58,7 @@ class Turns:
             self._opening = self._render(*first)
             conversation = self._render(("user", EARLIER), ("assistant", ANSWER), ("user", MESSAGE))
         except Exception as error:  # templates raise errors of their own, and jinja2 may not be installed
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise self._unfit(f"cannot be used ({reason})") from None
+            raise self._unfit(f"cannot be used ({first_line(error)})") from None
         self._next = conversation.partition(ANSWER)[2]
         if MESSAGE not in self._next:
             raise self._unfit("leaves out earlier answers")

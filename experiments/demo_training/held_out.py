@@ -10,30 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from experiments.config import SetupError
+from experiments.summary import table
 from streaming_llm import score_stream
 
 N_SINK = 4
-
-
-@dataclass(frozen=True)
-class HeldOutResult:
-    """Perplexities per token over stream positions `first_position` to `tokens`, and their ratios."""
-
-    text: str
-    tokens: int
-    first_position: int
-    dense: float
-    window: float
-    streaming: float
-    dense_to_streaming: float
-    window_to_streaming: float
-    streaming_bits_per_character: float
 
 
 def make_stream(
@@ -42,11 +28,11 @@ def make_stream(
     """The first `max_tokens` tokens: int64 `[1, tokens]`, beginning with `<|endoftext|>`.
 
     Raises:
-        ValueError: fewer than `min_tokens` are there; nothing would have been evicted from the cache then.
+        SetupError: fewer than `min_tokens` are there; nothing would have been evicted from the cache then.
     """
     ids = tokenizer(text, verbose=False).input_ids[:max_tokens]
     if len(ids) < min_tokens:
-        raise ValueError(
+        raise SetupError(
             f"held-out text {name}: {len(ids)} tokens, at least {min_tokens} are needed; pass a longer text, "
             "a smaller --held-out-start or a larger --held-out-tokens"
         )
@@ -55,8 +41,11 @@ def make_stream(
 
 def measure(
     folder: Path, tokenizer: PreTrainedTokenizerFast, streams: dict[str, torch.Tensor], cache_size: int, device: str
-) -> list[HeldOutResult]:
-    """Score every stream with the three kinds of attention; `cache_size` counts sinks and window together."""
+) -> list[dict]:
+    """Score every stream with the three kinds of attention; `cache_size` counts sinks and window together.
+
+    Perplexities per token over stream positions `first_position` to `tokens`, and their ratios.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     results = []
     for name, ids in streams.items():
@@ -67,18 +56,11 @@ def measure(
         for kind, (n_sink, window_size) in kinds.items():
             nll = score_stream(model, ids.to(device), n_sink=n_sink, window_size=window_size)  # [1, tokens - 1]
             mean[kind] = nll[0, first - 1 :].double().mean().item()  # nll[0, j] is token j + 1's
+        result = {"text": name, "tokens": tokens, "first_position": first}
+        result |= {kind: math.exp(nll) for kind, nll in mean.items()}
+        result |= {f"{k}_to_streaming": math.exp(mean[k] - mean["streaming"]) for k in ("dense", "window")}
         bits = mean["streaming"] * (tokens - first) / math.log(2)
-        results.append(
-            HeldOutResult(
-                text=name,
-                tokens=tokens,
-                first_position=first,
-                **{kind: math.exp(nll) for kind, nll in mean.items()},
-                dense_to_streaming=math.exp(mean["dense"] - mean["streaming"]),
-                window_to_streaming=math.exp(mean["window"] - mean["streaming"]),
-                streaming_bits_per_character=bits / len(tokenizer.decode(ids[0, first:])),
-            )
-        )
+        results.append(result | {"streaming_bits_per_character": bits / len(tokenizer.decode(ids[0, first:]))})
     return results
 
 
@@ -98,15 +80,15 @@ def sink_shares(folder: Path, streams: Iterable[torch.Tensor], context_length: i
     return torch.tensor(shares).mean(0).tolist()
 
 
-def format_table(results: list[HeldOutResult], shares: list[float], cache_size: int) -> str:
+def format_table(results: list[dict], shares: list[float], cache_size: int) -> str:
     """The report as plain text, for the console; its last line is what sinks are worth."""
-    names = ["dense", f"window {cache_size}", f"{N_SINK} sinks + {cache_size - N_SINK}", "dense /", "window /"]
-    width = max(len("held-out text"), *(len(result.text) for result in results))
-    lines = [f"{'held-out text':<{width}}  {'positions':>13}" + "".join(f"{n:>16}" for n in [*names, "bits/char"])]
+    kinds = ["dense", f"window {cache_size}", f"{N_SINK} sinks + {cache_size - N_SINK}", "dense /", "window /"]
+    rows = []
     for result in results:
-        span, values = f"{result.first_position}..{result.tokens}", list(asdict(result).values())[3:]
-        lines.append(f"{result.text:<{width}}  {span:>13}" + "".join(f"{value:16.3f}" for value in values))
+        name, tokens, first, *values = result.values()
+        rows.append([name, f"{first}..{tokens}", *(f"{value:.3f}" for value in values)])
+    lines = [table(["held-out text", "positions", *kinds, "bits/char"], rows)]
     lines.append("attention on token 0, by layer: " + "  ".join(f"{share:.1%}" for share in shares))
-    ratios = [result.window_to_streaming for result in results]
+    ratios = [result["window_to_streaming"] for result in results]
     lines.append(f"window without sinks / with sinks: {min(ratios):.2f} to {max(ratios):.2f} times the perplexity")
     return "\n".join(lines)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
+from experiments.config import SetupError
+
 from .sequences import END_OF_TEXT_ID
 
 
@@ -41,7 +43,7 @@ class Recipe:
             ("rotary_pct", rotary >= 2 and rotary % 2 == 0, "such that an even number of dimensions is rotated"),
         ):
             if not holds:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be {rule}")
+                raise SetupError(f"{name} = {getattr(self, name)}: must be {rule}")
 
     def config(self) -> dict[str, object]:
         """The content of config.json, written out in full: defaults differ between versions of Transformers."""
@@ -130,4 +132,4 @@ class Options:
     def __post_init__(self) -> None:
         for name, least in (("held_out_start", 0), ("checkpoint_every", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+                raise SetupError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import lzma
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,35 +13,19 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from experiments.config import SetupError, first_line
+from experiments.texts import DOCUMENT_SEPARATOR, load_as_one
+
 END_OF_TEXT, END_OF_TEXT_ID = "<|endoftext|>", 0
-DOCUMENT_SEPARATOR = "\x1c"  # within a file
 ENCODED_AT_ONCE = 16  # documents: bounds the memory that encoding takes
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, unpacked where its name ends in `.xz`.
-
-    Raises:
-        ValueError: missing, unreadable, empty, or not UTF-8 text.
-    """
-    try:
-        raw = path.read_bytes()
-        text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file or folder") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: is not UTF-8 text (byte {error.object[error.start]:#04x} at {error.start})"
-        ) from None
-    except (OSError, lzma.LZMAError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
-    if "\0" in text:
-        raise ValueError(f"{path}: is not text (zero character at {text.index(chr(0))})")
-    if not text.strip():
-        raise ValueError(f"{path}: is empty")
-    return text.replace("\r\n", "\n")
+    """The text of a file or folder, as every command reads it; raises SetupError (a ValueError)."""
+    return DOCUMENT_SEPARATOR.join(load_as_one([str(path)]).documents()).replace("\r\n", "\n")
 
 
 def read_documents(data: str, min_characters: int) -> list[str]:
@@ -51,19 +35,17 @@ def read_documents(data: str, min_characters: int) -> list[str]:
     last.
 
     Raises:
-        ValueError: there is no text to train on.
+        SetupError: there is no text to train on.
     """
-    path = Path(data)
     if data.startswith("hf:"):
         name, config, split, column = [*data.removeprefix("hf:").split(":"), "", "", "", ""][:4]
         try:
             texts = list(datasets.load_dataset(name, config or None, split=split or "train")[column or "text"])
         except Exception as error:  # the library raises dozens of kinds; all mean that there is no text to train on
-            reason = (str(error).splitlines() or [""])[0]
-            raise ValueError(f"--data {data}: could not be loaded ({type(error).__name__}: {reason})") from error
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise SetupError(f"--data {data}: could not be loaded ({what})") from error
     else:
-        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        texts = [part for file in files for part in read_text(file).split(DOCUMENT_SEPARATOR)]
+        texts = read_text(Path(data)).split(DOCUMENT_SEPARATOR)
     documents = [""]
     for text in filter(str.strip, texts):
         if len(documents[-1]) >= min_characters:
@@ -71,7 +53,7 @@ def read_documents(data: str, min_characters: int) -> list[str]:
         else:
             documents[-1] += f"\n\n{text}" if documents[-1] else text
     if not documents[0]:
-        raise ValueError(f"--data {data}: holds no text (.txt files in a folder, or rows)")
+        raise SetupError(f"--data {data}: its rows hold no text")
     return documents
 
 
@@ -88,7 +70,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
     )
     tokenizer.train_from_iterator(documents, trainer)
     if (size := tokenizer.get_vocab_size()) != vocab_size:
-        raise ValueError(f"the text is too small for --vocab-size {vocab_size}: it yields {size} entries")
+        raise SetupError(f"the text is too small for --vocab-size {vocab_size}: it yields {size} entries")
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A",
         pair=f"{END_OF_TEXT} $A {END_OF_TEXT} $B:1",
@@ -116,13 +98,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[np.ndarray]:
     """The token ids of each document, without special tokens, uint16 `[tokens]`."""
-
-    def ids_of(rows: dict) -> dict:
-        return {"ids": tokenizer(rows["text"], add_special_tokens=False, verbose=False).input_ids}
-
-    rows = datasets.Dataset.from_dict({"text": documents})
-    encoded = rows.map(ids_of, batched=True, batch_size=ENCODED_AT_ONCE, remove_columns="text", desc="encoding")
-    return [np.asarray(row["ids"], dtype=np.uint16) for row in encoded.with_format("numpy")]
+    encoded: list[np.ndarray] = []
+    for start in tqdm(range(0, len(documents), ENCODED_AT_ONCE), desc="encoding", disable=not sys.stderr.isatty()):
+        some = documents[start : start + ENCODED_AT_ONCE]
+        rows = tokenizer(some, add_special_tokens=False, verbose=False).input_ids
+        encoded += [np.asarray(row, dtype=np.uint16) for row in rows]
+    return encoded
 
 
 class Windows(Dataset):
@@ -143,7 +124,7 @@ class Windows(Dataset):
         self.windows = np.where(lengths >= self.width, np.maximum(lengths // self.width - 1, 1), 0)
         self.per_epoch = int(self.windows.sum())
         if self.per_epoch == 0:
-            raise ValueError(
+            raise SetupError(
                 f"the text is too small: no document has {self.width} tokens (the longest has {lengths.max()}), "
                 f"which a training sequence of --context-length {context_length} needs"
             )

@@ -27,17 +27,22 @@ class Asked:
     distances: list[int]
 
 
-def answered(setting: Setting, streams: Sequence[Asked], sizes: StreamingConfig) -> list[np.ndarray]:
+def answered(
+    setting: Setting, streams: Sequence[Asked], sizes: StreamingConfig, at_a_time: int = 1
+) -> list[np.ndarray]:
     """Of each stream's questions, whether the greedy completion is the answer, by a cache of these sizes."""
-    model, forward, results = setting.loaded.model, setting.block_forward(), []
-    for stream in streams:
-        places = [place for first, end in stream.answers for place in range(first - 1, end - 1)]
-        [hidden] = states_at(model, forward, sizes, [stream.ids[: places[-1] + 1]], [places])
-        tokens = [stream.ids[place + 1] for place in places]
-        greedy = judged(model, hidden, tokens)[1].cpu().numpy()
-        ends = np.cumsum([end - first for first, end in stream.answers])
-        results.append(np.array([part.all() for part in np.split(greedy, ends[:-1])]))
-    return results
+    model, forward = setting.loaded.model, setting.block_forward()
+    results: dict[int, np.ndarray] = {}
+    order = sorted(range(len(streams)), key=lambda index: len(streams[index].ids))
+    for batch in (order[start : start + at_a_time] for start in range(0, len(order), at_a_time)):
+        wanted = [[p for first, end in streams[i].answers for p in range(first - 1, end - 1)] for i in batch]
+        rows = [streams[i].ids[: places[-1] + 1] for i, places in zip(batch, wanted, strict=True)]
+        states = states_at(model, forward, sizes, rows, wanted)
+        for i, places, hidden in zip(batch, wanted, states, strict=True):
+            greedy = judged(model, hidden, [streams[i].ids[place + 1] for place in places])[1].cpu().numpy()
+            ends = np.cumsum([end - first for first, end in streams[i].answers])
+            results[i] = np.array([part.all() for part in np.split(greedy, ends[:-1])])
+    return [results[i] for i in range(len(streams))]
 
 
 def method_sizes(setting: Setting, method: str, cache: int, length: int) -> StreamingConfig:

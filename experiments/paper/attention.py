@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 
-from experiments.paper.pieces import Found, Piece
+from experiments.kept import Found
+from experiments.paper.pieces import Experiment, Piece
 from experiments.paper.setting import Setting
 from personal_adapters.neox_flash import unwrap_attention
 from streaming_llm import StreamingLLMWrapper
@@ -30,29 +32,21 @@ def _writing_weights(setting: Setting) -> Iterator[torch.nn.Module]:
         model.set_attn_implementation(before)
 
 
-class Attention:
+class Attention(Experiment):
     """Average maps over short texts, and shares of attention in a stream, layer by layer."""
 
     name, title, reference = "attention", "Where attention goes", "Fig. 2"
 
-    def why_not(self, setting: Setting) -> str | None:
-        return None
-
     def pieces(self, setting: Setting) -> list[Piece]:
         common = {"data": setting.text.sha256, "bos": list(setting.beginning.ids)}
-        n = setting.lengths.sentences
-        maps = Piece("maps", common | {"what": "maps", "sentences": n}, lambda: self._maps(setting),
-                     (setting.source.name, "maps"), n * SENTENCE)  # fmt: skip
-        return [maps, *(self._piece(setting, name, n_sink, common) for name, n_sink in self._streams(setting))]
-
-    def _streams(self, setting: Setting) -> list[tuple[str, int]]:
-        return [("streaming", setting.n_sink), ("window", 0)]
-
-    def _piece(self, setting: Setting, name: str, n_sink: int, common: dict) -> Piece:
-        cache = setting.lengths.cache
-        config = common | {"what": "shares", "n_sink": n_sink, "cache": cache, "first": setting.n_sink}
-        kind = (setting.source.name, "shares", name)
-        return Piece(name, config, lambda: self._shares(setting, n_sink, cache), kind, 4 * cache)
+        n, cache = setting.lengths.sentences, setting.lengths.cache
+        config = common | {"what": "maps", "sentences": n}
+        pieces = [Piece("maps", config, lambda: self._maps(setting), (setting.source.name, "maps"), n * SENTENCE)]
+        for name, n_sink in (("streaming", setting.n_sink), ("window", 0)):
+            config = common | {"what": "shares", "n_sink": n_sink, "cache": cache, "first": setting.n_sink}
+            compute = partial(self._shares, setting, n_sink, cache)
+            pieces.append(Piece(name, config, compute, (setting.source.name, "shares", name), 4 * cache))
+        return pieces
 
     @torch.no_grad()
     def _maps(self, setting: Setting) -> Found:

@@ -4,22 +4,17 @@ import statistics
 
 import numpy as np
 
-from experiments.paper.pieces import Found, Piece
-from experiments.paper.setting import Setting, curve, doubling, perplexity
-
-
-class _Always:
-    """An experiment that every model allows."""
-
-    def why_not(self, setting: Setting) -> str | None:
-        return None
+from experiments.kept import Found
+from experiments.paper.pieces import Experiment, Piece
+from experiments.paper.setting import Setting, curve, doubling
+from experiments.perplexity import perplexity
 
 
 def _row(found: Found, **also) -> dict:
     return also | {name: found.values[name] for name in ("perplexity", "tokens")}
 
 
-class Curves(_Always):
+class Curves(Experiment):
     """Perplexity along 20,000 tokens by method."""
 
     name, title, reference = "methods", "Perplexity along a text, by method", "Fig. 3"
@@ -40,7 +35,7 @@ class Curves(_Always):
                 "context_length": setting.info.context_length}  # fmt: skip
 
 
-class Long(_Always):
+class Long(Experiment):
     """Perplexity along as many tokens as there are, with two cache sizes; dense attention up to its context."""
 
     name, title, reference = "long", "Perplexity along millions of tokens", "Fig. 5"
@@ -66,7 +61,7 @@ class Long(_Always):
                 "starts": starts, "context_length": context}  # fmt: skip
 
 
-class LineBreaks(_Always):
+class LineBreaks(Experiment):
     """The first tokens as sinks, against line breaks put in their place."""
 
     name, title, reference = "line-breaks", "Do sinks need to mean anything?", "Table 1"
@@ -93,7 +88,7 @@ class LineBreaks(_Always):
         return {"cache_size": setting.lengths.cache, "rows": rows}
 
 
-class Sinks(_Always):
+class Sinks(Experiment):
     """How many sinks it takes, in a cache of one size."""
 
     name, title, reference = "sinks", "How many sinks?", "Table 2"
@@ -108,7 +103,7 @@ class Sinks(_Always):
         return {"cache_size": cache, "rows": rows}
 
 
-class CacheSizes(_Always):
+class CacheSizes(Experiment):
     """How much cache it takes."""
 
     name, title, reference = "cache-sizes", "Does more cache help?", "Table 6"
@@ -118,13 +113,11 @@ class CacheSizes(_Always):
         return [setting.losses(str(cache), "streaming", cache, limit) for cache in setting.lengths.caches]
 
     def result(self, setting: Setting, found: dict[str, Found]) -> dict:
-        n_sink = setting.n_sink
-        rows = [_row(one, n_sink=n_sink, window_size=int(size) - n_sink, cache_size=int(size))
-                for size, one in found.items()]  # fmt: skip
-        return {"rows": rows}
+        sizes = [(int(cache), setting.n_sink, one) for cache, one in found.items()]
+        return {"rows": [_row(one, n_sink=s, window_size=cache - s, cache_size=cache) for cache, s, one in sizes]}
 
 
-class Speed(_Always):
+class Speed(Experiment):
     """Latency and memory of a token, against re-computation by the same engine."""
 
     name, title, reference = "latency", "Latency and memory per token", "Fig. 10"
@@ -158,7 +151,7 @@ class Speed(_Always):
         return {"rows": rows}
 
 
-class Positions(_Always):
+class Positions(Experiment):
     """Where kept tokens are placed: perplexity, drift from exact positions, and the cost of a step."""
 
     name, title, reference = "positions", "Where kept tokens are placed", "not in the paper"

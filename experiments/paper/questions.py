@@ -13,12 +13,12 @@ import numpy as np
 
 from experiments.config import SetupError
 from experiments.hub import hub_rows
+from experiments.kept import Found
 from experiments.paper.asking import Asked, answered, binned, method_sizes
 from experiments.paper.made_questions import make_records
-from experiments.paper.pieces import Found, Piece
+from experiments.paper.pieces import Experiment, Piece
 from experiments.paper.setting import Setting
 from experiments.storage import hash_of
-from experiments.stream_states import judged, states_at
 
 MADE = "made"
 METHODS = ("one-shot", "dense", "window", "streaming")
@@ -108,7 +108,7 @@ def conversation(tokenizer, front: list[int], questions: list[Question]) -> Aske
     return Asked(ids, answers, [])
 
 
-class Questions:
+class Questions(Experiment):
     """Exact match by method; `one-shot`: each question by itself."""
 
     name, title, reference = "questions", "Streaming question answering", "Table 5"
@@ -127,7 +127,8 @@ class Questions:
         def compute() -> Found:
             if method == "one-shot":
                 streams = [conversation(tokenizer, front, [question]) for question in questions]
-                right = _each_alone(setting, streams)
+                sizes = method_sizes(setting, "dense", cache, max(len(stream.ids) for stream in streams))
+                right = np.concatenate(answered(setting, streams, sizes, at_a_time=16))
                 return Found({"accuracy": float(right.mean()), "questions": len(right)}, {"right": right})
             stream = conversation(tokenizer, front, questions)
             right = answered(setting, [stream], method_sizes(setting, method, cache, len(stream.ids)))[0]
@@ -147,18 +148,3 @@ class Questions:
                   if "places" in one.arrays}  # fmt: skip
         return {"cache_size": setting.lengths.cache, "n_sink": setting.n_sink, "rows": rows, "curves": curves,
                 "questions": Path(str(setting.questions)).name}  # fmt: skip
-
-
-def _each_alone(setting: Setting, streams: list[Asked], at_a_time: int = 16) -> np.ndarray:
-    """Answers to questions that are streams of their own, several at a time."""
-    model, forward, right = setting.loaded.model, setting.block_forward(), np.zeros(len(streams), dtype=bool)
-    order = sorted(range(len(streams)), key=lambda index: len(streams[index].ids))
-    for start in range(0, len(order), at_a_time):
-        batch = order[start : start + at_a_time]
-        answers = [streams[index].answers[0] for index in batch]
-        rows = [streams[index].ids[: end - 1] for index, (_, end) in zip(batch, answers, strict=True)]
-        sizes = method_sizes(setting, "dense", 0, max(map(len, rows)))
-        states = states_at(model, forward, sizes, rows, [range(first - 1, end - 1) for first, end in answers])
-        for index, hidden, (first, end) in zip(batch, states, answers, strict=True):
-            right[index] = bool(judged(model, hidden, streams[index].ids[first:end])[1].all())
-    return right

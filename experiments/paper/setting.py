@@ -1,33 +1,29 @@
 """What all experiments of a model share: the model on its device, the stream of tokens, and how long everything is."""
 
-import hashlib
 import itertools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from experiments.config import ExperimentConfig, SetupError
-from experiments.environment import environment, what_matters
-from experiments.measuring import Machine
+from experiments.environment import environment, sources_hash, what_matters
+from experiments.kept import Found
+from experiments.measuring import Machine, free_memory
 from experiments.method_base import MethodSettings
 from experiments.methods import METHODS
 from experiments.models import LoadedModel, ModelSource
-from experiments.paper.pieces import Found, Piece
-from experiments.perplexity import compute_perplexity
+from experiments.paper.pieces import Piece
+from experiments.perplexity import compute_perplexity, perplexity
 from experiments.placements import model_call_engine
 from experiments.results import run_record
 from experiments.texts import Text
 from experiments.tokens import first_tokens
-from streaming_llm import StreamingConfig, resolve_block_engine, resolve_engine
+from streaming_llm import StreamingConfig, resolve_block_engine
 from streaming_llm.engines.blocks import block_forward
-
-_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
 
 
 @dataclass(frozen=True)
@@ -109,8 +105,13 @@ class Setting:
         """The model with its attention by the backend."""
         if self._loaded is None:
             self._loaded = self.machine.load(self.source, self.config.device_map)
-        self.machine.wrap(self._loaded, self.source.name, self.backend)
+        self.machine.wrap(self._loaded, self.backend)
         return self._loaded
+
+    def free(self) -> None:
+        """Let go of the model."""
+        self._loaded = None
+        free_memory()
 
     @property
     def backend(self) -> str:
@@ -119,31 +120,23 @@ class Setting:
     @property
     def engine(self) -> str:
         """How single tokens run; never "auto"."""
-        try:
-            return resolve_engine(self.loaded.model, self.config.engine)
-        except ValueError as error:
-            raise SetupError(f"engine {self.config.engine!r} cannot run {self.source.name!r}: {error}") from None
-
-    @property
-    def block_engine(self) -> str:
-        """How blocks run beside that engine."""
-        return resolve_block_engine(self.loaded.model, self.config.engine)
+        return self.machine.engine(self.loaded, self.config.engine, self.backend)
 
     def block_forward(self):
-        """The forward for blocks of tokens."""
-        return block_forward(self.loaded.model, self.block_engine)
+        """The forward for blocks of tokens, by what goes with that engine."""
+        model = self.loaded.model
+        return block_forward(model, resolve_block_engine(model, self.config.engine))
 
     # What results depend on
 
     def common(self) -> dict:
         """What could change anything that is found, as JSON values."""
-        own = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
         return {
             "model": self.source.fingerprint,
             "dtype": self.machine.dtype_name,
             "backend": self.backend,
             "engine": self.config.engine,
-            "paper_sources": own,
+            "paper_sources": sources_hash("experiments/paper/*.py"),
             **what_matters(self.machine.device),
         }
 
@@ -159,7 +152,7 @@ class Setting:
             "device": what_matters(self.machine.device)["device"],
             "dtype": self.machine.dtype_name,
             "backend": self.backend,
-            "environment": environment(self.machine.device, self.config.command, self.config.seed, False),
+            "environment": environment(self.machine.device, self.config.command, self.config.seed),
         }
 
     # The stream
@@ -188,8 +181,9 @@ class Setting:
 
         def compute() -> Found:
             ids, start = make_ids().to(self.loaded.device), time.perf_counter()
-            settings = MethodSettings(sizes.n_sink, sizes.window_size, self.block_engine)
-            nll = METHODS[method](self.loaded.model, settings).score(ids)[0].float().cpu().numpy()
+            cls = METHODS[method]
+            settings = MethodSettings(sizes.n_sink, sizes.window_size, cls.engine_for(self.engine))
+            nll = cls(self.loaded.model, settings).score(ids)[0].float().cpu().numpy()
             values = {"tokens": len(nll) + 1, "seconds": time.perf_counter() - start, "perplexity": perplexity(nll)}
             return Found(values, {"nll": nll})
 
@@ -216,30 +210,15 @@ class Setting:
         return Piece(name, config, compute, (self.source.name, "timed", method, str(cache)), steps)
 
 
-def perplexity(nll: np.ndarray) -> float:
-    """Of losses in nats; raises RuntimeError where they are not usable."""
-    mean = float(np.mean(nll, dtype=np.float64))
-    if not np.isfinite(nll).all() or mean > 700:
-        raise RuntimeError(f"the losses are not usable: their mean is {mean}")
-    return math.exp(mean)
-
-
 def curve(nll: np.ndarray, n_points: int = 100) -> dict[str, list]:
     """Perplexity along a stream: of stretches of equal length, with the number of the last token of each."""
-    ends = np.unique(np.linspace(0, len(nll), min(n_points, len(nll)) + 1).astype(int))
-    parts = [nll[a:b] for a, b in itertools.pairwise(ends)]
-    return {"token": [int(end) for end in ends[1:]], "perplexity": [perplexity(part) for part in parts]}
+    return _stretches(nll, np.unique(np.linspace(0, len(nll), min(n_points, len(nll)) + 1).astype(int))[1:].tolist())
 
 
 def doubling(nll: np.ndarray, first: int = 256) -> dict[str, list]:
     """Perplexity of stretches each as long as all before it, as `curve` gives it: to token 256, 512, 1,024, ..."""
-    ends = [first << n for n in range(64) if first << n < len(nll)] + [len(nll)]
-    parts = [nll[a:b] for a, b in itertools.pairwise([0, *ends])]
-    return {"token": ends, "perplexity": [perplexity(part) for part in parts]}
+    return _stretches(nll, [first << n for n in range(64) if first << n < len(nll)] + [len(nll)])
 
 
-def free(setting: Setting) -> None:
-    """Let go of the model."""
-    setting._loaded = None
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _stretches(nll: np.ndarray, ends: list[int]) -> dict[str, list]:
+    return {"token": ends, "perplexity": [perplexity(nll[a:b]) for a, b in itertools.pairwise([0, *ends])]}

@@ -7,8 +7,9 @@ import random
 
 import numpy as np
 
+from experiments.kept import Found
 from experiments.paper.asking import Asked, answered, binned, method_sizes
-from experiments.paper.pieces import Found, Piece
+from experiments.paper.pieces import Experiment, Piece
 from experiments.paper.setting import Setting
 
 HEAD = "Below is a record of lines I want you to remember.\n"
@@ -48,13 +49,10 @@ def make_stream(tokenizer, front: list[int], n_queries: int, distance: int, seed
     return Asked(ids, answers, [end - lines[line] for (_, end), line in zip(answers, asked, strict=True)])
 
 
-class StreamEval:
+class StreamEval(Experiment):
     """Accuracy along the stream by method, and by distance."""
 
     name, title, reference = "stream-eval", "StreamEval: facts in a stream", "Fig. 9, Table 7"
-
-    def why_not(self, setting: Setting) -> str | None:
-        return None
 
     def _streams(self, setting: Setting, distance: int, n_samples: int, n_queries: int) -> list[Asked]:
         tokenizer, front = setting.info.tokenizer, list(setting.beginning.ids)

@@ -1,8 +1,9 @@
 """Figures of the paper's experiments, each from the contents of a result file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
@@ -43,20 +44,22 @@ def _page(result: dict, lines: Sequence[dict], columns: int = 1, more: Sequence[
     return figure, axes[0]
 
 
-def _curves(ax, curves: dict[str, dict], key: str, looks: dict[str, dict]) -> None:
-    for method, one in curves.items():
-        ax.plot(one["token"], one[key], **looks[method])
+def _along(ax: Axes, curves: dict[str, dict], key: str, looks: dict[str, dict], title: str, **x_axis) -> None:
+    """Curves along a stream: `key` over the number of the token."""
+    for name, one in curves.items():
+        ax.plot(one["token"], one[key], **looks[name])
+    number_axis(ax, "x", [token for one in curves.values() for token in one["token"]], **x_axis)
+    if key == "perplexity":
+        number_axis(ax, "y", [value for one in curves.values() for value in one[key]], log_ratio=20)
     ax.set_xlabel("token")
+    ax.set_title(title)
 
 
 def methods(result: dict) -> Figure:
     """Perplexity along the text by method."""
     looks = {method: _look(method) for method in result["curves"]}
     figure, (ax,) = _page(result, list(looks.values()), more=[_size(result), RECOMPUTED])
-    _curves(ax, result["curves"], "perplexity", looks)
-    values = np.concatenate([one["perplexity"] for one in result["curves"].values()])
-    number_axis(ax, "y", values, log_ratio=20)
-    ax.set_title("perplexity, of stretches of the text")
+    _along(ax, result["curves"], "perplexity", looks, "perplexity, of stretches of the text")
     return figure
 
 
@@ -74,34 +77,37 @@ def long(result: dict) -> Figure:
     books = "Left: stretches each as long as all before it. Texts follow each other, and perplexity differs between "
     books += "them. Dashed: the model's context"
     figure, axes = _page(result, list(looks.values()), columns=2, more=[books], sharey=True)
-    _curves(axes[0], result["starts"], "perplexity", looks)
-    _curves(axes[1], result["curves"], "perplexity", {name: look | {"marker": ""} for name, look in looks.items()})
+    _along(axes[0], result["starts"], "perplexity", looks, "perplexity, log axis", log_ratio=2)
+    plain = {name: look | {"marker": ""} for name, look in looks.items()}
+    _along(axes[1], result["curves"], "perplexity", plain, "perplexity, all of it")
     drawn = [one for part in ("starts", "curves") for one in result[part].values()]
-    number_axis(axes[0], "x", [token for one in result["starts"].values() for token in one["token"]], log_ratio=2)
-    number_axis(axes[1], "x", [token for one in result["curves"].values() for token in one["token"]])
     number_axis(axes[0], "y", [value for one in drawn for value in one["perplexity"]], log_ratio=20)
-    for ax, title in zip(axes, ("perplexity, log axis", "perplexity, all of it"), strict=True):
+    for ax in axes:
         ax.axvline(result["context_length"], color=style.QUIET, linewidth=0.8, linestyle="--")
-        ax.set_title(title)
     return figure
 
 
 def models(results: Sequence[dict]) -> Figure:
     """Perplexity along very long texts with StreamingLLM's larger cache, a line for each model."""
-    lines, looks = [], []
+    curves, looks = {}, {}
     for i, result in enumerate(results):
         name, n_sink = result["model"].rsplit("/", 1)[-1], result["n_sink"]
-        colour = MODEL_COLOURS[i % len(MODEL_COLOURS)]
-        looks.append({"color": colour, "label": f"{name}, {n_sink} + {result['cache_size'] - n_sink}"})
-        lines.append(result["curves"][f"streaming {result['cache_size']}"])
-    figure, (ax,) = _page(results[0], looks, more=["Books follow each other: perplexity differs between them"])
-    for one, look in zip(lines, looks, strict=True):
-        ax.plot(one["token"], one["perplexity"], linewidth=0.9, **look)
-    number_axis(ax, "x", [token for one in lines for token in one["token"]])
-    number_axis(ax, "y", [value for one in lines for value in one["perplexity"]], log_ratio=20)
-    ax.set_xlabel("token")
-    ax.set_title("perplexity, StreamingLLM")
+        label = f"{name}, {n_sink} + {result['cache_size'] - n_sink}"
+        looks[result["model"]] = {"color": MODEL_COLOURS[i % len(MODEL_COLOURS)], "label": label, "linewidth": 0.9}
+        curves[result["model"]] = result["curves"][f"streaming {result['cache_size']}"]
+    note = "Books follow each other: perplexity differs between them"
+    figure, (ax,) = _page(results[0], list(looks.values()), more=[note])
+    _along(ax, curves, "perplexity", looks, "perplexity, StreamingLLM")
     return figure
+
+
+def _write_values(ax: Axes, places: Iterable, values: Iterable[float], offset: tuple[int, int]) -> None:
+    """Write figures beside their points, readable over lines."""
+    for place, value in zip(places, values, strict=True):
+        where = {"textcoords": "offset points", "ha": "left" if offset[0] else "center"}
+        where["va"] = "bottom" if offset[1] else "center"
+        text = ax.annotate(f"{value:.2f}", place, offset, size=style.SIZE_VALUE, **where)
+        text.set_path_effects([Stroke(linewidth=2.5, foreground="white"), Normal()])
 
 
 def sizes(result: dict) -> Figure:
@@ -109,14 +115,10 @@ def sizes(result: dict) -> Figure:
     key, label = ("n_sink", "sinks") if result["experiment"] == "sinks" else ("cache_size", "cache size, tokens")
     look = _look("streaming") | {"marker": "o", "markersize": 3.4}
     figure, (ax,) = _page(result, [look], more=[f"{result['rows'][0]['tokens']:,} tokens"])
-    x = range(len(result["rows"]))
     y = [row["perplexity"] for row in result["rows"]]
-    ax.plot(x, y, **look)
-    for place, value in zip(x, y, strict=True):
-        text = ax.annotate(f"{value:.2f}", (place, value), (0, 5), textcoords="offset points", ha="center",
-                           size=style.SIZE_VALUE)  # fmt: skip
-        text.set_path_effects([Stroke(linewidth=2.5, foreground="white"), Normal()])
-    ax.set_xticks(x, [f"{row[key]}" for row in result["rows"]])
+    ax.plot(range(len(y)), y, **look)
+    _write_values(ax, enumerate(y), y, (0, 5))
+    ax.set_xticks(range(len(y)), [f"{row[key]}" for row in result["rows"]])
     number_axis(ax, "y", y, log_ratio=20, room=0.12)
     ax.set_xlabel(label)
     ax.set_title("perplexity")
@@ -125,15 +127,13 @@ def sizes(result: dict) -> Figure:
 
 def bars(result: dict) -> Figure:
     """Perplexity by what is kept as sinks, on a log scale."""
-    rows = result["rows"]
+    rows, values = result["rows"], [row["perplexity"] for row in result["rows"]]
     look = {"color": style.METHODS["streaming"].colour, "label": "perplexity", "linewidth": 4}
     figure, (ax,) = _page(result, [look], more=[f"{rows[0]['tokens']:,} tokens"])
     names = [f"{row['n_sink']} {row['sinks']} + {row['window_size']}" for row in rows]
     names[0] = f"window of {rows[0]['window_size']}"
-    ax.barh(range(len(rows)), [row["perplexity"] for row in rows], color=look["color"], height=0.6)
-    for place, row in enumerate(rows):
-        ax.annotate(f"{row['perplexity']:.2f}", (row["perplexity"], place), (3, 0), textcoords="offset points",
-                    va="center", size=style.SIZE_VALUE)  # fmt: skip
+    ax.barh(range(len(rows)), values, color=look["color"], height=0.6)
+    _write_values(ax, zip(values, range(len(rows)), strict=True), values, (3, 0))
     ax.set_yticks(range(len(rows)), names)
     ax.margins(x=0.15)
     ax.invert_yaxis()
@@ -172,9 +172,7 @@ def asked(result: dict) -> Figure:
     far = [row for row in result["rows"] if row.get("distance_lines", 20) != 20 or row["method"] == "streaming"]
     has_distances = result["experiment"] == "stream-eval" and len(far) > 1
     figure, axes = _page(result, list(looks.values()), columns=1 + has_distances, more=[_size(result)], sharey=True)
-    _curves(axes[0], result["curves"], "accuracy", looks)
-    number_axis(axes[0], "x", [token for one in result["curves"].values() for token in one["token"]])
-    axes[0].set_title("accuracy along the stream")
+    _along(axes[0], result["curves"], "accuracy", looks, "accuracy along the stream")
     axes[0].set_ylim(-0.04, 1.04)
     for row in result["rows"]:
         if row["method"] == "one-shot":
@@ -231,14 +229,8 @@ def positions(result: dict) -> Figure:
     looks = {method: _look(method) for method in result["curves"]}
     looks["streaming"] |= {"linewidth": 2.4, "zorder": 2}  # others may lie on it
     figure, axes = _page(result, list(looks.values()), columns=2, more=[_size(result)])
-    _curves(axes[0], result["curves"], "perplexity", looks)
-    values = [value for one in result["curves"].values() for value in one["perplexity"]]
-    number_axis(axes[0], "y", values, log_ratio=20)
-    axes[0].set_title("perplexity")
-    _curves(axes[1], result["drifts"], "drift", looks)
-    axes[1].set_title("drift of a loss, nats")
-    for ax in axes:
-        number_axis(ax, "x", [token for one in result["curves"].values() for token in one["token"]])
+    _along(axes[0], result["curves"], "perplexity", looks, "perplexity")
+    _along(axes[1], result["drifts"], "drift", looks, "drift of a loss, nats")
     return figure
 
 

@@ -59,7 +59,7 @@ def block_attention(
     batch, num_heads, q_len = query.shape[:3]
     out = query.new_empty((batch, q_len, num_heads, value.shape[-1]))
     window, given = plan.layout.config.window_size, (plan, scale, kernel, softcap, learned)
-    if _continues(query, plan, kernel):  # only the first W queries see tokens of the blocks before
+    if continues(query, plan, kernel):  # only the first W queries see tokens of the blocks before
         keys, values = (joined((x[:, :, -window:], new[:, :, :window]), dim=2)
                         for x, new in zip(previous, (key, value), strict=True))  # fmt: skip
         _streaming_band(query[:, :, :window], keys, values, out[:, :window], plan.first_query, *given)
@@ -81,7 +81,7 @@ def block_attention(
     return out.transpose(1, 2)
 
 
-def _continues(query: Tensor, plan: BlockPlan, kernel: str) -> bool:
+def continues(query: Tensor, plan: BlockPlan, kernel: str) -> bool:
     """Whether a block's keys are to stay where they lie, earlier ones being copied before its first ``W`` alone.
 
     That is worth it on a CUDA device, for a block longer than the window after a cache that is full.

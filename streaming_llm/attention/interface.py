@@ -72,21 +72,34 @@ class _Call:
     learned: Tensor | None
     rest: dict[str, Any] = field(default_factory=dict)
 
-    def one_query(self, key: Tensor, value: Tensor) -> Attended:
-        """A single query over all keys, or a plain forward over itself: the model's own attention."""
-        if self.softcap is not None and self.delegate != "eager":
-            return self.causal(key, value)  # no kernel of PyTorch's caps scores
-        narrow = key.shape[-1] != value.shape[-1]  # DeepSeek's values, which PyTorch's flash kernel does not take
-        if self.delegate != "eager" and narrow and kernel_for(self.query, None) != "math":
-            return self.causal(key, value)
-        if self.learned is not None and (self.delegate != "eager" or kernel_for(self.query, None) != "math"):
-            return self.causal(key, value)
+    def one_query(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Attended:
+        """A single query over all keys, or a plain forward over itself: the model's own attention.
+
+        Args:
+            mask: see :class:`StepPlan`.
+        """
+        if not self._own_function_will_do(key, value):
+            return self.causal(key, value) if mask is None else self._written_out(key, value, mask)
         if key.shape[1] != self.query.shape[1] and not hasattr(self.module, "num_key_value_groups"):
             key, value = repeat_heads(self.query, key, "math"), repeat_heads(self.query, value, "math")
         optional = {"softcap": self.softcap, "s_aux": self.learned}
         optional = {name: value for name, value in optional.items() if value is not None}
         given = {"scaling": self.scale, "dropout": self.dropout, **optional, **self.rest}
-        return self._own_function()(self.module, self.query, key, value, None, **given)
+        return self._own_function()(self.module, self.query, key, value, mask, **given)
+
+    def _own_function_will_do(self, key: Tensor, value: Tensor) -> bool:
+        if self.softcap is not None and self.delegate != "eager":
+            return False  # no kernel of PyTorch's caps scores
+        narrow = key.shape[-1] != value.shape[-1]  # DeepSeek's values, which PyTorch's flash kernel does not take
+        if self.delegate != "eager" and narrow and kernel_for(self.query, None) != "math":
+            return False
+        return self.learned is None or (self.delegate == "eager" and kernel_for(self.query, None) == "math")
+
+    def _written_out(self, key: Tensor, value: Tensor, mask: Tensor) -> Attended:
+        self._refuse_dropout()
+        key, value = repeat_heads(self.query, key, "math"), repeat_heads(self.query, value, "math")
+        out = explicit_attention(self.query, key, value, self.scale, mask == 0, self.softcap, self.learned)[0]
+        return self._result(out)
 
     def _own_function(self) -> Callable[..., Any]:
         if self.delegate != "eager":
@@ -143,11 +156,11 @@ def _own_window(window: int, q_len: int, kv_len: int) -> BlockPlan:
 
 
 def _explicit(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **unused: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **unused: Any
 ) -> Any:
     """Eager attention of a layer whose model file has no function of it."""
     key, value = repeat_heads(query, key, "math"), repeat_heads(query, value, "math")
-    out, weights = explicit_attention(query, key, value, scaling)
+    out, weights = explicit_attention(query, key, value, scaling, None if mask is None else mask == 0)
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -177,7 +190,7 @@ def _attention_function(delegate: str) -> Callable[..., Attended]:
             return call.block(*plan.split(key, value))
         assert isinstance(plan, StepPlan)
         if plan.lengths is None:
-            return call.one_query(key, value)
+            return call.one_query(key, value, plan.mask)
         return call.one_query_for_each_row(key, value, plan.lengths)
 
     return attention

@@ -42,6 +42,12 @@ def kernels_in_force(adapters: list[nn.Module]) -> tuple[Any, ...]:
     return (*allowed, *(adapter.backend for adapter in adapters))
 
 
+def takes_mask(model: nn.Module) -> bool:
+    """Whether the math kernel, which takes a mask, is allowed in every attention layer of a model."""
+    backends = {adapter.backend for adapter in adapters(model)}
+    return backends == {"math"} if backends else torch.backends.cuda.math_sdp_enabled()
+
+
 def choose_kernel(query: Tensor) -> str:
     """The kernel to use among those that are allowed for SDPA: ``flash``, else ``math``, else ``cudnn``.
 

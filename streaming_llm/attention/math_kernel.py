@@ -49,6 +49,20 @@ def explicit_attention(
     return weights.to(value.dtype) @ value, weights
 
 
+def mask_of_empty(ring: Tensor, token: Tensor) -> Tensor:
+    """What to add to the scores of one query of each row over a ring's slots, the last of which hold no token yet.
+
+    Args:
+        ring: ``[batch, num_kv_heads, slots, head_dim]``.
+        token: number of the token at hand, int64 ``[batch]``; it lies in its slot already.
+
+    Returns:
+        ``[batch, 1, 1, slots]`` in the dtype of ``ring``: ``-inf`` where there is no token, else 0.
+    """
+    empty = torch.arange(ring.shape[2], device=ring.device) > token[:, None]
+    return ring.new_zeros(empty.shape).masked_fill_(empty, -torch.inf)[:, None, None]
+
+
 def _masked(
     query: Tensor,
     key: Tensor,

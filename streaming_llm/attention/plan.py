@@ -22,9 +22,11 @@ class StepPlan:
 
     Args:
         lengths: keys that each row attends to, the first ones; ``None``: all rows attend to all of them.
+        mask: of a step that is recorded, whose lengths only the device knows: see :func:`.math_kernel.mask_of_empty`.
     """
 
     lengths: tuple[int, ...] | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import nn
 from ..attention.kernel_choice import adapters
 from ..families import family_of_model, scaled_from, transformers_model
 from ..fused import why_not_fused
+from ..fused.weights import holds_packed
 from ..kv_cache import StreamingKVCache
 from ..placement import why_not_one_cuda_device
 from .base import EagerEngine, Engine
@@ -71,7 +72,8 @@ ENGINES: dict[str, EngineKind] = {
         _recorded("fused-triton", FusedTritonStep), why_not_fused, "fused", "the same with its own attention kernel"
     ),
 }
-"""Name -> how a step runs. All but ``eager`` and ``fused-triton`` run the plain model call until the cache is full."""
+"""Name -> how a step runs. Until the cache is full, all but ``fused-triton`` run the plain model call where the math
+kernel, which takes a mask, is not allowed."""
 
 
 def _kind(name: str) -> EngineKind:
@@ -95,13 +97,14 @@ def resolve_engine(model: nn.Module, name: str = "auto") -> str:
     """The engine that runs ``model`` here: ``name`` itself, or for ``auto`` the fastest.
 
     Where the model's attention is wrapped in adapters, these name the kernel: ``auto`` is then none that has another.
+    With packed weights it is none that is fused, until such kernels have been checked on a GPU: they run by name.
 
     Raises:
         ValueError: there is no engine of this name, or it cannot run this model; says why.
     """
     if name == "auto":
-        order = ("fused" if adapters(model) else "fused-triton", "graph", "eager")
-        return next(engine for engine in order if why_not_engine(model, engine) is None)
+        fused = () if holds_packed(model) else ("fused" if adapters(model) else "fused-triton",)
+        return next(engine for engine in (*fused, "graph", "eager") if why_not_engine(model, engine) is None)
     reason = why_not_engine(model, name)
     if reason is not None:
         raise ValueError(f"engine {name!r} cannot run: {reason}. 'auto' takes the fastest that can")
@@ -115,7 +118,7 @@ def resolve_block_engine(model: nn.Module, name: str = "auto") -> str:
         ValueError: as :func:`resolve_engine`, but that blocks need no recording.
     """
     if name == "auto":
-        return "eager" if why_not_fused(transformers_model(model)) else "fused"
+        return "eager" if holds_packed(model) or why_not_fused(transformers_model(model)) else "fused"
     kind = _kind(name)
     return kind.blocks if kind.blocks == "eager" else ENGINES[resolve_engine(model, name)].blocks
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..attention.kernel_choice import takes_mask
 from ..fused import fused_step
 from ..kv_cache import StreamingKVCache
-from .recorded import RecordedStep, StaticTensors
+from .recorded_step import RecordedStep, StaticTensors
 
 
 class FusedStep(RecordedStep):
-    """The family's fused kernels, with the SDPA kernel that is allowed, on a full cache."""
+    """The family's fused kernels, with the SDPA kernel that is allowed; on a cache that is not full, that is math."""
 
     own_attention = False
 
@@ -22,8 +23,13 @@ class FusedStep(RecordedStep):
     def seen(self) -> Tensor:
         return self._forward.rings.seen
 
+    @staticmethod
+    def fills(model: nn.Module) -> bool:
+        return takes_mask(model)
+
     def load(self) -> None:
         self._forward.load()
+        self.masked = self._forward.masked
 
     def run(self) -> None:
         self._forward(self._static.tokens)
@@ -33,4 +39,7 @@ class FusedTritonStep(FusedStep):
     """The same with this library's attention kernel, on a cache filled to any degree."""
 
     own_attention = True
-    from_any_fill = True
+
+    @staticmethod
+    def fills(model: nn.Module) -> bool:
+        return True

@@ -1,4 +1,8 @@
-"""A recorded step of the plain model call, on a full cache: PyTorch's kernels take no length from the device."""
+"""A recorded step of the plain model call.
+
+It attends to the whole ring, since PyTorch's kernels take no length from the device. Until the cache is full, slots
+without a token are masked, which the math kernel can do.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..attention.kernel_choice import takes_mask
+from ..attention.math_kernel import mask_of_empty
 from ..attention.plan import StepPlan
 from ..cache_layer import StreamingLayer
 from ..kv_cache import StreamingKVCache
 from ..positions import StreamLayout
 from ..rope_utils import compute_dtype
-from .recorded import RecordedStep, StaticTensors
+from .recorded_step import RecordedStep, StaticTensors
 
 
 class ModelCall(RecordedStep):
@@ -28,8 +34,13 @@ class ModelCall(RecordedStep):
     def seen(self) -> Tensor:
         return self._cache.seen
 
+    @staticmethod
+    def fills(model: nn.Module) -> bool:
+        return takes_mask(model)
+
     def load(self) -> None:
         self._cache.load()
+        self.masked = self._cache.masked
 
     def run(self) -> None:
         self._static.logits.copy_(self._call(self._static.tokens))
@@ -44,31 +55,38 @@ class ModelCall(RecordedStep):
 
 
 class CompiledModelCall(ModelCall):
-    """The model's call after ``torch.compile`` has fused what it can."""
+    """The model's call after ``torch.compile`` has fused what it can; the plain one until the cache is full."""
 
     def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None:
         super().__init__(model, cache, static)
-        self._call = torch.compile(self._model_call, dynamic=False)
+        self._compiled = torch.compile(self._model_call, dynamic=False)
+
+    def load(self) -> None:
+        super().load()
+        self._call = self._model_call if self.masked else self._compiled
 
 
 class DeviceCache(Cache):
-    """A full :class:`StreamingKVCache` as a model sees it while its step is recorded.
+    """A :class:`StreamingKVCache` with every slot allocated, as a model sees it while its step is recorded.
 
     Attributes:
+        masked: whether there are slots without a token.
         seen, offset: int64 ``[batch]`` on the device: tokens seen, and position of the stream's first token.
     """
 
     def __init__(self, cache: StreamingKVCache, device: torch.device) -> None:
-        self.source = cache
+        self.source, self.masked = cache, False
         self.rows = torch.arange(cache.layers[0].batch_size, device=device)
         self.seen, self.offset = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
-        self._slots: dict[StreamLayout, Tensor] = {}
-        self._turns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._forget()
         self._own = [DeviceLayer(layer, self) for layer in cache.layers]
         super().__init__(layers=list(self._own))
 
     def load(self) -> None:
         """Take the stream's state from the host."""
+        self.masked = not self.source.is_full
+        if self.masked:  # what is masked has to be finite
+            self.source.clear_empty_slots()
         rows = self.source.progress.of_rows(len(self.rows))
         self.seen.copy_(torch.tensor([seen for seen, _ in rows]))
         self.offset.copy_(torch.tensor([offset for _, offset in rows]))
@@ -81,7 +99,12 @@ class DeviceCache(Cache):
 
     def begin(self, n_tokens: int, *, attached: bool) -> None:
         """Forget what was worked out for the step before."""
-        self._slots, self._turns = {}, {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._slots: dict[StreamLayout, Tensor] = {}
+        self._plans: dict[StreamLayout, StepPlan] = {}
+        self._turns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def end(self) -> None:
         """The token at hand has been seen."""
@@ -94,7 +117,8 @@ class DeviceCache(Cache):
         """Where each row's token goes in layers of a layout, ``[batch]``."""
         if layout not in self._slots:
             n_sink, ring = layout.config.n_sink, layout.config.window_size + 1
-            self._slots[layout] = n_sink + (self.seen - n_sink) % ring
+            slots = n_sink + (self.seen - n_sink) % ring
+            self._slots[layout] = torch.where(self.seen < n_sink, self.seen, slots) if self.masked else slots
         return self._slots[layout]
 
     def turn(self, layer: StreamingLayer) -> tuple[Tensor, Tensor]:
@@ -102,13 +126,19 @@ class DeviceCache(Cache):
         key = id(layer.rotation), layer.layout
         if key not in self._turns:
             rotary, dtype = layer.rotation.on(layer.device), compute_dtype(layer.dtype)
-            cos, sin = rotary.cos_sin(self.seen - layer.layout.config.cache_size)
+            distance = self.seen - layer.layout.config.cache_size
+            cos, sin = rotary.cos_sin(distance.clamp(min=0) if self.masked else distance)
             self._turns[key] = cos.to(dtype)[:, None, None], sin.to(dtype)[:, None, None]
         return self._turns[key]
 
     def take_plan(self, layer_idx: int) -> StepPlan:
-        """The token at hand attends to the whole ring."""
-        return StepPlan()
+        """The token at hand attends to the whole ring, but for slots without a token."""
+        if not self.masked:
+            return StepPlan()
+        layer = self.source.layers[self.source.family.sources.get(layer_idx, layer_idx)]
+        if layer.layout not in self._plans:
+            self._plans[layer.layout] = StepPlan(mask=mask_of_empty(layer.keys, self.seen))
+        return self._plans[layer.layout]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Store one layer's token; see :meth:`DeviceLayer.update`."""
@@ -118,7 +148,7 @@ class DeviceCache(Cache):
 
 
 class DeviceLayer(CacheLayerMixin):
-    """A full layer of a stream for single tokens whose slot and position only the device knows."""
+    """A layer of a stream, all slots allocated, for single tokens whose slot and position only the device knows."""
 
     is_compileable = False
     is_sliding = False
@@ -130,7 +160,7 @@ class DeviceLayer(CacheLayerMixin):
         self.is_initialized = True
         self.layer, self.cache = layer, cache
         self.keys, self.values = layer.keys, layer.values
-        self.n_sink = layer.layout.config.n_sink if layer.sinks_turn else 0
+        self.n_sink = layer.layout.config.n_sink
         rotary = layer.rotation.on(layer.device)
         self.rotary = rotary
         rotated = layer.sinks[..., rotary.span]
@@ -145,12 +175,21 @@ class DeviceLayer(CacheLayerMixin):
         self.turned.copy_(self.layer.sinks[..., self.rotary.span])
         self.quarter.copy_(self.rotary.quarter_turn(self.turned))
 
+    def _keep_sink(self, key: Tensor) -> None:
+        """Keep the keys ``[batch, num_kv_heads, head_dim]`` of rows whose token is a sink as they are."""
+        seen, rows, sinks = self.cache.seen, self.cache.rows, self.layer.sinks
+        at, is_sink = seen.clamp(max=self.n_sink - 1), seen < self.n_sink
+        sinks[rows, :, at] = torch.where(is_sink[:, None, None], key, sinks[rows, :, at])
+        self.load()
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store one token of each row and move the sinks: the whole ring is what the token attends to."""
         rows, slots = self.cache.rows, self.cache.slot(self.layer.layout)
         self.keys[rows, :, slots] = key_states[:, :, 0]
         self.values[rows, :, slots] = value_states[:, :, 0]
-        if self.n_sink:
+        if self.n_sink and self.cache.masked:
+            self._keep_sink(key_states[:, :, 0])
+        if self.layer.sinks_turn:
             cos, sin = self.cache.turn(self.layer)
             moved = torch.addcmul(self.turned * cos, self.quarter, sin)
             self.keys[:, :, : self.n_sink, self.rotary.span] = moved.to(self.keys.dtype)

@@ -7,7 +7,6 @@ cache that was changed in any other way is taken over anew before the next repla
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -25,49 +24,12 @@ from ..losses import cross_entropy
 from ..placement import output_device, weight_addresses
 from ..sampling import Ending, Sampling
 from .base import EagerEngine, Engine
+from .recorded_step import CHUNK, RecordedStep, StaticTensors
 from .recorder import Recording
-
-CHUNK = 1024
-"""Tokens of a stream that a graph reads or writes without the host."""
 
 MAX_RECORDINGS = 8
 """Recordings that are kept: a step, a scored token, and the latest sampled ones. In half precision one of these serves
 all settings but greedy choice, and in others each setting has its own."""
-
-MAX_EOS = 16
-"""Tokens that may end a row in a recorded step."""
-
-
-class StaticTensors:
-    """Inputs and outputs of a recorded step, in tensors that stay where they are.
-
-    Attributes:
-        tokens: ids to feed, ``[batch]``.
-        logits: of the last token, ``[batch, vocab]``.
-        chunk: ids ``[batch, CHUNK]`` that are given to score, or were generated.
-        losses: ``[batch, CHUNK]``, float32 or better.
-        index: int64 ``[1]``, the place in the chunk.
-        ending: when rows end; of no effect where it is not recorded.
-    """
-
-    def __init__(self, batch: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.logits = torch.zeros(batch, vocab, dtype=dtype, device=device)
-        self.chunk = torch.zeros(batch, CHUNK, dtype=torch.int64, device=device)
-        self.losses = torch.zeros(batch, CHUNK, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        self.index = torch.zeros(1, dtype=torch.int64, device=device)
-        eos = torch.full((MAX_EOS,), -1, dtype=torch.int64, device=device)
-        pad = torch.zeros(1, dtype=torch.int64, device=device)
-        self.ending = Ending(eos, pad, torch.ones(batch, dtype=torch.bool, device=device))
-
-    def start(self, logits: Tensor) -> None:
-        """Begin a chunk after these logits."""
-        self.logits.copy_(logits)
-        self.index.zero_()
-
-    def next_of_chunk(self) -> Tensor:
-        """The ids at the place in the chunk, ``[batch]``."""
-        return self.chunk.index_select(1, self.index).squeeze(1)
 
 
 class Chooser(Protocol):
@@ -76,35 +38,6 @@ class Chooser(Protocol):
     def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """See :meth:`.Sampling.choose`."""
         ...
-
-
-class RecordedStep(ABC):
-    """One step from static token ids to static logits, with all that depends on the position on the device.
-
-    Args:
-        model: attached.
-        cache: with every slot allocated.
-        static: where ids are read and logits written.
-    """
-
-    from_any_fill = False
-    """Whether it runs on a cache that is not full."""
-
-    @property
-    @abstractmethod
-    def seen(self) -> Tensor:
-        """Tokens that each row has been fed, int64 ``[batch]``, on the device: read and advanced by :meth:`run`."""
-
-    @abstractmethod
-    def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None: ...
-
-    @abstractmethod
-    def load(self) -> None:
-        """Take over the stream from the cache, as the host knows it."""
-
-    @abstractmethod
-    def run(self) -> None:
-        """Feed the static ids, write the static logits, and advance the counters on the device."""
 
 
 class RecordedEngine(Engine):
@@ -135,17 +68,19 @@ class RecordedEngine(Engine):
 
     def score(self, logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         losses: list[Tensor] = []
-        while token_ids.shape[1] and not self._bind():
-            loss, logits = super().score(logits, token_ids[:, :1])
-            losses, token_ids = [*losses, loss], token_ids[:, 1:]
-        for part in token_ids.split(CHUNK, dim=1) if token_ids.shape[1] else ():
-            static = self._static
-            static.start(logits)
-            static.chunk[:, : part.shape[1]] = part
-            self._replay("score", self._score_one, part.shape[1])
-            losses.append(static.losses[:, : part.shape[1]].clone())
-            logits = static.logits.clone()
+        while token_ids.shape[1]:
+            score = self._score_part if self._bind() else super().score
+            part = token_ids[:, : self._at_once(token_ids.shape[1])]
+            loss, logits = score(logits, part)
+            losses, token_ids = [*losses, loss], token_ids[:, part.shape[1] :]
         return torch.cat(losses, dim=1), logits
+
+    def _score_part(self, logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        static, n = self._static, token_ids.shape[1]
+        static.start(logits)
+        static.chunk[:, :n] = token_ids
+        self._replay("score", self._score_one, n)
+        return static.losses[:, :n].clone(), static.logits.clone()
 
     def generate(
         self,
@@ -156,23 +91,42 @@ class RecordedEngine(Engine):
         ending: Ending | None = None,
     ) -> tuple[Tensor, Tensor]:
         tokens: list[Tensor] = []
-        while n and not self._bind():
-            token, logits = super().generate(logits, 1, sampling, generator, ending)
-            tokens, n = [*tokens, token], n - 1
-        for start in range(0, n, CHUNK):
-            count, static = min(CHUNK, n - start), self._static
-            static.start(logits)
-            if ending is not None:
-                static.ending.copy_(ending)
-            recorded, chooser = None if ending is None else static.ending, self._chooser(sampling)
-            key = ("generate", chooser, id(generator), ending is not None)
-            self._replay(key, partial(self._generate_one, chooser, generator, recorded), count, generator)
-            tokens.append(static.chunk[:, :count].clone())
-            logits = static.logits.clone()
-            if ending is not None:
-                self._hold_rows(ending.fed_of_each_row(tokens[-1]), count)
-                ending.active.copy_(static.ending.active)
+        while n:
+            generate = self._generate_part if self._bind() else super().generate
+            part, logits = generate(logits, self._at_once(n), sampling, generator, ending)
+            tokens, n = [*tokens, part], n - part.shape[1]
         return torch.cat(tokens, dim=1), logits
+
+    def _generate_part(
+        self,
+        logits: Tensor,
+        n: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+        ending: Ending | None,
+    ) -> tuple[Tensor, Tensor]:
+        static = self._static
+        static.start(logits)
+        if ending is not None:
+            static.ending.copy_(ending)
+        recorded, chooser = None if ending is None else static.ending, self._chooser(sampling)
+        key = ("generate", chooser, id(generator), ending is not None)
+        self._replay(key, partial(self._generate_one, chooser, generator, recorded), n, generator)
+        tokens = static.chunk[:, :n].clone()
+        if ending is not None:
+            self._hold_rows(ending.fed_of_each_row(tokens), n)
+            ending.active.copy_(static.ending.active)
+        return tokens, static.logits.clone()
+
+    def _at_once(self, n: int) -> int:
+        """Of ``n`` tokens those that go without the host: not more than until the cache is full and the step changes.
+
+        Where rows are not equally far, one of them may have ended short of a full cache: they do not wait for it.
+        """
+        if not self._bound:
+            return 1
+        until_full = self.cache.n_until_full if self._step.masked and self.cache.progress.together else n
+        return min(n, CHUNK, until_full)
 
     def _hold_rows(self, fed: list[int], count: int) -> None:
         """Take back on the host, too, those tokens of a chunk that rows were not fed because they had ended."""
@@ -214,10 +168,12 @@ class RecordedEngine(Engine):
     def _bind(self) -> bool:
         """Make the recorded step continue the stream; whether it can."""
         progress = self.cache.progress
-        if self._bound == (progress.version, kernels_in_force(self._adapters)):
+        known = self._bound == (progress.version, kernels_in_force(self._adapters))
+        if known and not (self._step.masked and self.cache.is_full):
             return True
+        self._bound = ()
         layers = self.cache.layers
-        if not (layers[0].is_initialized and (self._make_step.from_any_fill or self.cache.is_full)):
+        if not (layers[0].is_initialized and (self.cache.is_full or self._make_step.fills(self.model))):
             return False
         if self.cache.is_broken:
             raise RuntimeError(BROKEN)
@@ -254,7 +210,7 @@ class RecordedEngine(Engine):
     def _replay(
         self, key: object, call: Callable[[], None], times: int = 1, generator: torch.Generator | None = None
     ) -> None:
-        recordings = self._recordings
+        recordings, key = self._recordings, (key, self._step.masked)
         if key not in recordings:
             recordings[key] = self._record(call, generator)
             if len(recordings) > MAX_RECORDINGS:

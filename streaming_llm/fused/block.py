@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..attention.band import block_attention
 from ..attention.kernel_choice import kernel_context, kernel_for
+from ..attention.math_kernel import explicit_attention
 from ..attention.plan import BlockPlan
 from ..attention.torch_kernels import causal_attention, repeat_heads
 from ..config import StreamingConfig
@@ -166,14 +167,21 @@ def rotated_heads(outputs: list[Tensor], attention: Attention, cos: Tensor, sin:
     return tuple(x.transpose(1, 2) for x in heads)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
+def causal(query: Tensor, key: Tensor, value: Tensor, attention: Attention, mask: Tensor | None = None) -> Tensor:
+    """A single token attends to all keys, several over themselves, ``[batch, num_heads, length, head_dim]``.
+
+    Args:
+        mask: for a single token, see :func:`.mask_of_empty`.
+    """
     kernel = kernel_for(query, attention.softcap)
-    key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
     if attention.softcap is None:
-        causal, shared = query.shape[2] > 1, query.shape[1] != key.shape[1]
+        several, shared = query.shape[2] > 1, query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
-            query, key, value, is_causal=causal, scale=attention.scale, enable_gqa=shared
+            query, key, value, mask, is_causal=several, scale=attention.scale, enable_gqa=shared
         )
+    key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
+    if mask is not None:
+        return explicit_attention(query, key, value, attention.scale, mask == 0, attention.softcap)[0]
     return causal_attention(query, key, value, attention.scale, kernel, attention.softcap).to(query.dtype)
 
 
@@ -189,4 +197,4 @@ def _attended(
         plan = BlockPlan(StreamLayout(StreamingConfig(0, window - 1)), 0, 0)
     if isinstance(plan, BlockPlan):
         return block_attention(query, key, value, plan, attention.scale, attention.softcap)
-    return _causal(query, key, value, attention)  # a single token attends to all keys
+    return causal(query, key, value, attention)

@@ -1,20 +1,21 @@
-"""Attention of one new token of each stream over full rings by the SDPA kernel that is allowed.
+"""Attention of one new token of each stream over whole rings by the SDPA kernel that is allowed.
 
 A kernel of this library norms and rotates query and key, stores key and value in their slot, and moves the sinks to
-their distance from the query; attention then goes over all slots.
+their distance from the query; attention then goes over all slots. Until the rings are full, that is the math kernel,
+which takes a mask.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.kernel_choice import kernel_context, kernel_for
-from ..attention.torch_kernels import causal_attention, repeat_heads
+from ..attention.kernel_choice import kernel_context
+from ..attention.math_kernel import mask_of_empty
 from ..cache_layer import StreamingLayer
 from ..launch import launch, wait_for_input
+from .block import causal
 from .heads import all_heads_rstd, head_norm_kind, head_norm_step, load_head, rotate
 from .norms import pointers_of
 from .recipe import Attention
@@ -28,7 +29,8 @@ def _rotate_and_store(
     CAPACITY: tl.constexpr, N_SINK: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr,
     QKV_WIDTH: tl.constexpr, Q_STEP: tl.constexpr, K_START: tl.constexpr, K_STEP: tl.constexpr,
-    V_START: tl.constexpr, V_STEP: tl.constexpr, NORM: tl.constexpr, NORM_STEP: tl.constexpr, PDL: tl.constexpr,
+    V_START: tl.constexpr, V_STEP: tl.constexpr, NORM: tl.constexpr, NORM_STEP: tl.constexpr,
+    FULL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     GROUPS: tl.constexpr = HEADS // KV_HEADS
     wait_for_input(PDL)
@@ -52,6 +54,9 @@ def _rotate_and_store(
         )  # fmt: skip
         key = rotate(key, partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P)
         tl.store(k_ptr + slot * HEAD_DIM + dims, key.to(dtype), inside)
+        if not FULL and N_SINK > 0:
+            first_copy = sinks_ptr + (ring * N_SINK + slot) * HEAD_DIM
+            tl.store(first_copy + dims, key.to(dtype), inside & (slot < N_SINK))
         value = tl.load(qkv + (V_START + kv_head * V_STEP) * HEAD_DIM + dims, inside, 0.0)
         tl.store(v_ptr + slot * HEAD_DIM + dims, value.to(dtype), inside)
     elif part <= GROUPS:
@@ -71,11 +76,14 @@ def _rotate_and_store(
             HALF, INTERLEAVED, HEAD_DIM, DIM_P, "none", NORM_STEP,
         )  # fmt: skip
         moved = rotate(key, partner, angles_ptr + 4 * WIDTH, WIDTH, HALF, INTERLEAVED, DIM_P)
-        tl.store(k_ptr + sink * HEAD_DIM + dims, moved.to(dtype), dims < 2 * HALF)
+        stored = dims < 2 * HALF
+        if not FULL:  # a sink at hand, or to come, is not this program's
+            stored = stored & (sink < tl.load(counters_ptr + row * 2))
+        tl.store(k_ptr + sink * HEAD_DIM + dims, moved.to(dtype), stored)
 
 
 class FullRing:
-    """Attention over full rings by the kernel that is allowed, for layers of one recipe, one layout and one rotation.
+    """Attention over whole rings by the kernel that is allowed, for layers of one recipe, one layout and one rotation.
 
     Args:
         attention: of one of the layers.
@@ -84,8 +92,17 @@ class FullRing:
     """
 
     def __init__(self, attention: Attention, keys: Tensor, state: RingState) -> None:
-        self.state = state
+        self.state, self.ring = state, keys
+        self.mask: Tensor | None = None
         self.query = keys.new_empty(keys.shape[0], attention.num_heads, 1, attention.head_dim)
+
+    def begin(self, masked: bool) -> None:
+        """Begin a step.
+
+        Args:
+            masked: whether there may be slots without a token.
+        """
+        self.mask = mask_of_empty(self.ring, self.state.counters[:, 0]) if masked else None
 
     def __call__(
         self, attention: Attention, qkv: Tensor, layer: StreamingLayer, out: Tensor, *, pdl: bool = False
@@ -93,7 +110,7 @@ class FullRing:
         """See :meth:`.RingAttention.__call__`; the result lies where the kernel has put it, not in ``out``."""
         self._store(attention, qkv, layer, pdl)
         with kernel_context(attention.module):
-            return self._over_all_slots(attention, layer.keys, layer.values).flatten(1)
+            return causal(self.query, layer.keys, layer.values, attention, self.mask).flatten(1)
 
     def _store(self, attention: Attention, qkv: Tensor, layer: StreamingLayer, pdl: bool) -> None:
         state, places, keys = self.state, attention.places, layer.keys
@@ -108,15 +125,5 @@ class FullRing:
             HEAD_DIM=attention.head_dim, DIM_P=triton.next_power_of_2(attention.head_dim), QKV_WIDTH=attention.width,
             Q_STEP=places.query_step, K_START=places.key_start, K_STEP=places.key_step, V_START=places.value_start,
             V_STEP=places.value_step, NORM=head_norm_kind(attention), NORM_STEP=head_norm_step(attention),
-            num_warps=1, pdl=pdl,
+            FULL=self.mask is None, num_warps=1, pdl=pdl,
         )  # fmt: skip
-
-    def _over_all_slots(self, attention: Attention, keys: Tensor, values: Tensor) -> Tensor:
-        """``[batch, num_heads, 1, head_dim]``."""
-        query = self.query
-        if attention.softcap is None:
-            shared = attention.num_heads != attention.num_kv_heads
-            return F.scaled_dot_product_attention(query, keys, values, scale=attention.scale, enable_gqa=shared)
-        kernel = kernel_for(query, attention.softcap)
-        keys, values = repeat_heads(query, keys, kernel), repeat_heads(query, values, kernel)
-        return causal_attention(query, keys, values, attention.scale, kernel, attention.softcap)

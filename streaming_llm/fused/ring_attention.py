@@ -26,11 +26,11 @@ MOST_SHARED = 8
 
 @triton.jit
 def _queries(
-    qkv, kv_head, chunk, norm_w, norm_b, eps, rstd, angles_ptr,
+    qkv, kv_head, chunk, norm_w, norm_b, eps, rstd, angles_ptr, scale,
     WIDTH: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUPS: tl.constexpr, SHARED: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, Q_STEP: tl.constexpr, NORM: tl.constexpr, NORM_STEP: tl.constexpr,
 ):  # fmt: skip
-    """The queries ``[DIM_P]`` of a program, normed and rotated by the angles given."""
+    """The queries ``[DIM_P]`` of a program, normed, rotated by the angles given, and scaled."""
     queries = ()
     for j in tl.static_range(SHARED):
         group = tl.minimum(chunk * SHARED + j, GROUPS - 1)
@@ -38,7 +38,7 @@ def _queries(
             qkv + (kv_head * Q_STEP + group) * HEAD_DIM, kv_head * GROUPS + group, norm_w, norm_b, eps, rstd,
             HALF, INTERLEAVED, HEAD_DIM, DIM_P, NORM, NORM_STEP,
         )  # fmt: skip
-        queries = queries + (rotate(x, partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P),)  # type: ignore[assignment]  # noqa: RUF005
+        queries = queries + (rotate(x, partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P) * scale,)  # type: ignore[assignment]  # noqa: RUF005
     return queries
 
 
@@ -79,14 +79,14 @@ def _ring_attention(
         q_rstd = all_heads_rstd(qkv, q_eps, HEADS * HEAD_DIM, 1024)
         k_rstd = all_heads_rstd(qkv + K_START * HEAD_DIM, k_eps, KV_HEADS * HEAD_DIM, 1024)
     queries = _queries(
-        qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr,
+        qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr, scale,
         WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
     )  # fmt: skip
     # Sinks lie as first rotated, and queries are turned for them: a single one at once, so that one wait serves all;
     # several where they are used, so that they take no registers from then on.
     if N_SINK > 0 and SHARED == 1:
         to_sinks = _queries(
-            qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr + 2 * WIDTH,
+            qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr + 2 * WIDTH, scale,
             WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
         )  # fmt: skip
     state = ()
@@ -109,22 +109,22 @@ def _ring_attention(
                 tl.store(first_copy + dims, new_key, inside & (slot < N_SINK))
         begun = ()
         for j in tl.static_range(SHARED):
-            score = tl.sum(queries[j] * new_key.to(tl.float32), 0) * scale
+            score = tl.sum(queries[j] * new_key.to(tl.float32), 0)
             score = capped(score, softcap) if CAP else score
             begun = begun + ((score, state[j][1] + 1.0, state[j][2] + new_value.to(tl.float32)),)  # type: ignore[assignment]  # noqa: RUF005
         state = begun
 
     end = tl.minimum(last, now).to(tl.int32)  # what lies behind has never been written
     visible = (token < end) & (token != slot)
-    scores = scores_of(queries, key, scale, softcap, SHARED, CAP)
+    scores = scores_of(queries, key, softcap, SHARED, CAP)
     if N_SINK > 0:
         if first < N_SINK:
             if SHARED > 1:
                 to_sinks = _queries(
-                    qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr + 2 * WIDTH,
+                    qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr + 2 * WIDTH, scale,
                     WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
                 )  # fmt: skip
-            of_sinks = scores_of(to_sinks, key, scale, softcap, SHARED, CAP)
+            of_sinks = scores_of(to_sinks, key, softcap, SHARED, CAP)
             scores = corrected(scores, of_sinks, token, SHARED, N_SINK)
     state = attend(scores, value, visible, state, SHARED)
     start = first + BLOCK
@@ -134,16 +134,16 @@ def _ring_attention(
         at = token[:, None] * HEAD_DIM + dims[None, :]
         mask = visible[:, None] & inside[None, :]
         key, value = tl.load(k_ptr + at, mask, 0.0), tl.load(v_ptr + at, mask, 0.0)
-        scores = scores_of(queries, key, scale, softcap, SHARED, CAP)
+        scores = scores_of(queries, key, softcap, SHARED, CAP)
         # With one query a branch behind which no request is moved: both tiles are asked for at once.
         if N_SINK > (0 if SHARED == 1 else BLOCK):
             if start < N_SINK:
                 if SHARED > 1:
                     to_sinks = _queries(
-                        qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr + 2 * WIDTH,
+                        qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr + 2 * WIDTH, scale,
                         WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
                     )  # fmt: skip
-                of_sinks = scores_of(to_sinks, key, scale, softcap, SHARED, CAP)
+                of_sinks = scores_of(to_sinks, key, softcap, SHARED, CAP)
                 scores = corrected(scores, of_sinks, token, SHARED, N_SINK)
         state = attend(scores, value, visible, state, SHARED)
         start += BLOCK

@@ -12,11 +12,11 @@ from .activations import capped
 
 
 @triton.jit
-def scores_of(queries, key, scale, softcap, SHARED: tl.constexpr, CAP: tl.constexpr):
-    """For each query ``[DIM_P]`` its scores ``[BLOCK]`` with keys ``[BLOCK, DIM_P]``."""
+def scores_of(queries, key, softcap, SHARED: tl.constexpr, CAP: tl.constexpr):
+    """For each scaled query ``[DIM_P]`` its scores ``[BLOCK]`` with keys ``[BLOCK, DIM_P]``."""
     scores = ()
     for j in tl.static_range(SHARED):
-        score = tl.sum(key.to(tl.float32) * queries[j][None, :], 1) * scale
+        score = tl.sum(key.to(tl.float32) * queries[j][None, :], 1)
         scores = scores + (capped(score, softcap) if CAP else score,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
     return scores
 
@@ -53,17 +53,17 @@ def put_together(
 ):  # fmt: skip
     """One head ``[DIM_P]`` from the parts ``first``, ``first + STEP``, ... of it; at ``stats`` lie peaks and sums."""
     dims = tl.arange(0, DIM_P)
+    accs_ptr, peaks_ptr = partial_ptr + first * DIM_P, partial_ptr + stats + first * 2
     largest = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     acc = tl.zeros((DIM_P,), tl.float32)
     for part0 in tl.static_range(0, SPLITS, PARTS):
-        split = part0 + tl.arange(0, PARTS)
-        part = first + split * STEP
-        exists = split < SPLITS
-        peaks = tl.load(partial_ptr + stats + part * 2, exists, float("-inf"), cache_modifier=".cg")
-        sums = tl.load(partial_ptr + stats + part * 2 + 1, exists, 0.0, cache_modifier=".cg")
-        at = part[:, None] * DIM_P + dims[None, :]
-        accs = tl.load(partial_ptr + at, exists[:, None], 0.0, cache_modifier=".cg")
+        part = part0 + tl.arange(0, PARTS)
+        exists = part < SPLITS
+        peaks = tl.load(peaks_ptr + part * (2 * STEP), exists, float("-inf"), cache_modifier=".cg")
+        sums = tl.load(peaks_ptr + part * (2 * STEP) + 1, exists, 0.0, cache_modifier=".cg")
+        at = part[:, None] * (STEP * DIM_P) + dims[None, :]
+        accs = tl.load(accs_ptr + at, exists[:, None], 0.0, cache_modifier=".cg")
         new = tl.maximum(largest, tl.max(peaks, 0))  # finite: the first part has seen the token itself
         keep, share = tl.exp(largest - new), tl.exp(peaks - new)
         acc = acc * keep + tl.sum(accs * share[:, None], 0)

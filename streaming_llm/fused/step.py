@@ -34,9 +34,14 @@ class StepForward:
         recipe: of a model.
         cache: its streams, with every slot allocated.
         own_attention: attention by :class:`RingAttention`, for rings filled to any degree, instead of the SDPA kernel
-            that is allowed, for full rings.
+            that is allowed.
         logits: ``[batch, vocab]``, where every call writes its result.
+
+    Attributes:
+        masked: whether slots without a token are masked: the SDPA kernel is then math.
     """
+
+    masked = False
 
     def __init__(self, recipe: Recipe, cache: StreamingKVCache, *, own_attention: bool, logits: Tensor) -> None:
         self.recipe, self.cache, self.own_attention, self.logits = recipe, cache, own_attention, logits
@@ -60,6 +65,9 @@ class StepForward:
     def load(self) -> None:
         """Take over the streams from the cache, as the host knows them."""
         self.rings.set(self.cache.progress)
+        self.masked = not (self.own_attention or self.cache.is_full)
+        if self.masked:  # what is masked has to be finite
+            self.cache.clear_empty_slots()
         for layer in self.cache.layers if self.own_attention else ():
             layer.put_sinks_back()
 
@@ -67,6 +75,9 @@ class StepForward:
         """Feed ``tokens`` ``[batch]`` and advance."""
         recipe = self.recipe
         begin_step(tokens, recipe.embedding, self.x[0], self.rings, recipe.embedding_scale)
+        for kernel in self._kernels.values():
+            if isinstance(kernel, FullRing):
+                kernel.begin(self.masked)
         if self.batch > 1:
             hidden = through_layers(recipe, self.x[0], self._attention_of_many)
             logits_of(hidden, recipe, self.logits)
@@ -95,7 +106,7 @@ class StepForward:
     def _parallel_layer(self, layer: Layer, attend: Attend, x: Tensor, pending: Any) -> tuple[Tensor, None]:
         """Attention, and beside it on a second stream the MLP, or as much of it as takes as long."""
         attention, mlp, y = layer.attention, layer.mlp, self._other(x)
-        down, joins = (mlp.down, self.inner[0]), self._mlp_joins(attention)
+        down, joins = (mlp.down, self.inner[0]), self.mlp_joins(attention)
         with self._beside():
             how = {"activation": mlp.activation, "gated": mlp.is_gated}
             self._read(x, None, layer.mlp_norm, mlp.first, self.inner, **how)
@@ -152,7 +163,7 @@ class StepForward:
         if self.side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.side)
 
-    def _mlp_joins(self, attention: Attention) -> bool:
+    def mlp_joins(self, attention: Attention) -> bool:
         """Whether the MLP's second product shares a launch with the attention's, instead of running beside it.
 
         It pays where the MLP's first product takes as long as the attention: measured on an H200 with 2,048 tokens,

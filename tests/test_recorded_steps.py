@@ -1,0 +1,192 @@
+"""Recorded steps from the first token on, on a CPU: what would be recorded is called, and watched."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import pytest
+import torch
+from called_recordings import Called, called  # noqa: F401 - a fixture
+from conftest import make_ids
+from every_model import model_types, tiny_model
+from every_model_table import IDS, N_SINK, allowed_error
+from family_models import VOCAB, available, make_family
+from family_reference import family_reference_logits
+from streamed_reference import streamed_logits
+from streams import kernels_run, padded
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from personal_adapters.neox_flash import unwrap_attention, wrap_attention
+from streaming_llm import StreamingDecoder
+from streaming_llm.engines.model_call import ModelCall
+from streaming_llm.engines.recorded import RecordedEngine
+
+pytestmark = pytest.mark.usefixtures("called")
+W, LENGTH = 20, 70  # the ring turns more than twice
+WINDOWS = {"gemma3": (12, 40), "gemma2": (12, 40)}
+"""Windows of the models' own: one full before the stream's ring, one after that has turned."""
+CASES = [
+    (case, window)
+    for case in ("llama", "gpt_neox", "phi", "gptj", "gemma3", "gemma2")
+    if available(case)
+    for window in WINDOWS.get(case, (None,))
+]
+
+
+def tolerance(case: str, attention: str = "sdpa") -> float:
+    """In float64; Transformers computes RMSNorms, and softmax where it is written out, in float32."""
+    return 1e-10 if case in ("gpt_neox", "phi", "gptj") and attention == "sdpa" else 3e-6
+
+
+def decoder_of(model, n_sink: int, window_size: int = W) -> StreamingDecoder:
+    """A decoder whose engine is ``graph``, which is refused on a CPU."""
+    decoder = StreamingDecoder(model, n_sink, window_size, "eager")
+    decoder._engine = RecordedEngine(model, decoder.cache, "graph", ModelCall)
+    return decoder
+
+
+@functools.cache
+def reference(case: str, n_sink: int, batch: int, window: int | None) -> torch.Tensor:
+    return family_reference_logits(model_of(case, window), make_ids(LENGTH, batch, VOCAB), n_sink, W)
+
+
+def model_of(case: str, window: int | None = None, attention: str = "sdpa"):
+    changes = {} if window is None else {"sliding_window": window}
+    return make_family(case, torch.float64, attention, **changes)
+
+
+def model_and_reference(case: str, n_sink: int, batch: int, window: int | None = None, attention: str = "sdpa"):
+    exact = reference(case, n_sink, batch, window)
+    return model_of(case, window, attention), make_ids(LENGTH, batch, VOCAB), exact
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("n_sink", [0, 4])
+@pytest.mark.parametrize(("case", "window"), CASES)
+def test_every_step_from_the_first_token_on_is_exact(case, window, n_sink, batch):
+    model, ids, exact = model_and_reference(case, n_sink, batch, window)
+    with decoder_of(model, n_sink) as decoder:
+        for t, token in enumerate(ids.unbind(1)):
+            assert (decoder.step(token) - exact[:, t]).abs().max() < tolerance(case), t
+            assert (Called.made > 0) == (t > 0)  # the very first makes the cache
+    assert Called.made == 2  # before the cache is full, and from there on
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("n_sink", [0, 4])
+@pytest.mark.parametrize(("case", "window"), CASES)
+def test_rows_that_are_not_equally_far(case, window, n_sink, attention):
+    """A prompt shorter than the sinks, one shorter than the cache, and one after which the ring has turned."""
+    model, ids, exact = model_and_reference(case, n_sink, 3, window, attention)
+    lengths = (1, 12, 50)
+    prompts = padded([row[None, :n] for row, n in zip(ids, lengths, strict=True)], "left")
+    with decoder_of(model, n_sink) as decoder:
+        decoder.prefill(prompts[0], attention_mask=prompts[1])
+        for t in range(LENGTH - max(lengths)):
+            at = torch.tensor(lengths) + t
+            rows = torch.arange(3)
+            error = (decoder.step(ids[rows, at]) - exact[rows, at]).abs().max()
+            assert error < tolerance(case, attention), t
+    assert Called.made >= 1
+
+
+def test_an_engine_takes_over_from_the_plain_call_and_back():
+    """What the recorded step leaves is what blocks, the plain call, cropping and saving go on with."""
+    model, ids, exact = model_and_reference("gpt_neox", 4, 1)
+    with decoder_of(model, 4) as decoder:
+        decoder.prefill(ids[:, :2])
+        for t in range(2, 10):
+            decoder.step(ids[:, t])
+        decoder.step(torch.tensor([3]))
+        decoder.cache.crop(-1)
+        assert (decoder.prefill(ids[:, 10:13]) - exact[:, 12]).abs().max() < 1e-10
+        assert (decoder.step(ids[:, 13]) - exact[:, 13]).abs().max() < 1e-10
+        other = StreamingDecoder(model, 4, W, "eager")
+        other.restore(decoder.state())
+        for t in range(14, LENGTH):
+            assert (other.step(ids[:, t]) - exact[:, t]).abs().max() < 1e-10
+            assert (decoder.step(ids[:, t]) - exact[:, t]).abs().max() < 1e-10
+        other.close()
+
+
+def test_what_an_earlier_stream_has_left_in_the_slots_is_not_seen():
+    model, ids, exact = model_and_reference("gpt_neox", 4, 1)
+    with decoder_of(model, 4) as decoder:
+        for token in ids.unbind(1):
+            decoder.step(token)
+        for layer in decoder.cache.layers:
+            for tensor in (layer.keys, layer.values, layer.sinks):
+                tensor.fill_(torch.nan)
+        decoder.reset()
+        for t, token in enumerate(ids.unbind(1)):
+            assert (decoder.step(token) - exact[:, t]).abs().max() < 1e-10
+    assert Called.made == 2
+
+
+@pytest.mark.parametrize("eos", [None, [5, 17, 40, 63]])
+def test_scored_and_generated_tokens_are_those_of_the_plain_call(eos):
+    """Also those in the middle of which the cache gets full, and rows that end before it is."""
+    model, ids, _ = model_and_reference("gpt_neox", 4, 3)
+    results = []
+    for make in (lambda: StreamingDecoder(model, 4, W, "eager"), lambda: decoder_of(model, 4)):
+        with make() as decoder:
+            decoder.prefill(ids[:, :3])
+            losses = decoder.score(ids[:, 3:12])
+            tokens = decoder.generate(60, temperature=0, eos_token_id=eos)
+            seen = decoder.cache.progress.of_rows(3)
+            results.append((losses, tokens, decoder.score(ids[:, 12:50]), seen))
+    (losses, tokens, after, seen), (own_losses, own_tokens, own_after, own_seen) = results
+    assert (losses - own_losses).abs().max() < 1e-10
+    assert torch.equal(tokens, own_tokens)
+    assert seen == own_seen
+    assert (after - own_after).abs().max() < 1e-10
+    assert Called.made > 2
+
+
+def test_a_kernel_without_a_mask_begins_when_the_cache_is_full():
+    """It is the plain call until then, with the kernel that is named and no other."""
+    model, ids, exact = model_and_reference("gpt_neox", 4, 1)
+    wrap_attention(model, "flash")
+    try:
+        with decoder_of(model, 4) as decoder:
+            for t, token in enumerate(ids.unbind(1)):
+                assert (decoder.step(token) - exact[:, t]).abs().max() < 1e-10
+                assert (Called.made > 0) == (t >= 4 + W)
+    finally:
+        unwrap_attention(model)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), decoder_of(model, 4) as decoder:
+        decoder.step(ids[:, 0])
+        decoder.step(ids[:, 1])
+    assert Called.made == 1
+
+
+def test_the_math_kernel_runs_from_the_first_token_on():
+    model, ids, exact = model_and_reference("gpt_neox", 4, 1)
+    wrap_attention(model, "math")
+    try:
+        with decoder_of(model, 4) as decoder:
+            decoder.prefill(ids[:, :2])
+            losses = []
+            assert kernels_run(lambda: losses.append(decoder.score(ids[:, 2:40]))) == {"math"}
+    finally:
+        unwrap_attention(model)
+    expected = torch.nn.functional.cross_entropy(exact[0, 1:39], ids[0, 2:40], reduction="none")
+    assert (losses[0][0] - expected).abs().max() < 1e-10
+    assert Called.made == 2
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gemma3n_text", "gpt_oss", "nanochat"])
+def test_kinds_that_the_families_above_do_not_have(model_type, monkeypatch):
+    """Narrow values, layers that attend to another's keys, learned logits. On a CPU, experts wait for their tokens."""
+    if model_type not in model_types():
+        pytest.skip("not in the installed Transformers")
+    if model_type in ("deepseek_v3", "gpt_oss"):
+        monkeypatch.setattr(Called, "watch", contextlib.nullcontext)
+    model = tiny_model(model_type).double()
+    exact = streamed_logits(model, IDS, N_SINK, 16)
+    allowed, n = allowed_error(model, exact, 16), IDS.shape[1]
+    with decoder_of(model, N_SINK, 16) as decoder:
+        errors = [(decoder.step(IDS[:, t]) - exact[:, t]).abs().max() for t in range(n)]
+    assert max(errors) < allowed
+    assert Called.made >= 1
