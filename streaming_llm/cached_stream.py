@@ -213,6 +213,10 @@ class CachedStream(Cache):
         self.forget_derived()
         self.progress.version += 1
 
+    def become(self, other: CachedStream) -> None:
+        """Be ``other`` under a second name: what is done to one of the two is done to both."""
+        self.__dict__ = other.__dict__
+
     # The token between two calls of generate()
 
     @property

@@ -53,7 +53,7 @@ class GenerationView(StreamingKVCache):
 
     def show(self, cache: StreamingKVCache) -> None:
         """Be a view of another cache of the same streams."""
-        self.__dict__ = cache.__dict__
+        self.become(cache)
         self.cache = cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

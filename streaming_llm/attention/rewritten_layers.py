@@ -8,117 +8,99 @@ from its table, so that a stream has no end. Nothing is changed here: see :mod:`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..families import decoder_of, rotary_from_model, uses_attention_functions
-from ..rope_utils import Rotary, rotate
+from ..rope_utils import rotate
 from .kernel_choice import unwrapped
 
 
-def attend(
-    layer: Any,
-    implementation: str,
-    states: tuple[Tensor, Tensor, Tensor],
-    layer_past: Any,
-    scaling: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor | None]:
-    """Store new keys and values and attend.
+class _Rewritten:
+    """The forward of a family's attention layers: projected, rotated, attended, and projected again."""
 
-    Args:
-        implementation: name of a registered attention function.
-        states: rotated query, rotated key, value, ``[batch, heads, q_len, head_dim]``.
-        layer_past: the cache, or ``None``.
+    def __init__(self, model: nn.Module) -> None:
+        self.rotary = rotary_from_model(model)
 
-    Returns:
-        ``[batch, q_len, num_heads * head_dim]``, and what weights the function returns.
-    """
-    query, key, value = states
-    if layer_past is not None:
-        key, value = layer_past.update(key, value, layer.layer_idx)
-    function = ALL_ATTENTION_FUNCTIONS[implementation]
-    dropout = dropout if layer.training else 0.0
-    out, weights = function(layer, query, key, value, None, dropout=dropout, scaling=scaling)
-    return out.flatten(2), weights
+    def __call__(
+        self,
+        layer: Any,
+        hidden_states: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        layer_past: Any = None,
+        past_key_values: Any = None,
+        **given: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        require_no_mask(attention_mask)
+        query, key, value = self.projected(layer, hidden_states)
+        cos, sin = (x.unsqueeze(1) for x in self.cos_sin(layer, **given))  # [batch, 1, q_len, rotary_dim]
+        query, key = (rotate(x, cos, sin, self.rotary) for x in (query, key))
+        cache = past_key_values if layer_past is None else layer_past
+        if cache is not None:
+            key, value = cache.update(key, value, layer.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS[self.implementation(layer)]
+        dropout = self.dropout(layer) if layer.training else 0.0
+        out, weights = attend(layer, query, key, value, None, dropout=dropout, scaling=layer.head_dim**-0.5)
+        return self.output(layer, out.flatten(2)), weights
+
+    def projected(self, layer: Any, states: Tensor) -> Sequence[Tensor]:
+        """Query, key and value ``[batch, heads, q_len, head_dim]`` of ``[batch, q_len, hidden]``."""
+        projections = (layer.q_proj, layer.k_proj, layer.v_proj)
+        return [p(states).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for p in projections]
+
+    def cos_sin(
+        self, layer: Any, *, position_embeddings: tuple[Tensor, Tensor], **unused: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Cosine and sine ``[batch, q_len, rotary_dim]`` of the tokens' positions."""
+        return position_embeddings
+
+    def implementation(self, layer: Any) -> str:
+        """Name of a registered attention function."""
+        return layer.config._attn_implementation
+
+    def dropout(self, layer: Any) -> float:
+        """Of attention weights, in training."""
+        return 0.0
+
+    def output(self, layer: Any, attended: Tensor) -> Tensor:
+        """What the layer returns for ``[batch, q_len, num_heads * head_dim]``."""
+        raise NotImplementedError
 
 
-def _projected(layer: Any, states: Tensor) -> tuple[Tensor, ...]:
-    """Query, key and value ``[batch, heads, q_len, head_dim]`` of ``[batch, q_len, hidden]``."""
-    projections = (layer.q_proj, layer.k_proj, layer.v_proj)
-    return tuple(p(states).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for p in projections)
-
-
-def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [batch, 1, q_len, rotary_dim]
-    return rotate(query, cos, sin, rotary), rotate(key, cos, sin, rotary)
-
-
-class _GPTJ:
+class _GPTJ(_Rewritten):
     """GPT-J: rotation exact at any position, and SDPA where the model's own attention is written out."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.rotary = rotary_from_model(model)
+        super().__init__(model)
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def _cos_sin(self, layer: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, layer: Any, *, position_ids: Tensor, **unused: Any) -> tuple[Tensor, Tensor]:
         # The layers of a forward share one tensor of positions; a later forward may reuse it with other values.
-        if layer.layer_idx == 0 or self._last is None or self._last[0] is not positions:
-            if self.rotary.inv_freq.device != positions.device:
-                self.rotary = self.rotary.to(positions.device)
-            self._last = (positions, *self.rotary.cos_sin(positions))
+        if layer.layer_idx == 0 or self._last is None or self._last[0] is not position_ids:
+            if self.rotary.inv_freq.device != position_ids.device:
+                self.rotary = self.rotary.to(position_ids.device)
+            self._last = (position_ids, *self.rotary.cos_sin(position_ids))
         return self._last[1:]
 
-    def __call__(
-        self,
-        layer: Any,
-        hidden_states: Tensor,
-        layer_past: Any = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Any = None,
-        **unused: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        require_no_mask(attention_mask)
-        query, key, value = _projected(layer, hidden_states)
-        query, key = _rotated(query, key, *self._cos_sin(layer, position_ids), self.rotary)
-        implementation = layer.config._attn_implementation.replace("eager", "sdpa")
-        scaling = layer.head_dim**-0.5
-        out, weights = attend(layer, implementation, (query, key, value), layer_past, scaling, layer.attn_dropout.p)
-        return layer.resid_dropout(layer.out_proj(out)), weights
+    def implementation(self, layer: Any) -> str:
+        return super().implementation(layer).replace("eager", "sdpa")
+
+    def dropout(self, layer: Any) -> float:
+        return layer.attn_dropout.p
+
+    def output(self, layer: Any, attended: Tensor) -> Tensor:
+        return layer.resid_dropout(layer.out_proj(attended))
 
 
-class _Falcon:
+class _Falcon(_Rewritten):
     """Falcon with rotary positions: one fused projection in three layouts, keys and values shared or not."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.rotary = rotary_from_model(model)
-
-    def __call__(
-        self,
-        layer: Any,
-        hidden_states: Tensor,
-        alibi: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        layer_past: Any = None,
-        *args: Any,
-        position_embeddings: tuple[Tensor, Tensor],
-        **unused: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        require_no_mask(attention_mask)
-        query, key, value = self._split(layer, layer.query_key_value(hidden_states))
-        query, key = _rotated(query, key, *position_embeddings, self.rotary)
-        scaling = layer.head_dim**-0.5
-        implementation = layer.config._attn_implementation
-        out, weights = attend(layer, implementation, (query, key, value), layer_past, scaling, dropout=0.0)
-        return layer.dense(out), weights
-
-    @staticmethod
-    def _split(layer: Any, fused: Tensor) -> list[Tensor]:
-        """Query, key and value ``[batch, heads, length, head_dim]``, by slices, which a CUDA graph can hold."""
+    def projected(self, layer: Any, states: Tensor) -> list[Tensor]:
+        fused = layer.query_key_value(states)  # cut by slices, which a CUDA graph can hold
         if not layer.new_decoder_architecture and not layer.multi_query:
             return [x.squeeze(3).transpose(1, 2) for x in fused.unflatten(-1, (layer.num_heads, 3, -1)).split(1, 3)]
         groups = layer.num_kv_heads if layer.new_decoder_architecture else 1
@@ -126,53 +108,38 @@ class _Falcon:
         parts = fused.unflatten(-1, (groups, shared + 2, layer.head_dim)).split([shared, 1, 1], dim=3)
         return [x.flatten(2, 3).transpose(1, 2) for x in parts]
 
+    def output(self, layer: Any, attended: Tensor) -> Tensor:
+        return layer.dense(attended)
 
-class _StableLm:
+
+class _StableLm(_Rewritten):
     """StableLM before Transformers 5."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.rotary = rotary_from_model(model)
-
-    def __call__(
-        self,
-        layer: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        *args: Any,
-        position_embeddings: tuple[Tensor, Tensor],
-        **unused: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        require_no_mask(attention_mask)
-        query, key, value = _projected(layer, hidden_states)
+    def projected(self, layer: Any, states: Tensor) -> Sequence[Tensor]:
+        query, key, value = super().projected(layer, states)
         if layer.qk_layernorm:
             query, key = layer.q_layernorm(query), layer.k_layernorm(key)
-        query, key = _rotated(query, key, *position_embeddings, self.rotary)
-        scaling, dropout = layer.head_dim**-0.5, layer.attention_dropout.p
-        implementation = layer.config._attn_implementation
-        out, weights = attend(layer, implementation, (query, key, value), past_key_values, scaling, dropout)
-        return layer.o_proj(out), weights
+        return query, key, value
+
+    def dropout(self, layer: Any) -> float:
+        return layer.attention_dropout.p
+
+    def output(self, layer: Any, attended: Tensor) -> Tensor:
+        return layer.o_proj(attended)
 
 
-REWRITTEN: dict[str, tuple[str, Callable[[nn.Module], Callable[..., Any]]]] = {
+REWRITTEN: dict[str, tuple[str, type[_Rewritten]]] = {
     "gptj": ("GPTJAttention", _GPTJ),
     "falcon": ("FalconAttention", _Falcon),
     "stablelm": ("StableLmAttention", _StableLm),
 }
-"""Model type -> class of its attention layers, and what makes their forward where it does without those functions."""
+"""Model type -> name of its attention layers' class, and their forward in its place."""
 
 
 def require_no_mask(attention_mask: Tensor | None) -> None:
     """Raise ``ValueError`` if a mask reaches attention that is causal by itself."""
     if attention_mask is not None:
         raise ValueError("a mask was given: attention is causal here, over streams without padding, and takes none")
-
-
-def _attention_layers(model: nn.Module, name: str) -> list[nn.Module]:
-    """Attention layers of the model; where a kernel adapter has taken a layer's place, the layer in it."""
-    layers = map(unwrapped, model.modules())
-    return [layer for layer in layers if any(kind.__name__ == name for kind in type(layer).__mro__)]
 
 
 def rewritten_forwards(
@@ -203,9 +170,11 @@ def rewritten_forwards(
     model_type = model.config.model_type
     if model_type not in REWRITTEN:
         raise ValueError(f"model type {model_type!r} can stream under Transformers 5.0 and later only")
-    class_name, make_forward = REWRITTEN[model_type]
-    forward = make_forward(model)
-    for layer in _attention_layers(model, class_name):
+    class_name, rewritten = REWRITTEN[model_type]
+    forward = rewritten(model)
+    for layer in map(unwrapped, model.modules()):
+        if all(kind.__name__ != class_name for kind in type(layer).__mro__):
+            continue
         # Accelerate keeps the forward that its hooks call under another name.
         name = "_old_forward" if "_old_forward" in layer.__dict__ else "forward"
         changes.append((layer, name, functools.partial(forward, layer)))

@@ -38,8 +38,8 @@ class EnginePool:
         key = cache.streaming_config, first.keys.shape[:2], first.dtype, first.device
         kept = self._engines.pop(key, None)
         if kept is None:
-            own = copy.copy(cache)
-            own.__dict__ = cache.__dict__  # two names for one cache: the engine outlives the caller's
+            own = copy.copy(cache)  # the engine outlives the caller's
+            own.become(cache)
             engine = make_engine(self.model, own, self.name)
         else:
             engine, holder = kept
@@ -55,7 +55,7 @@ class EnginePool:
         """Let ``cache`` live in the engine's buffers instead of the cache that was there ``before``."""
         if before is not None:
             with torch.inference_mode(False), torch.no_grad():
-                before.__dict__ = copy.deepcopy(own.__dict__)
+                before.become(copy.deepcopy(own))
         state = cache.state()
         own.restore(state, device=[layer.device for layer in cache.layers])
-        cache.__dict__ = own.__dict__
+        cache.become(own)
