@@ -11,7 +11,7 @@ from .recorded_step import RecordedStep, StaticTensors
 
 
 class FusedStep(RecordedStep):
-    """The family's fused kernels, with the SDPA kernel that is allowed; on a cache that is not full, one that takes a mask."""
+    """The fused kernels, with the SDPA kernel that is allowed; on a cache that is not full, one that takes a mask."""
 
     own_attention = False
 
