@@ -37,7 +37,7 @@ class _Rewritten:
     ) -> tuple[Tensor, Tensor | None]:
         require_no_mask(attention_mask)
         query, key, value = self.projected(layer, hidden_states)
-        cos, sin = (x.unsqueeze(1) for x in self.cos_sin(layer, **given))  # [batch, 1, q_len, rotary_dim]
+        cos, sin = (x.unsqueeze(1) for x in self.cos_sin(layer, given))  # [batch, 1, q_len, rotary_dim]
         query, key = (rotate(x, cos, sin, self.rotary) for x in (query, key))
         cache = past_key_values if layer_past is None else layer_past
         if cache is not None:
@@ -52,11 +52,10 @@ class _Rewritten:
         projections = (layer.q_proj, layer.k_proj, layer.v_proj)
         return [p(states).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for p in projections]
 
-    def cos_sin(
-        self, layer: Any, *, position_embeddings: tuple[Tensor, Tensor], **unused: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Cosine and sine ``[batch, q_len, rotary_dim]`` of the tokens' positions."""
-        return position_embeddings
+    def cos_sin(self, layer: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Cosine and sine ``[batch, q_len, rotary_dim]`` of the tokens' positions, from what the layer was given."""
+        cos, sin = given["position_embeddings"]
+        return cos, sin
 
     def implementation(self, layer: Any) -> str:
         """Name of a registered attention function."""
@@ -78,7 +77,8 @@ class _GPTJ(_Rewritten):
         super().__init__(model)
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def cos_sin(self, layer: Any, *, position_ids: Tensor, **unused: Any) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, layer: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        position_ids = given["position_ids"]
         # The layers of a forward share one tensor of positions; a later forward may reuse it with other values.
         if layer.layer_idx == 0 or self._last is None or self._last[0] is not position_ids:
             if self.rotary.inv_freq.device != position_ids.device:
