@@ -38,8 +38,13 @@ def adapters(model: nn.Module) -> list[nn.Module]:
 def kernels_in_force(adapters: list[nn.Module]) -> tuple[Any, ...]:
     """What decides the kernels of a model with these adapters: PyTorch's settings, and each adapter's backend."""
     flags = torch.backends.cuda
-    allowed = (flags.math_sdp_enabled(), flags.flash_sdp_enabled(), flags.cudnn_sdp_enabled())
-    return (*allowed, flags.mem_efficient_sdp_enabled(), *(adapter.backend for adapter in adapters))
+    allowed = (
+        flags.math_sdp_enabled(),
+        flags.flash_sdp_enabled(),
+        flags.mem_efficient_sdp_enabled(),
+        flags.cudnn_sdp_enabled(),
+    )
+    return (*allowed, *(adapter.backend for adapter in adapters))
 
 
 def takes_mask(model: nn.Module) -> bool:

@@ -79,9 +79,8 @@ def lm_head(model: Any, hidden_states: Tensor) -> Tensor:
     base = base_of(model)
     name = next(name for name, child in model._modules.items() if child is base)
     given = hidden_states.unsqueeze(1) if hidden_states.dim() == 2 else hidden_states
-    outside: Any = object.__new__(
-        type(model)
-    )  # the model's own parts around another decoder; the model stays as it is
+    # The model's own parts around another decoder; the model stays as it is.
+    outside: Any = object.__new__(type(model))
     outside.__dict__.update(model.__dict__, _modules={**model._modules, name: _Given(base, given)})
     ids = torch.zeros(given.shape[:2], dtype=torch.int64, device=given.device)
     logits = type(model).forward(outside, input_ids=ids, use_cache=False, return_dict=True).logits

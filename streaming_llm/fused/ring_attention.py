@@ -18,7 +18,7 @@ from .activations import capped
 from .heads import all_heads_rstd, head_norm_kind, head_norm_step, load_head, rotate
 from .recipe import Attention
 from .rings import RingState
-from .running_softmax import attend, corrected, put_together, scores_of
+from .running_softmax import attend, put_together, scores_of
 
 MOST_SHARED = 8
 """Query heads of a program: their running results are held in registers."""
@@ -26,11 +26,16 @@ MOST_SHARED = 8
 
 @triton.jit
 def _queries(
-    qkv, kv_head, chunk, norm_w, norm_b, eps, rstd, angles_ptr, scale,
+    given, angles_ptr, scale,
     WIDTH: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUPS: tl.constexpr, SHARED: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, Q_STEP: tl.constexpr, NORM: tl.constexpr, NORM_STEP: tl.constexpr,
 ):  # fmt: skip
-    """The queries ``[DIM_P]`` of a program, normed, rotated by the angles given, and scaled."""
+    """The queries ``[DIM_P]`` of a program, normed, rotated by the angles given, and scaled.
+
+    Args:
+        given: the row's heads, which of them are the program's, and their norm.
+    """
+    qkv, kv_head, chunk, norm_w, norm_b, eps, rstd = given
     queries = ()
     for j in tl.static_range(SHARED):
         group = tl.minimum(chunk * SHARED + j, GROUPS - 1)
@@ -40,6 +45,30 @@ def _queries(
         )  # fmt: skip
         queries = queries + (rotate(x, partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P) * scale,)  # type: ignore[assignment]  # noqa: RUF005
     return queries
+
+
+@triton.jit
+def _with_sinks(
+    scores, to_sinks, key, token, given, angles_ptr, scale, softcap,
+    N_SINK: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUPS: tl.constexpr,
+    SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, Q_STEP: tl.constexpr, NORM: tl.constexpr,
+    NORM_STEP: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """The scores, with those of sinks by queries that are turned for them, since sinks lie as first rotated.
+
+    A single query comes turned, ``to_sinks``, so that one wait serves all; several are turned here, so that they take
+    no registers from then on.
+    """
+    if SHARED > 1:
+        to_sinks = _queries(
+            given, angles_ptr + 2 * WIDTH, scale,
+            WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
+        )  # fmt: skip
+    of_sinks = scores_of(to_sinks, key, softcap, SHARED, CAP)
+    after = ()
+    for j in tl.static_range(SHARED):
+        after = after + (tl.where(token < N_SINK, of_sinks[j], scores[j]),)  # type: ignore[assignment]  # noqa: RUF005
+    return after
 
 
 @triton.jit
@@ -78,15 +107,15 @@ def _ring_attention(
     if NORM == "all":
         q_rstd = all_heads_rstd(qkv, q_eps, HEADS * HEAD_DIM, 1024)
         k_rstd = all_heads_rstd(qkv + K_START * HEAD_DIM, k_eps, KV_HEADS * HEAD_DIM, 1024)
+    given = qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd
     queries = _queries(
-        qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr, scale,
+        given, angles_ptr, scale,
         WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
     )  # fmt: skip
-    # Sinks lie as first rotated, and queries are turned for them: a single one at once, so that one wait serves all;
-    # several where they are used, so that they take no registers from then on.
+    to_sinks = queries
     if N_SINK > 0 and SHARED == 1:
         to_sinks = _queries(
-            qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr + 2 * WIDTH, scale,
+            given, angles_ptr + 2 * WIDTH, scale,
             WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
         )  # fmt: skip
     state = ()
@@ -119,13 +148,10 @@ def _ring_attention(
     scores = scores_of(queries, key, softcap, SHARED, CAP)
     if N_SINK > 0:
         if first < N_SINK:
-            if SHARED > 1:
-                to_sinks = _queries(
-                    qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr + 2 * WIDTH, scale,
-                    WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
-                )  # fmt: skip
-            of_sinks = scores_of(to_sinks, key, softcap, SHARED, CAP)
-            scores = corrected(scores, of_sinks, token, SHARED, N_SINK)
+            scores = _with_sinks(
+                scores, to_sinks, key, token, given, angles_ptr, scale, softcap,
+                N_SINK, WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP, CAP,
+            )  # fmt: skip
     state = attend(scores, value, visible, state, SHARED)
     start = first + BLOCK
     while start < end:
@@ -138,13 +164,10 @@ def _ring_attention(
         # With one query a branch behind which no request is moved: both tiles are asked for at once.
         if N_SINK > (0 if SHARED == 1 else BLOCK):
             if start < N_SINK:
-                if SHARED > 1:
-                    to_sinks = _queries(
-                        qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd, angles_ptr + 2 * WIDTH, scale,
-                        WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
-                    )  # fmt: skip
-                of_sinks = scores_of(to_sinks, key, softcap, SHARED, CAP)
-                scores = corrected(scores, of_sinks, token, SHARED, N_SINK)
+                scores = _with_sinks(
+                    scores, to_sinks, key, token, given, angles_ptr, scale, softcap,
+                    N_SINK, WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP, CAP,
+                )  # fmt: skip
         state = attend(scores, value, visible, state, SHARED)
         start += BLOCK
 

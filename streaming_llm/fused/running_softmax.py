@@ -22,15 +22,6 @@ def scores_of(queries, key, softcap, SHARED: tl.constexpr, CAP: tl.constexpr):
 
 
 @triton.jit
-def corrected(scores, of_sinks, token, SHARED: tl.constexpr, N_SINK: tl.constexpr):
-    """Scores with those of sinks taken from ``of_sinks``."""
-    after = ()
-    for j in tl.static_range(SHARED):
-        after = after + (tl.where(token < N_SINK, of_sinks[j], scores[j]),)  # type: ignore[assignment]  # noqa: RUF005
-    return after
-
-
-@triton.jit
 def attend(scores, value, visible, state, SHARED: tl.constexpr):
     """Take scores ``[BLOCK]`` and values ``[BLOCK, DIM_P]`` of a tile into the running softmax of each query."""
     value = tl.where(visible[:, None], value.to(tl.float32), 0.0)
