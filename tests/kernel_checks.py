@@ -555,13 +555,9 @@ def begin(ring: Ring) -> None:
     assert ring.state.counters.tolist() == [[ring.now, ring.slot(ring.now)]] * ring.batch
 
 
-def tile_of(monkeypatch, attention: Attention, slots: int, parts: int | None = None) -> None:
-    """Have programs take ``slots`` slots at a time, and put ``parts`` parts together at a time."""
-    dim_p = triton.next_power_of_2(attention.head_dim)
-    warps = RingAttention.warps_for(attention.num_heads // attention.num_kv_heads)
-    monkeypatch.setattr(RingAttention, "TILE", slots * dim_p // warps)
-    if parts is not None:
-        monkeypatch.setattr(RingAttention, "PARTIAL", parts * dim_p // warps)
+def rows_of_tiles(monkeypatch, rows: int) -> None:
+    """Have programs take so many slots at a time, so that small rings have several tiles and programs."""
+    monkeypatch.setattr(RingAttention, "MOST_ROWS", rows)
 
 
 # head_dim, rotary_dim, heads, of keys; batch, n_sink, window_size
@@ -603,7 +599,7 @@ def check_ring_attention(ring: Ring) -> None:
 @pytest.mark.parametrize(("sizes", "layout"), SIZES, ids=str)
 def test_ring_attention(monkeypatch, sizes, layout, moment, offset):
     attention = attention_of(*sizes, together=True)
-    tile_of(monkeypatch, attention, 8)
+    rows_of_tiles(monkeypatch, 8)
     check_ring_attention(Ring(attention, layout, moment(*layout[1:]), offset))
 
 
@@ -611,8 +607,8 @@ def test_ring_attention(monkeypatch, sizes, layout, moment, offset):
 @pytest.mark.parametrize("moment", ["among the sinks", "one to go", "turned"])
 @pytest.mark.parametrize("how", OTHERS, ids=str)
 def test_ring_attention_of_shared_keys(monkeypatch, how, moment):
-    layout, attention = (2, 10, 15), attention_of(20, 12, 4, 2, **how)  # sinks in more than one tile
-    tile_of(monkeypatch, attention, 8)
+    layout, attention = (2, 20, 29), attention_of(20, 12, 6, 2, **how)  # sinks in more than one tile
+    rows_of_tiles(monkeypatch, 16)
     check_ring_attention(Ring(attention, layout, MOMENTS[moment](*layout[1:]), 5))
 
 
@@ -620,17 +616,19 @@ def test_ring_attention_of_shared_keys(monkeypatch, how, moment):
 def test_ring_attention_of_more_query_heads_than_a_program_takes(monkeypatch):
     monkeypatch.setattr(ring_attention, "MOST_SHARED", 2)
     attention = attention_of(16, 16, 5, 1)
-    tile_of(monkeypatch, attention, 8)
-    check_ring_attention(Ring(attention, (1, 4, 20), 57, 0))
+    rows_of_tiles(monkeypatch, 16)
+    check_ring_attention(Ring(attention, (1, 4, 40), 97, 0))
 
 
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("moment", ["among the sinks", "one to go", "turned"])
-def test_ring_attention_over_scores_far_below_zero(monkeypatch, moment):
+@pytest.mark.parametrize("heads", [2, 6])
+def test_ring_attention_over_scores_far_below_zero(monkeypatch, heads, moment):
     """What has not been seen, by a part of the ring or by all of it, weighs nothing, not one."""
-    sizes, layout = SIZES[2]
-    attention = attention_of(*sizes, together=True)
-    tile_of(monkeypatch, attention, 8, parts=2)
+    _, layout = SIZES[2]
+    attention = attention_of(80, 20, heads, 2, together=True)
+    rows_of_tiles(monkeypatch, 16)
+    monkeypatch.setattr(RingAttention, "PARTIAL", 1)
     ring = Ring(attention, layout, MOMENTS[moment](*layout[1:]), 0, score=-150.0)
     begin(ring)
     kernel = RingAttention(attention, ring.layer.keys, ring.state)
@@ -639,8 +637,9 @@ def test_ring_attention_over_scores_far_below_zero(monkeypatch, moment):
 
 
 @pytest.mark.usefixtures("loops")
-def test_ring_attention_by_one_program_in_half_precision():
-    ring = Ring(attention_of(*SIZES[0][0]), SIZES[0][1], 60, 0, torch.float16)
+@pytest.mark.parametrize("heads", [4, 12])
+def test_ring_attention_by_one_program_in_half_precision(heads):
+    ring = Ring(attention_of(20, 6, heads, 4), SIZES[0][1], 60, 0, torch.float16)
     begin(ring)
     kernel = RingAttention(ring.attention, ring.layer.keys, ring.state)
     assert kernel.splits == 1
