@@ -84,7 +84,7 @@ TILES = [(4, 32, 2), (2, 128, 8)]
 def tiles(request, monkeypatch) -> None:
     """Every kernel with a small tile in place of its own."""
     rows, columns, ahead = request.param
-    for tile in (*gemv.TILE_OF_NORM.values(), *gemv.TILE_OF_SUM.values()):
+    for tile in (*gemv.TILE_OF_NORM.values(), *gemv.TILE_OF_FEW_ROWS.values(), *gemv.TILE_OF_SUM.values()):
         for name, value in {"BLOCK_R": rows, "BLOCK_K": columns, "AHEAD": ahead}.items():
             monkeypatch.setitem(tile, name, value)
 
@@ -251,10 +251,12 @@ def test_sum_of_packed_products(kind, two):
     close(out, residual.double() + 0.22 * sum(exact(plain, x) for (_, plain), x in given))
 
 
+@pytest.mark.parametrize("few", [0, 12288])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["int8", "int4 by 128"])
-def test_packed_products_by_the_tiles_that_are_used(kind, dtype):
-    columns = 1152  # two tiles and a quarter, nine groups
+def test_packed_products_by_the_tiles_that_are_used(monkeypatch, kind, dtype, few):
+    monkeypatch.setattr(gemv, "FEW_ROWS", few)
+    columns = 2176  # whole tiles and a part of one, seventeen groups
     (layer, plain), x, out = packed(columns, 20, kind), randn(columns, dtype=dtype), randn(20) * torch.nan
     gemv.gemv_sum((layer, x), None, out)
     close(out, exact(plain, x))
@@ -297,7 +299,7 @@ def test_activations(activation, gated):
 @pytest.mark.parametrize("vocab", [101, 5000])
 def test_cross_entropy(vocab):
     logits = randn(7, vocab) * 5
-    targets = torch.randint(vocab, (7,), device=DEVICE)
+    targets = torch.randint(vocab, (7, 3), device=DEVICE)[:, 1]  # the tokens at one place of seven streams
     expected = F.cross_entropy(logits.double(), targets, reduction="none")
     close(elementwise.cross_entropy(logits, targets), expected)
 

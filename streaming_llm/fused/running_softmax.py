@@ -67,7 +67,7 @@ def of_each(x, H: tl.constexpr):
 def put_together(
     partial_ptr, peaks_ptr, H: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, DIM_P: tl.constexpr
 ):
-    """Results ``[H, DIM_P]`` from ``SPLITS`` parts: sums of values ``[H, DIM_P]``, and peaks beside sums ``[H, 2]``."""
+    """Results ``[H, DIM_P]`` of ``SPLITS`` parts: sums of values ``[H, DIM_P]``, peaks beside sums ``[H, 2]``."""
     dims, heads = tl.arange(0, DIM_P), tl.arange(0, H)
     largest, total, acc = nothing_seen(H, DIM_P)
     for first in tl.static_range(0, SPLITS, PARTS):
