@@ -171,6 +171,20 @@ def test_beams_of_unequal_prompts():
             assert torch.equal(together[row, ids.shape[1] :], single[0, LENGTHS[row] :])
 
 
+@pytest.mark.parametrize("case", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("asked", [{"num_beams": 3}, {"output_hidden_states": True}], ids=str)
+def test_a_prompt_of_one_token_among_longer_ones(case, asked):
+    """Nothing of it is fed ahead of the forward that gives what is asked for; LLaMA takes no block without a token."""
+    model, rows = make_family(case), [prompt(0), prompt(0)[:, :1], prompt(1)]
+    ids, mask = padded(rows, "left")
+    asked = {**GREEDY, "max_new_tokens": 70, "return_dict_in_generate": True, **asked}
+    with StreamingLLMWrapper(model, S, W) as stream:
+        together = stream.generate(ids, attention_mask=mask, **asked).sequences
+        for row, given in zip(rows, together, strict=True):
+            expected = stream.generate(row, **asked).sequences[0, row.shape[1] :]
+            assert torch.equal(given[ids.shape[1] :], expected)
+
+
 @pytest.mark.parametrize("how", ["eos", "criteria", "both"])
 def test_rows_that_end_early_stay_where_they_ended(how):
     model, (ids, mask) = make_family("llama"), batch("right")
