@@ -9,7 +9,6 @@ figures/h200, results/h200/pythia-2.8b into figures/h200/pythia-2.8b, and one's 
 figures/report.html is about all of them, figures/<name>/report.html about those at and below results/<name>.
 """
 
-import argparse
 import gc
 import sys
 from collections.abc import Sequence
@@ -22,13 +21,12 @@ from experiments.make_report import illustrate, roots_of, write_report
 from experiments.plotting.captions import findings, missing_lines
 from experiments.plotting.page import save
 from experiments.plotting.report import Run
-from experiments.plotting.script import add_arguments, read_or_explain
+from experiments.plotting.script import make_parser, read_or_explain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """-> exit code: 0 all is well, 1 a file is broken or foreign, 2 there are no results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, "results at and below it")
+    parser = make_parser(__doc__, "results at and below it")
     parser.add_argument(
         "--runs",
         choices=("all", "own", "project"),

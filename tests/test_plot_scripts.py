@@ -84,6 +84,14 @@ def test_an_unknown_format_is_refused(results, capsys):
     assert "'png', 'pdf', 'svg'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["plot_all", "make_report", "plot_ablation_results"])
+def test_help_has_the_examples_and_what_is_written(name):
+    command = [sys.executable, EXPERIMENTS / f"{name}.py", "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"    python experiments/{name}.py\n" in said
+    assert "report.html" in said or "Writes" in said
+
+
 def test_drawing_everything_fills_a_folder_per_root_and_is_reproducible(tmp_path, capsys):
     top = tmp_path / "results"
     write_set(top, ["demo_narrative"], ["baseline", "streaming"], ["math"], repeats=1)
