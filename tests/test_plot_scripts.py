@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +12,7 @@ import pytest
 from plot_fixtures.synthetic import write_json, write_older, write_set
 
 from experiments import make_report, plot_ablation_results, plot_all, plot_fixed_eval_results
+from experiments.plotting.paper_page import write_pages
 from experiments.plotting.script import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,3 +168,13 @@ def test_a_script_runs_where_the_project_is_not_installed(results, tmp_path):
     command = [sys.executable, "-S", EXPERIMENTS / "plot_ablation_results.py", "--results-dir", results]
     subprocess.run([*command, "--output-dir", tmp_path], cwd=tmp_path, env=environment, check=True)
     assert (tmp_path / "ablation_n_sink.png").exists()
+
+
+def test_figures_of_several_models_share_no_id_on_the_paper_s_page(tmp_path):
+    (results,) = (path for path in (ROOT / "results" / "h100" / "paper").iterdir() if path.is_dir())
+    for model in ("one", "two"):
+        shutil.copytree(results, tmp_path / model, ignore=shutil.ignore_patterns("*.png"))
+    assert {"long.png", "index.html"} <= {path.name for path in write_pages(tmp_path)}
+    ids = re.findall(r'\bid="([^"]+)"', (tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert len(ids) > 100
+    assert len(ids) == len(set(ids))
