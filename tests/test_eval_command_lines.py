@@ -204,7 +204,7 @@ def test_the_runner_is_importable_from_its_script():
 def test_ray_that_is_not_installed_is_bad_input(world, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert final(world, "--launcher", "ray") == 2
-    assert_one_line(capsys, "pip install '.[cluster]' in the checkout")
+    assert_one_line(capsys, "pip install -e '.[cluster]' in the checkout")
 
 
 def test_help_lists_every_option_of_the_configuration(capsys):
