@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from called_recordings import Called, called  # noqa: F401 - a fixture
 from family_models import SLIDING, VOCAB, available, make_family
-from family_reference import family_reference_logits
+from family_reference import family_reference_logits, rotated
 from packed_weights import KINDS, quantise_, quantised
-from reference import rotated
 from transformers import DynamicCache
 
 from streaming_llm import StreamingDecoder, fused, score_stream
@@ -308,12 +307,7 @@ def frequencies(rotary_dim: int) -> torch.Tensor:
 
 def turned(x: torch.Tensor, positions: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """``x`` ``[batch, heads, n, head_dim]`` rotated to ``positions`` ``[n]``, in float64."""
-    rotary_dim, inv_freq = rotary.rotary_dim, rotary.inv_freq.to(x.device)
-    pairs = [*range(0, rotary_dim, 2), *range(1, rotary_dim, 2)] if rotary.interleaved else [*range(rotary_dim)]
-    order = [*pairs, *range(rotary_dim, x.shape[-1])]  # of neighbours, as halves
-    out = torch.empty_like(x, dtype=torch.float64)
-    out[..., order] = rotated(x[..., order].double(), positions, inv_freq)
-    return out
+    return rotated(x.double(), positions, rotary.inv_freq.to(x.device), rotary.interleaved)
 
 
 HEAD_NORMS = ["none", "rms", "rms+1", "layer of each head", "bare", "all"]
