@@ -7,6 +7,9 @@ import itertools
 import torch
 from transformers import StoppingCriteria
 
+CONFIGS = [(4, 60), (0, 60), (1, 60), (4, 1), (0, 1), (4, 600)]
+"""Sinks and windows; the last never fills."""
+
 CUTS = (0, 3, 10, 40, 130, 131, 200, 300)
 
 

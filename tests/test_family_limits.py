@@ -38,16 +38,11 @@ def in_blocks(model, cache, cuts=IN_BLOCKS) -> torch.Tensor:
 # Refusals
 
 
-def test_a_model_that_is_no_decoder_is_refused():
-    config = transformers.AutoConfig.for_model("bert")
-    with pytest.raises(ValueError, match=r"'bert' cannot stream: .*python -m streaming_llm"):
-        StreamingKVCache(config, 4, 60)
-
-
 @pytest.mark.parametrize(
     ("model_type", "reason"),
-    [("bloom", "ALiBi"), ("mpt", "ALiBi"), ("gpt2", "learned"), ("mamba", "recurrent")],
-)
+    [("bloom", "ALiBi"), ("mpt", "ALiBi"), ("gpt2", "learned absolute positions"), ("opt", "learned absolute"),
+     ("mamba", "recurrent"), ("bert", "python -m streaming_llm")],
+)  # fmt: skip
 def test_models_that_cannot_stream_are_refused_with_the_reason(model_type, reason):
     with pytest.raises(ValueError, match=f"'{model_type}' cannot stream: .*{reason}"):
         StreamingKVCache(transformers.AutoConfig.for_model(model_type), 4, 60)
