@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 from conftest import make_neox
@@ -38,6 +40,18 @@ def make_model_folder(folder: Path, **changes) -> Path:
 def make_text(path: Path, text: str = TEXT) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def error_line(call: Callable[[], int], capsys) -> str:
+    """What a command line says that ends with exit code 2: one line, which begins with ``error: ``."""
+    capsys.readouterr()
+    try:
+        code = call()
+    except SystemExit as stopped:
+        code = stopped.code
+    message = capsys.readouterr().err
+    assert (code, message.count("\n"), message[:7]) == (2, 1, "error: "), message
+    return message
 
 
 class World:
@@ -80,6 +94,9 @@ class World:
 
     def lines(self, start: str) -> list[str]:
         return [line for line in self.said if line.startswith(start)]
+
+    def result(self, name: str = "final/one_main_backend-math.json") -> dict:
+        return json.loads((self.root / name).read_text())
 
     def files(self, pattern: str = "**/*.json") -> list[str]:
         return sorted(p.relative_to(self.root).as_posix() for p in self.root.glob(pattern))
