@@ -66,6 +66,14 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
+def world(tmp_path):
+    """A model folder, texts and an output folder, for tests of the evaluation."""
+    from evaluation_support import World
+
+    return World(tmp_path)
+
+
+@pytest.fixture
 def ctrl_c():
     """SIGINT interrupts this process and those that it starts, also where the shell that started pytest ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

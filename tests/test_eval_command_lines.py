@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from evaluation_support import World, error_line, make_model_folder, make_text
+from evaluation_support import error_line, make_model_folder, make_text
 
 import eval_streaming_llm
 from experiments import run_final_experiments
@@ -19,11 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = ["--n-sink", "2", "--window-size", "14", "--max-eval-tokens", "40", "--device", "cpu"]
 
 pytestmark = pytest.mark.usefixtures("no_collection")
-
-
-@pytest.fixture
-def world(tmp_path):
-    return World(tmp_path)
 
 
 def subject(world) -> list[str]:
