@@ -66,22 +66,11 @@ class World:
 
     def config(self, **changes) -> ExperimentConfig:
         options = {
-            "model": str(self.model),
-            "datasets": [str(self.texts[0])],
-            "methods": ["baseline", "streaming"],
-            "attn_backend_list": ["math"],
-            "n_sink": 2,
-            "window_size": 14,
-            "max_eval_tokens": 40,
-            "ablation_tokens": 60,
-            "ablation_window_sizes": [8, 80],
-            "ablation_n_sinks": [0, 2],
-            "decode_sample": 4,
-            "warmup_steps": 1,
-            "only": "main",
-            "output_dir": self.output,
-            "device": "cpu",
-        }
+            "model": str(self.model), "datasets": [str(self.texts[0])], "methods": ["baseline", "streaming"],
+            "attn_backend_list": ["math"], "n_sink": 2, "window_size": 14, "max_eval_tokens": 40,
+            "ablation_tokens": 60, "ablation_window_sizes": [8, 80], "ablation_n_sinks": [0, 2],
+            "decode_sample": 4, "warmup_steps": 1, "only": "main", "output_dir": self.output, "device": "cpu",
+        }  # fmt: skip
         return ExperimentConfig(**{**options, **changes})
 
     def run(self, **changes):

@@ -20,18 +20,10 @@ SLIDING = 64
 """Sliding window of the model's own, where a family has one."""
 
 _COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": POSITIONS,
-    "initializer_range": 0.15,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": POSITIONS, "initializer_range": 0.15,
+    "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
 GQA = {"num_key_value_heads": 2}
 MQA = {"num_key_value_heads": 1}
 WIDE = {"head_dim": 12}
