@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import torch
@@ -66,3 +67,13 @@ def kernels_run(call) -> set[str]:
         call()
     names = {event.key for event in profile.key_averages()}
     return {backend for backend, op in KERNEL_OPS.items() if op in names}
+
+
+@contextlib.contextmanager
+def nothing_waits():
+    """Whatever waits for a CUDA device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
