@@ -124,17 +124,6 @@ def test_a_chat_template_and_a_streamer_in_a_thread(demo):
     assert "".join(said) == tokenizer.decode(expected[0, inputs["input_ids"].shape[1] :])
 
 
-def test_a_peft_model():
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    config = peft.LoraConfig(target_modules=["query_key_value"], init_lora_weights=False, r=4)
-    adapted, ids = peft.get_peft_model(make_neox(), config).eval(), make_ids(50)
-    with StreamingLLMWrapper(adapted, 4, 30) as stream:
-        out = stream.generate(ids, max_new_tokens=40, **GREEDY)
-    merged = adapted.merge_and_unload()
-    assert torch.equal(out[:, 50:], reference_logits(merged, out, 4, 30).argmax(-1)[:, 49:-1])
-
-
 class Suppressed(LogitsProcessor):
     def __call__(self, input_ids, scores):
         return scores.index_fill(1, torch.arange(50, device=scores.device), -torch.inf)
