@@ -98,11 +98,12 @@ class Attachment:
         self._at_hand = ForwardAtHand()
         exact: dict[int, ExactRotaryEmbedding] = {}
         # Where frequencies change with the length, a forward that is no stream's has the model's own.
-        stands_in = self._at_hand.is_streaming if changes_with_length(model.config) else None
+        at_hand = self._at_hand
+        stands_in = (lambda: at_hand.cache is not None) if changes_with_length(model.config) else None
         for found in rotary_modules(model):
             key = id(found.module)
             exact[key] = exact.get(key) or ExactRotaryEmbedding(
-                found.module, found.angles, found.layout, stands_in, self._at_hand.true_positions
+                found.module, found.angles, found.layout, stands_in, lambda: at_hand.positions
             )
             changes.append((found.parent, found.name, exact[key]))
         layers = {id(x): x for x in map(unwrapped, model.modules()) if "layer_idx" in vars(x)}

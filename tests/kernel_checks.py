@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from streaming_llm import StreamingDecoder, fused, score_stream
 from streaming_llm.attachment import maskless_attention
 from streaming_llm.attention import band, kernel_choice, torch_kernels, triton_kernels
+from streaming_llm.attention.math_kernel import Scores
 from streaming_llm.cache_layer import StreamingLayer
 from streaming_llm.config import StreamingConfig
 from streaming_llm.engines.fused_step import FusedStep, FusedTritonStep
@@ -171,7 +172,7 @@ def test_an_output_is_normed_and_added_by_the_kernel_that_reads_it(kind):
     x, output, new_x, y = randn(HIDDEN), randn(HIDDEN), randn(HIDDEN) * torch.nan, randn(54) * torch.nan
     first, of_output, layer = norm(kind), norm("rms+1" if kind == "rms+1" else "rms"), linear(HIDDEN, 54)
     total = x.double() + exact(of_output, output)
-    gemv.norm_gemv(x, first, (layer,), y, pending=gemv.Pending(output, of_output, new_x))
+    gemv.norm_gemv(x, first, (layer,), y, pending=(output, of_output), new_x=new_x)
     close(new_x, total)
     close(y, exact(layer, exact(first, total)))
 
@@ -339,8 +340,9 @@ def attention_of(
     widths = [(heads + 2 * kv_heads) * head_dim] if together else [n * head_dim for n in (heads, kv_heads, kv_heads)]
     projections = tuple(Linear(torch.zeros(width, 1, device=DEVICE)) for width in widths)
     return Attention(
-        torch.nn.Identity(), projections, places, projections[0], heads, kv_heads, head_dim, rotary, SCALE,
-        softcap=softcap, query_norm=head_norm(heads), key_norm=head_norm(kv_heads), norms_all_heads=norms == "all",
+        torch.nn.Identity(), projections, places, projections[0], heads, kv_heads, head_dim, rotary,
+        Scores(SCALE, softcap), query_norm=head_norm(heads), key_norm=head_norm(kv_heads),
+        norms_all_heads=norms == "all",
     )  # fmt: skip
 
 
@@ -433,7 +435,7 @@ def use_kernels(monkeypatch, kernel: str) -> None:
     """Have blocks on a CPU go the way that they go on a CUDA device; cuDNN's calls are made by another kernel."""
     if DEVICE.type == "cuda":
         pytest.skip("the tests marked gpu run the kernels themselves")
-    monkeypatch.setattr(kernel_choice, "choose_kernel", lambda query: kernel)
+    monkeypatch.setattr(kernel_choice, "choose_kernel", lambda query, softcap=None: kernel)
     monkeypatch.setattr(triton_kernels, "available", lambda query: True)
     monkeypatch.setitem(torch_kernels.WITH_LSE, "cudnn", torch_kernels.flash)
 
@@ -529,7 +531,7 @@ class Ring:
 
     def attended(self) -> torch.Tensor:
         """The same from the definition, in float64."""
-        groups, softcap = self.attention.num_heads // self.attention.num_kv_heads, self.attention.softcap
+        groups, softcap = self.attention.groups, self.attention.scores.softcap
         keys, values = (x.double().repeat_interleave(groups, 1) for x in (self.stream_keys, self.stream_values))
         in_cache = min(self.now, self.n_sink + self.window)
         by_distance, to_sinks = (

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from streaming_llm.attention import triton_kernels
+from streaming_llm.attention.math_kernel import Scores
 from streaming_llm.cache_layer import StreamingLayer
 from streaming_llm.config import StreamingConfig
 from streaming_llm.fused import block_heads, elementwise, gemv
@@ -71,8 +72,8 @@ def test_matrix_vector_products(hidden, dtype, compiled):
     wide = linear(hidden, 4 * hidden, dtype), torch.zeros(4 * hidden, dtype=dtype)
     gemv.norm_gemv(x, norm(hidden, dtype), (one,), y, activation="gelu", pdl=True)
     gemv.norm_gemv(x, norm(hidden, dtype, "rms"), (one, narrow, narrow), torch.zeros(2 * hidden), clip=8.0, pdl=True)
-    pending = gemv.Pending(x, norm(hidden, dtype, "rms+1"), y)
-    how = {"activation": "silu", "gated": True, "pending": pending, "pdl": True}
+    pending = x, norm(hidden, dtype, "rms+1")
+    how = {"activation": "silu", "gated": True, "pending": pending, "new_x": y, "pdl": True}
     gemv.norm_gemv(x, norm(hidden, dtype, "rms+1"), (one, one), torch.zeros(hidden, dtype=dtype), **how)
     gemv.norm_gemv(x, norm(hidden, dtype, "rms"), (linear(3, hidden, dtype, False),), y, scale=0.5, cap=30.0, pdl=True)
     gemv.gemv_sum(wide, None, y, pdl=True)
@@ -112,8 +113,9 @@ def layer_of(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, how: 
     rotary = Rotary(torch.ones(head_dim // 8, dtype=torch.float64))
     places = HeadPlaces.by_kv_head(heads, kv_heads) if heads == kv_heads else HeadPlaces.separate(heads, kv_heads)
     projections = (Linear(torch.zeros((heads + 2 * kv_heads) * head_dim, 1)),)
+    scores = Scores(0.1, how.pop("softcap", None))
     attention = Attention(
-        nn.Identity(), projections, places, projections[0], heads, kv_heads, head_dim, rotary, 0.1, **how
+        nn.Identity(), projections, places, projections[0], heads, kv_heads, head_dim, rotary, scores, **how
     )
     layer = StreamingLayer(StreamLayout(StreamingConfig(4, 2044)), SinkRotation(rotary), Progress())
     layer.keys = layer.values = torch.zeros(1, dtype=dtype).expand(1, kv_heads, layer.layout.capacity, head_dim)
@@ -134,7 +136,7 @@ def test_attention_over_a_ring(heads, kv_heads, head_dim, kind, softcap, dtype, 
     whole = FullRing(attention, layer.keys, rings.states[0])
     for masked in (False, True):
         whole.begin(masked)
-        whole._store(attention, qkv, layer, pdl=True)
+        whole(attention, qkv, layer, out, pdl=True)
     assert compiled == ["_begin_step", "_ring_attention", *2 * ["_rotate_and_store"]]
 
 

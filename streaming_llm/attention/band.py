@@ -15,15 +15,17 @@ Shapes: query ``[batch, num_heads, q_len, head_dim]``, key and value ``[batch, n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..rope_utils import rotate
-from .kernel_choice import kernel_for
-from .math_kernel import band_math
+from . import kernel_choice
+from .math_kernel import Scores, band_math
 from .plan import BlockPlan
-from .torch_kernels import WITH_LSE, causal_attention, join_learned, merge, repeat_heads, windowed_flash
+from .torch_kernels import WITH_LSE, causal_attention, flash, join_learned, merge, repeat_heads
 from .wide_copies import joined
 
 try:
@@ -31,39 +33,32 @@ try:
 except ImportError:  # no Triton: PyTorch's own operators do the same
     triton_kernels = None  # type: ignore[assignment]
 
+WithLse = tuple[Tensor, Tensor]
+"""Attention and the log-sum-exp of its scores."""
 
-def block_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: BlockPlan,
-    scale: float,
-    softcap: float | None = None,
-    learned: Tensor | None = None,
-) -> Tensor:
+
+def block_attention(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scores: Scores) -> Tensor:
     """Attention of new tokens under the stream's rule (each its own window, sinks at ``min(t, S+W) - j``).
 
     Args:
         query: rotated to the tokens' positions in the stream.
         key, value: of the new tokens; those that ``plan.previous`` lacks precede them.
         plan: made by the cache.
-        scale: factor on the scores.
-        softcap, learned: see :func:`explicit_attention`.
 
     Returns:
         ``[batch, num_heads, q_len, head_dim of value]`` in the dtype of ``query``.
     """
-    kernel = kernel_for(query, softcap)
+    kernel = kernel_choice.choose_kernel(query, scores.softcap)
     # Under autocast a cache may hold another dtype.
     key, value, *previous = (repeat_heads(query, x.to(query.dtype), kernel) for x in (key, value, *plan.previous))
     batch, num_heads, q_len = query.shape[:3]
     out = query.new_empty((batch, q_len, num_heads, value.shape[-1]))
-    window, given = plan.layout.config.window_size, (plan, scale, kernel, softcap, learned)
+    window, how = plan.layout.config.window_size, (plan, scores, kernel)
     if continues(query, plan, kernel):  # only the first W queries see tokens of the blocks before
         keys, values = (joined((x[:, :, -window:], new[:, :, :window]), dim=2)
                         for x, new in zip(previous, (key, value), strict=True))  # fmt: skip
-        _streaming_band(query[:, :, :window], keys, values, out[:, :window], plan.first_query, *given)
-        _streaming_band(query[:, :, window:], key, value, out[:, window:], plan.first_query + window, *given)
+        _streaming_band(query[:, :, :window], keys, values, out[:, :window], plan.first_query, *how)
+        _streaming_band(query[:, :, window:], key, value, out[:, window:], plan.first_query + window, *how)
         return out.transpose(1, 2)
     if previous:
         key, value = (joined(parts, dim=2) for parts in zip(previous, (key, value), strict=True))
@@ -71,13 +66,13 @@ def block_attention(
     n_dense = min(max(plan.layout.config.cache_size + 1 - plan.first_query, 0), q_len)
     if n_dense:
         kv_len = plan.first_query + n_dense - plan.first_key
-        dense = (query[:, :, :n_dense], key[:, :, :kv_len], value[:, :, :kv_len])
-        out[:, :n_dense] = causal_attention(*dense, scale, kernel, softcap, learned).transpose(1, 2)
+        dense = causal_attention(query[:, :, :n_dense], key[:, :, :kv_len], value[:, :, :kv_len], scores)
+        out[:, :n_dense] = dense.transpose(1, 2)
     if n_dense < q_len:
         first_query = plan.first_query + n_dense
         first_key = first_query - window - plan.first_key
         keys, values = key[:, :, first_key:], value[:, :, first_key:]
-        _streaming_band(query[:, :, n_dense:], keys, values, out[:, n_dense:], first_query, *given)
+        _streaming_band(query[:, :, n_dense:], keys, values, out[:, n_dense:], first_query, *how)
     return out.transpose(1, 2)
 
 
@@ -98,10 +93,8 @@ def _streaming_band(
     out: Tensor,
     first_query: int,
     plan: BlockPlan,
-    scale: float,
+    scores: Scores,
     kernel: str,
-    softcap: float | None,
-    learned: Tensor | None,
 ) -> None:
     """Attention of queries that are all past the cache size; keys begin ``W`` tokens before the first of them.
 
@@ -110,9 +103,9 @@ def _streaming_band(
     config = plan.layout.config
     rotation = plan.rotation if config.n_sink else None
     can_turn = rotation is None or (rotation.rotary.rotary_dim > 0 and not rotation.rotary.offset)
-    can_merge = can_turn and learned is None and query.shape[-1] == value.shape[-1]
+    can_merge = can_turn and scores.learned is None and query.shape[-1] == value.shape[-1]
     if kernel != "math" and triton_kernels is not None and triton_kernels.available(query) and can_merge:
-        _band_by_triton(query, key, value, out, first_query, plan, scale, kernel)
+        _band_by_triton(query, key, value, out, first_query, plan, scores.scale, kernel)
         return
     turned = None
     if rotation is not None:
@@ -120,13 +113,13 @@ def _streaming_band(
         cos, sin = rotation.turns(config.cache_size - first_query, query.shape[2], query.device)
         turned = rotate(query, cos, sin, rotation.rotary)
     if kernel == "math":
-        found = band_math(query, turned, key, value, plan, scale, softcap, learned)
+        found = band_math(query, turned, key, value, plan, scores)
     else:
-        found, lse = _band_fused(query, key, value, config.window_size, scale, kernel)
+        found, lse = _window(query, key, value, config.window_size, scores.scale, kernel)
         if turned is not None:
-            found, lse = _merge_sinks(found, lse, turned, plan, scale)
-        if learned is not None:
-            found = join_learned(found, lse, learned)
+            found, lse = _merge_sinks(found, lse, turned, plan, scores.scale)
+        if scores.learned is not None:
+            found = join_learned(found, lse, scores.learned)
     out.copy_(found.transpose(1, 2))
 
 
@@ -147,36 +140,25 @@ def _band_by_triton(
     if kernel != "flash" and 0 < whole < q_len:  # two causal calls take a multiple of W queries, or fewer than W
         keys, values = (x[:, :, : whole + window] for x in (key, value))
         _band_by_triton(query[:, :, :whole], keys, values, out[:, :whole], first_query, plan, scale, kernel)
-        query, key, value, out = query[:, :, whole:], key[:, :, whole:], value[:, :, whole:], out[:, whole:]
-        first_query, q_len, whole = first_query + whole, q_len - whole, 0
+        rest = (query[:, :, whole:], key[:, :, whole:], value[:, :, whole:], out[:, whole:], first_query + whole)
+        _band_by_triton(*rest, plan, scale, kernel)
+        return
     sinks = None
     if config.n_sink and rotation is not None:
         cos, sin = rotation.turns(config.cache_size - first_query, q_len, query.device, paired=True)
-        sink_keys, sink_values = plan.sinks
-        sinks = triton_kernels.Sinks(sink_keys, sink_values, cos, sin, rotation.rotary.interleaved)
+        keys, values = plan.sinks
+        sinks = triton_kernels.Sinks(keys, values, cos, sin, rotation.rotary.interleaved)
     if kernel == "flash" or not whole:
-        newer, older = _band_fused(query, key, value, window, scale, kernel), None
+        newer, older = _window(query, key, value, window, scale, kernel), None
     else:
-        newer, older = _band_halves(query, key, value, window, scale, kernel)
+        newer, older = _halves(query, key, value, window, scale, kernel, triton_kernels.reversed_blocks)
     if sinks is None and older is None:
         out.copy_(newer[0].transpose(1, 2))
     else:
         triton_kernels.merge_parts(query, newer, older, sinks, scale, out)
 
 
-def _band_halves(
-    query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, kernel: str
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A multiple of ``W`` queries by two causal calls, not merged: see :func:`triton_kernels.merge_parts`."""
-    attend = WITH_LSE[kernel]
-    own = (x.unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
-           for x in (query, key[:, :, window:], value[:, :, window:]))  # fmt: skip
-    before = (triton_kernels.reversed_blocks(x, window)
-              for x in (query, key[:, :, :-window], value[:, :, :-window]))  # fmt: skip
-    return attend(*own, scale, causal=True), attend(*before, scale, causal=True)
-
-
-def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scale: float) -> WithLse:
     """Add the sinks, a handful of keys, to the attention over the window and its log-sum-exp."""
     batch, num_heads, q_len, head_dim = turned.shape
     keys, values = plan.sinks
@@ -190,20 +172,22 @@ def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scal
     return torch.addcmul(from_sinks, out.to(dtype), (lse - total).exp().unsqueeze(-1)), total
 
 
-def _band_fused(
-    query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, kernel: str
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over the window alone."""
+def _window(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, kernel: str) -> WithLse:
+    """Attention over the window alone."""
     if kernel == "flash" and query.device.type == "cuda":
-        return windowed_flash(query, key, value, scale, window)
-    q_len = query.shape[2]
+        return flash(query, key, value, scale, True, window_size_left=window, window_size_right=0)
+    batch, q_len = query.shape[0], query.shape[2]
     if q_len > window:
-        return _band_folded(query, key, value, window, scale, kernel)
+        padding = -q_len % window
+        query, key, value = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value))
+        newer, (older, older_lse) = _halves(query, key, value, window, scale, kernel, _reversed_blocks)
+        found = merge(*newer, older.flip(2), older_lse.flip(2))
+        out, lse = (x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :q_len] for x in found)
+        return out, lse
     attend = WITH_LSE[kernel]
     out, lse = attend(query, key[:, :, window:], value[:, :, window:], scale, causal=True)
     # Of the W keys before, query i sees those from the i-th on: causal among the first q_len once reversed.
-    reverse = [x[:, :, :q_len].flip(2) for x in (query, key, value)]
-    older, older_lse = attend(*reverse, scale, causal=True)
+    older, older_lse = attend(*(x[:, :, :q_len].flip(2) for x in (query, key, value)), scale, causal=True)
     out, lse = merge(out, lse, older.flip(2), older_lse.flip(2))
     if q_len < window:
         between = slice(q_len, window)
@@ -211,25 +195,23 @@ def _band_fused(
     return out, lse
 
 
-def _band_folded(
-    query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, kernel: str
-) -> tuple[Tensor, Tensor]:
-    """The same for more than ``W`` queries: cut into blocks of ``W``, which become entries of the batch."""
-    batch, q_len = query.shape[0], query.shape[2]
-    n_blocks = -(-q_len // window)
-    padding = n_blocks * window - q_len
+def _halves(
+    query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, kernel: str, reverse: Callable[..., Tensor]
+) -> tuple[WithLse, WithLse]:
+    """A multiple of ``W`` queries by two causal calls, not merged: see :func:`.triton_kernels.merge_parts`.
 
-    def fold(x: Tensor) -> Tensor:  # [batch, heads, n * W, d] -> [batch, n, heads, W, d]
-        x = F.pad(x, (0, 0, 0, padding))
-        return x.unflatten(2, (-1, window)).transpose(1, 2)
+    Args:
+        reverse: what :func:`.triton_kernels.reversed_blocks` does.
+    """
+    own = (_blocks(x, window) for x in (query, key[:, :, window:], value[:, :, window:]))
+    before = (reverse(x, window) for x in (query, key[:, :, :-window], value[:, :, :-window]))
+    return WITH_LSE[kernel](*own, scale, causal=True), WITH_LSE[kernel](*before, scale, causal=True)
 
-    def unfold(x: Tensor) -> Tensor:  # [batch * n, heads, W, ...] -> [batch, heads, q_len, ...]
-        return x.unflatten(0, (batch, n_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :q_len]
 
-    queries, keys, values = fold(query), fold(key), fold(value)
-    own = [x.flatten(0, 1) for x in (queries, keys[:, 1:], values[:, 1:])]
-    before = [x.flatten(0, 1).flip(2) for x in (queries, keys[:, :-1], values[:, :-1])]
-    out, lse = WITH_LSE[kernel](*own, scale, causal=True)
-    older, older_lse = WITH_LSE[kernel](*before, scale, causal=True)
-    out, lse = merge(out, lse, older.flip(2), older_lse.flip(2))
-    return unfold(out), unfold(lse)
+def _blocks(x: Tensor, window: int) -> Tensor:
+    """``[batch, heads, n * W, head_dim]`` as ``[batch * n, heads, W, head_dim]``."""
+    return x.unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
+
+
+def _reversed_blocks(x: Tensor, window: int) -> Tensor:
+    return _blocks(x, window).flip(2)

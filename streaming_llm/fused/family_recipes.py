@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..attention.kernel_choice import unwrapped
+from ..attention.math_kernel import Scores
 from ..families import decoder_of, layer_windows, module_name, rotaries_from_model, text_config
 from ..rope_utils import Rotary
 from .model_parts import activation_of, first_of, head_norm_of, linear_of, norm_of
@@ -239,8 +240,7 @@ def _attention(module: nn.Module, names: Names, config: Any, rotary: Rotary, win
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rotary=rotary,
-        scale=getattr(inner, "scaling", head_dim**-0.5),
-        softcap=getattr(config, "attn_logit_softcapping", None),
+        scores=Scores(getattr(inner, "scaling", head_dim**-0.5), getattr(config, "attn_logit_softcapping", None)),
         clip=getattr(config, "clip_qkv", None),
         query_norm=query_norm,
         key_norm=key_norm,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..attention.math_kernel import Scores
 from ..rope_utils import Rotary
 from .weights import Packed
 
@@ -122,8 +123,6 @@ class Attention:
         places: where the heads lie there.
         output: from ``[num_heads * head_dim]``.
         rotary: on the device of the weights; of no dimensions where the layer has no positions.
-        scale: factor on the scores.
-        softcap: bound of the scores, ``softcap * tanh(score / softcap)``.
         clip: bound of what the projections give.
         query_norm, key_norm: of each head before it is rotated.
         norms_all_heads: these norms are of all heads at once.
@@ -138,13 +137,17 @@ class Attention:
     num_kv_heads: int
     head_dim: int
     rotary: Rotary
-    scale: float
-    softcap: float | None = None
+    scores: Scores
     clip: float | None = None
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     norms_all_heads: bool = False
     window: int | None = None
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share a key."""
+        return self.num_heads // self.num_kv_heads
 
     @property
     def width(self) -> int:
@@ -224,7 +227,7 @@ class Recipe:
         norm: of the final hidden states.
         output: the output layer; its weight may be ``embedding``.
         logit_scale: factor on what it gives.
-        logit_cap: bound of that, as :attr:`Attention.softcap`.
+        logit_cap: bound of that, as :attr:`.Scores.softcap`.
     """
 
     embedding: Tensor

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..cache_layer import StreamingLayer
 from ..launch import launch, wait_for_input
 from .activations import capped
-from .heads import all_heads_rstd, head_norm_kind, head_norm_step, load_head, rotate
+from .heads import all_heads_rstd, load_head, rotate
+from .norms import pointers_of
 from .recipe import Attention
 from .rings import RingState
 from .running_softmax import attend, put_together, scores_of
@@ -217,9 +218,9 @@ class RingAttention:
 
     def __init__(self, attention: Attention, keys: Tensor, state: RingState) -> None:
         batch, num_kv_heads, capacity, head_dim = keys.shape
-        self.state, groups = state, attention.num_heads // num_kv_heads
-        self.chunks = triton.cdiv(groups, MOST_SHARED)
-        self.shared = triton.cdiv(groups, self.chunks)
+        self.state = state
+        self.chunks = triton.cdiv(attention.groups, MOST_SHARED)
+        self.shared = triton.cdiv(attention.groups, self.chunks)
         self.dim_p = triton.next_power_of_2(head_dim)
         self.warps = self.warps_for(self.shared)
         self.programs = batch * num_kv_heads * self.chunks
@@ -249,20 +250,14 @@ class RingAttention:
         Returns:
             The result, of the shape of ``out``.
         """
-        state, places = self.state, attention.places
-        norms = attention.query_norm, attention.key_norm
-        of_norms = [x for norm in norms for x in ((norm.weight, norm.bias) if norm else (None, None))]
+        state, softcap = self.state, attention.scores.softcap
+        q_weight, q_bias, q_eps = pointers_of(attention.query_norm, qkv)
+        k_weight, k_bias, k_eps = pointers_of(attention.key_norm, qkv)
         launch(
             _ring_attention, (self.programs, self.splits),
             qkv, layer.keys, layer.values, layer.sinks, out, self.partial, self.arrived, state.counters, state.angles,
-            *(qkv if x is None else x for x in of_norms), *(norm.eps if norm else 0.0 for norm in norms),
-            attention.scale, attention.softcap or 0.0,
-            CAPACITY=layer.keys.shape[2], N_SINK=state.layout.config.n_sink, HALF=state.half,
-            WIDTH=state.angles.shape[2], INTERLEAVED=state.rotary.interleaved, HEADS=attention.num_heads,
-            KV_HEADS=attention.num_kv_heads, SHARED=self.shared, CHUNKS=self.chunks, HEAD_DIM=attention.head_dim,
-            DIM_P=self.dim_p, QKV_WIDTH=attention.width, Q_STEP=places.query_step, K_START=places.key_start,
-            K_STEP=places.key_step, V_START=places.value_start, V_STEP=places.value_step,
-            NORM=head_norm_kind(attention), NORM_STEP=head_norm_step(attention), CAP=attention.softcap is not None,
+            q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, attention.scores.scale, softcap or 0.0,
+            **state.meta_of(attention), SHARED=self.shared, CHUNKS=self.chunks, CAP=softcap is not None,
             SPLITS=self.splits, PARTS=self.parts, SPLIT_LEN=self.split_len, BLOCK=self.block,
             num_warps=self.warps, pdl=pdl,
         )  # fmt: skip

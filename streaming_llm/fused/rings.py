@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +19,8 @@ from ..cache_layer import StreamingLayer
 from ..launch import launch
 from ..positions import Progress, StreamLayout
 from ..rope_utils import Rotary
+from .heads import head_meta
+from .recipe import Attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,17 @@ class RingState:
     def half(self) -> int:
         """Pairs of dimensions that are rotated."""
         return self.rotary.inv_freq.shape[0]
+
+    def meta_of(self, attention: Attention) -> dict[str, Any]:
+        """Compile-time arguments for a token of a layer."""
+        places = attention.places
+        return {
+            "CAPACITY": self.layout.capacity, "N_SINK": self.layout.config.n_sink,
+            "HALF": self.half, "WIDTH": self.angles.shape[2], **head_meta(attention),
+            "HEADS": attention.num_heads, "KV_HEADS": attention.num_kv_heads, "QKV_WIDTH": attention.width,
+            "Q_STEP": places.query_step, "K_START": places.key_start, "K_STEP": places.key_step,
+            "V_START": places.value_start, "V_STEP": places.value_step,
+        }  # fmt: skip
 
 
 class Rings:

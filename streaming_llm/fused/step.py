@@ -16,9 +16,9 @@ from torch import Tensor
 from ..attention.kernel_choice import choose_kernel, kernel_context
 from ..kv_cache import StreamingKVCache
 from ..launch import pdl_available
-from .block import logits_of, product, through_layers
+from .block import logits_of, product, projected, through_layers
 from .full_ring import FullRing
-from .gemv import Pending, gemv_sum, norm_gemv
+from .gemv import gemv_sum, norm_gemv
 from .recipe import Attention, Layer, Linear, Norm, Recipe
 from .ring_attention import RingAttention
 from .rings import Rings, begin_step
@@ -56,7 +56,7 @@ class StepForward:
             return torch.empty(self.batch, width, dtype=of, device=self.device)
 
         self.x = [buffer(hidden, torch.float32) for _ in range(2)]
-        self.qkv = buffer(max(layer.attention.width for layer in layers), torch.float32 if self.batch == 1 else dtype)
+        self.qkv = buffer(max(layer.attention.width for layer in layers), torch.float32)
         self.attended = buffer(max(layer.attention.output.columns for layer in layers), dtype)
         self.inner = buffer(max(layer.mlp.down.columns for layer in layers), dtype)
         self.output = buffer(hidden, torch.float32)
@@ -134,8 +134,7 @@ class StepForward:
             The residual stream.
         """
         new_x = x if pending is None else self._other(x)
-        given = None if pending is None else Pending(pending[0][0], pending[1], new_x[0])
-        norm_gemv(x[0], norm, linears, y[0], pending=given, pdl=self.pdl, **how)
+        norm_gemv(x[0], norm, linears, y[0], pending=pending, new_x=new_x[0], pdl=self.pdl, **how)
         return new_x
 
     def _add(
@@ -197,10 +196,6 @@ class StepForward:
 
     def _attention_of_many(self, index: int, x: Tensor) -> Tensor:
         """The attention layer of normed hidden states ``[batch, hidden]``."""
-        attention, start = self.recipe.layers[index].attention, 0
-        for linear in attention.projections:
-            self.qkv[:, start : start + linear.rows] = product(x, linear)
-            start += linear.rows
-        if attention.clip is not None:
-            self.qkv.clamp_(-attention.clip, attention.clip)
-        return product(self.attend[index](self.qkv), attention.output)
+        attention = self.recipe.layers[index].attention
+        qkv = torch.cat(projected(x, attention), dim=-1)
+        return product(self.attend[index](qkv), attention.output)
