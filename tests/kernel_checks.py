@@ -525,8 +525,9 @@ class Ring:
     def attend(self, kernel: RingAttention | FullRing) -> torch.Tensor:
         """What a kernel gives for the token at hand: ``[batch, heads, head_dim]``."""
         attention = self.attention
-        out = torch.full((self.batch, attention.num_heads * attention.head_dim), torch.nan, device=DEVICE)
-        out = kernel(attention, self.qkv[:, -1].contiguous(), self.layer, out.to(self.dtype))
+        if isinstance(kernel, RingAttention):
+            kernel.out.fill_(torch.nan)
+        out = kernel(attention, self.qkv[:, -1].contiguous(), self.layer)
         return out.unflatten(-1, (-1, attention.head_dim))
 
     def attended(self) -> torch.Tensor:

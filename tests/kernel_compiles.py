@@ -129,14 +129,14 @@ def test_attention_over_a_ring(heads, kv_heads, head_dim, kind, softcap, dtype, 
     how = {"query_norm": of_heads, "key_norm": of_heads, "softcap": softcap}
     attention, layer = layer_of(heads, kv_heads, head_dim, dtype, how)
     rings = Rings([layer], 1, torch.device("cpu"))
-    qkv, out = torch.zeros(1, attention.width), torch.zeros(1, heads * head_dim, dtype=dtype)
+    qkv = torch.zeros(1, attention.width)
     tokens, table = torch.zeros(1, dtype=torch.int64), torch.zeros(3, 512, dtype=dtype)
     begin_step(tokens, table, torch.zeros(1, 512), rings, 2.0)
-    RingAttention(attention, layer.keys, rings.states[0])(attention, qkv, layer, out, pdl=True)
+    RingAttention(attention, layer.keys, rings.states[0])(attention, qkv, layer, pdl=True)
     whole = FullRing(attention, layer.keys, rings.states[0])
     for masked in (False, True):
         whole.begin(masked)
-        whole(attention, qkv, layer, out, pdl=True)
+        whole(attention, qkv, layer, pdl=True)
     assert compiled == ["_begin_step", "_ring_attention", *2 * ["_rotate_and_store"]]
 
 

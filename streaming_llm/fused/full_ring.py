@@ -83,7 +83,7 @@ def _rotate_and_store(
 
 
 class FullRing:
-    """Attention over whole rings by the kernel that is allowed; arguments and calls as of :class:`.RingAttention`."""
+    """Attention over whole rings by the kernel that is allowed; arguments as of :class:`.RingAttention`."""
 
     def __init__(self, attention: Attention, keys: Tensor, state: RingState) -> None:
         self.state, self.ring = state, keys
@@ -94,10 +94,8 @@ class FullRing:
         """Begin a step, in which slots without a token are masked, or there are none."""
         self.mask = mask_of_empty(self.ring, self.state.counters[:, 0]) if masked else None
 
-    def __call__(
-        self, attention: Attention, qkv: Tensor, layer: StreamingLayer, out: Tensor, *, pdl: bool = False
-    ) -> Tensor:
-        """The result lies where the kernel has put it, not in ``out``."""
+    def __call__(self, attention: Attention, qkv: Tensor, layer: StreamingLayer, *, pdl: bool = False) -> Tensor:
+        """See :meth:`.RingAttention.__call__`."""
         state, keys = self.state, layer.keys
         moving = state.layout.config.n_sink if state.half else 0
         launch(

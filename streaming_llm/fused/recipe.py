@@ -171,10 +171,6 @@ class MLP:
     gate_and_up: Linear | None = None
 
     @property
-    def is_gated(self) -> bool:
-        return self.gate is not None
-
-    @property
     def first(self) -> tuple[Linear, ...]:
         """What the input goes through."""
         return (self.up,) if self.gate is None else (self.gate, self.up)
@@ -200,20 +196,10 @@ class Layer:
     multiplier: float = 1.0
 
     @property
-    def out_norms(self) -> tuple[Norm | None, ...]:
-        return (self.attention_out_norm, self.mlp_out_norm)
-
-    @property
     def norms_of_input(self) -> tuple[Norm | None, ...]:
         """The different norms of the layer's input: first attention's, last that of a parallel layer's MLP."""
         shared = not self.parallel or self.mlp_norm is self.attention_norm
         return (self.attention_norm,) if shared else (self.attention_norm, self.mlp_norm)
-
-    @property
-    def read_together(self) -> tuple[tuple[Linear, ...], ...]:
-        """Matrices that one kernel may read."""
-        outputs = (self.attention.output, self.mlp.down)
-        return (self.attention.projections, self.mlp.first, *((outputs,) if self.parallel else ()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,9 +232,6 @@ class Recipe:
     @property
     def linears(self) -> list[Linear]:
         """Every matrix that a step goes through."""
-        of_layers = [
-            linear
-            for layer in self.layers
-            for linear in (*layer.attention.projections, layer.attention.output, *layer.mlp.first, layer.mlp.down)
-        ]
+        parts = [(layer.attention, layer.mlp) for layer in self.layers]
+        of_layers = [x for a, mlp in parts for x in (*a.projections, a.output, *mlp.first, mlp.down)]
         return [*of_layers, self.output]

@@ -64,13 +64,17 @@ def _of_recipe(recipe: Recipe) -> str | None:
     if any(not weight.is_contiguous() for weight in weights):
         return "its weights are not all contiguous"
     for layer in recipe.layers:
-        if any(norm is not None and (norm.centred or norm.weight is None) for norm in layer.out_norms):
+        attention, mlp = layer.attention, layer.mlp
+        out_norms = [norm for norm in (layer.attention_out_norm, layer.mlp_out_norm) if norm is not None]
+        if any(norm.centred or norm.weight is None for norm in out_norms):
             return "a norm behind attention or MLP is no RMSNorm"
-        if layer.multiplier != 1.0 and any(layer.out_norms):
+        if layer.multiplier != 1.0 and out_norms:
             return "it has norms and factors behind attention or MLP"
-        if len({linear.bias is None for linear in layer.attention.projections}) > 1:
+        if len({linear.bias is None for linear in attention.projections}) > 1:
             return "only some of query, key and value have a bias"
-        if any(len(set(map(_how_stored, linears))) > 1 for linears in layer.read_together):
+        outputs = (attention.output, mlp.down) if layer.parallel else ()
+        read_together = (attention.projections, mlp.first, outputs)
+        if any(len(set(map(_how_stored, linears))) > 1 for linears in read_together):
             return "matrices that a kernel reads together are not stored alike"
     return None
 

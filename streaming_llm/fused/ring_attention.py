@@ -230,6 +230,7 @@ class RingAttention:
         self.splits, self.split_len = triton.cdiv(blocks, per_split), per_split * self.block
         self.parts = min(triton.next_power_of_2(self.splits), max(1, self.PARTIAL * self.warps // self.dim_p))
         parts = self.programs * self.splits * self.shared
+        self.out = keys.new_empty(batch, attention.num_heads * head_dim)
         self.partial = torch.empty(parts * (self.dim_p + 2), dtype=torch.float32, device=keys.device)
         self.arrived = torch.zeros(self.programs, dtype=torch.int32, device=keys.device)
 
@@ -238,27 +239,24 @@ class RingAttention:
         """Warps of a program: a single one waits for no other, several share the work of many query heads."""
         return 1 if shared == 1 else 4
 
-    def __call__(
-        self, attention: Attention, qkv: Tensor, layer: StreamingLayer, out: Tensor, *, pdl: bool = False
-    ) -> Tensor:
+    def __call__(self, attention: Attention, qkv: Tensor, layer: StreamingLayer, *, pdl: bool = False) -> Tensor:
         """Store the token of ``qkv`` ``[batch, attention.width]`` in a layer's ring, and attend.
 
         Args:
             layer: with room for all slots; its first copies of the sinks are written too while these come.
-            out: ``[batch, num_heads * head_dim]``, where the result may go.
 
         Returns:
-            The result, of the shape of ``out``.
+            ``[batch, num_heads * head_dim]``, written over by the next call.
         """
         state, softcap = self.state, attention.scores.softcap
         q_weight, q_bias, q_eps = pointers_of(attention.query_norm, qkv)
         k_weight, k_bias, k_eps = pointers_of(attention.key_norm, qkv)
         launch(
             _ring_attention, (self.programs, self.splits),
-            qkv, layer.keys, layer.values, layer.sinks, out, self.partial, self.arrived, state.counters, state.angles,
+            qkv, layer.keys, layer.values, layer.sinks, self.out, self.partial, self.arrived, state.counters, state.angles,
             q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, attention.scores.scale, softcap or 0.0,
             **state.meta_of(attention), SHARED=self.shared, CHUNKS=self.chunks, CAP=softcap is not None,
             SPLITS=self.splits, PARTS=self.parts, SPLIT_LEN=self.split_len, BLOCK=self.block,
             num_warps=self.warps, pdl=pdl,
         )  # fmt: skip
-        return out
+        return self.out
