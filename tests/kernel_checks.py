@@ -369,8 +369,7 @@ def test_queries_and_keys_are_normed_and_rotated_in_place(head_dim, rotary_dim, 
         for x, of in ((query, attention.query_norm), (key, attention.key_norm))
     ]
     angles = positions.double()[:, None] * attention.rotary.inv_freq.to(DEVICE)
-    for queries in (True, False):
-        block_heads.norm_and_rotate_(qkv, attention, angles.cos().float(), angles.sin().float(), queries=queries)
+    block_heads.norm_and_rotate_([qkv], attention, angles.cos().float(), angles.sin().float())
     got = attention.places.split(qkv.unflatten(-1, (-1, head_dim)), 3)
     for now, then in zip(got, (*expected, value), strict=True):
         close(now.transpose(1, 2), then)

@@ -149,9 +149,9 @@ def test_passes_over_blocks(dtype, compiled):
     elementwise.activated(x, None, "gelu")
     attention, _ = layer_of(4, 4, 80, dtype, {"query_norm": norm(80, dtype), "key_norm": norm(80, dtype)})
     angles = [torch.zeros(3, 10) for _ in range(2)]
-    block_heads.norm_and_rotate_(torch.zeros(2, 3, attention.width, dtype=dtype), attention, *angles, queries=True)
+    block_heads.norm_and_rotate_([torch.zeros(2, 3, attention.width, dtype=dtype)], attention, *angles)
     elementwise.cross_entropy(torch.zeros(3, 5000, dtype=dtype), torch.zeros(3, dtype=torch.int64))
-    assert compiled == [*2 * ["_add_and_norm"], *2 * ["_activate"], "_norm_and_rotate", "_cross_entropy"]
+    assert compiled == [*2 * ["_add_and_norm"], *2 * ["_activate"], *2 * ["_norm_and_rotate"], "_cross_entropy"]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

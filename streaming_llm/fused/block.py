@@ -149,14 +149,10 @@ def rotated_heads(outputs: list[Tensor], attention: Attention, cos: Tensor, sin:
         outputs: ``[batch, length, rows]`` of each projection.
         cos, sin: see :func:`_angles`.
     """
-    if len(outputs) == 3:
-        norm_and_rotate_(outputs[0], attention, cos, sin, queries=True)
-        norm_and_rotate_(outputs[1], attention, cos, sin, queries=False, start=0)
-        heads = tuple(x.unflatten(-1, (-1, attention.head_dim)) for x in outputs)
-    else:
-        for queries in (True, False):
-            norm_and_rotate_(outputs[0], attention, cos, sin, queries=queries)
-        heads = attention.places.split(outputs[0].unflatten(-1, (-1, attention.head_dim)), attention.num_kv_heads)
+    norm_and_rotate_(outputs, attention, cos, sin)
+    heads = tuple(x.unflatten(-1, (-1, attention.head_dim)) for x in outputs)
+    if len(heads) == 1:
+        heads = attention.places.split(heads[0], attention.num_kv_heads)
     return tuple(x.transpose(1, 2) for x in heads)
 
 

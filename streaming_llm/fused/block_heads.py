@@ -53,27 +53,24 @@ def _norm_and_rotate(
     tl.store(at + dims, x.to(x_ptr.dtype.element_ty), inside)
 
 
-def norm_and_rotate_(
-    x: Tensor, attention: Attention, cos: Tensor, sin: Tensor, *, queries: bool, start: int | None = None
-) -> None:
-    """Norm and rotate the queries or the keys in what a projection gave, in place.
+def norm_and_rotate_(outputs: list[Tensor], attention: Attention, cos: Tensor, sin: Tensor) -> None:
+    """Norm and rotate queries and keys in what the projections gave, in place.
 
     Args:
-        x: ``[batch, length, width]``, contiguous: what all projections give for a token, or the one of these heads.
+        outputs: ``[batch, length, rows]`` of each projection, contiguous.
         cos, sin: ``[length, rotary_dim / 2]``, float32, contiguous, with the rotation's factor.
-        start: of the first head in ``x``, in heads; read off the recipe when ``None``.
     """
-    places, half = attention.places, cos.shape[1]
-    norm = attention.query_norm if queries else attention.key_norm
-    if not half and norm is None:
+    places, half, together = attention.places, cos.shape[1], len(outputs) == 1
+    if not half and attention.query_norm is None:
         return
-    if queries:
-        heads, of_group, step, first = attention.num_heads, attention.groups, places.query_step, 0
-    else:
-        heads, of_group, step, first = attention.num_kv_heads, 1, places.key_step, places.key_start
-    batch, length, width = x.shape
-    launch(
-        _norm_and_rotate, (batch * length,), x, cos, sin, *pointers_of(norm, x), length, width,
-        HEADS=heads, HEADS_P=triton.next_power_of_2(heads), START=first if start is None else start, OF_GROUP=of_group,
-        GROUP_STEP=step, HALF=half, **head_meta(attention), num_warps=4 if heads > 8 else 1,
-    )  # fmt: skip
+    for x, norm, heads, of_group, step, start in (
+        (outputs[0], attention.query_norm, attention.num_heads, attention.groups, places.query_step, 0),
+        (outputs[0] if together else outputs[1], attention.key_norm, attention.num_kv_heads, 1, places.key_step,
+         places.key_start if together else 0),
+    ):  # fmt: skip
+        batch, length, width = x.shape
+        launch(
+            _norm_and_rotate, (batch * length,), x, cos, sin, *pointers_of(norm, x), length, width,
+            HEADS=heads, HEADS_P=triton.next_power_of_2(heads), START=start, OF_GROUP=of_group, GROUP_STEP=step,
+            HALF=half, **head_meta(attention), num_warps=4 if heads > 8 else 1,
+        )  # fmt: skip

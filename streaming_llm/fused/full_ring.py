@@ -16,8 +16,8 @@ from ..attention.math_kernel import mask_of_empty
 from ..cache_layer import StreamingLayer
 from ..launch import launch, wait_for_input
 from .block import causal
-from .heads import all_heads_rstd, load_head, rotate
-from .norms import pointers_of
+from .heads import load_head, rotate
+from .norms import pointers_of, rstd_of
 from .recipe import Attention
 from .rings import RingState
 
@@ -47,7 +47,7 @@ def _rotate_and_store(
     if part == 0:
         slot = tl.load(counters_ptr + row * 2 + 1)
         if NORM == "all":
-            rstd = all_heads_rstd(qkv + K_START * HEAD_DIM, k_eps, KV_HEADS * HEAD_DIM, 1024)
+            rstd = rstd_of(qkv + K_START * HEAD_DIM, k_eps, KV_HEADS * HEAD_DIM, 1024)
         key, partner = load_head(
             qkv + (K_START + kv_head * K_STEP) * HEAD_DIM, kv_head, k_norm_w, k_norm_b, k_eps, rstd,
             HALF, INTERLEAVED, HEAD_DIM, DIM_P, NORM, NORM_STEP,
@@ -61,7 +61,7 @@ def _rotate_and_store(
         tl.store(v_ptr + slot * HEAD_DIM + dims, value.to(dtype), inside)
     elif part <= GROUPS:
         if NORM == "all":
-            rstd = all_heads_rstd(qkv, q_eps, HEADS * HEAD_DIM, 1024)
+            rstd = rstd_of(qkv, q_eps, HEADS * HEAD_DIM, 1024)
         head = kv_head * GROUPS + part - 1
         query, partner = load_head(
             qkv + (kv_head * Q_STEP + part - 1) * HEAD_DIM, head, q_norm_w, q_norm_b, q_eps, rstd,

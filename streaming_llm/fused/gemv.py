@@ -75,7 +75,7 @@ def _norm_gemv(
         bias = tl.load(biases + rows, in_rows, 0.0).to(tl.float32)
     wait_for_input(PDL)
 
-    add_rstd = rstd_of(add_ptr, columns, add_eps, K, BLOCK_K) if ADDS else 1.0
+    add_rstd = rstd_of(add_ptr, add_eps, K, BLOCK_K) if ADDS else 1.0
     if NORM == "layer":
         xs = ()
         total = tl.zeros((BLOCK_K,), tl.float32)

@@ -85,17 +85,6 @@ def rotate(
     return x
 
 
-@triton.jit
-def all_heads_rstd(x_ptr, eps, N: tl.constexpr, BLOCK: tl.constexpr):
-    """One over the root of the mean square of ``N`` numbers."""
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.static_range(0, N, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + at, at < N, 0.0).to(tl.float32)
-        total += x * x
-    return 1.0 / tl.sqrt(tl.sum(total, 0) / N + eps)
-
-
 def head_meta(attention: Attention) -> dict[str, Any]:
     """Compile-time arguments for queries and keys.
 

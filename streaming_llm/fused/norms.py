@@ -50,13 +50,14 @@ def residual(
 
 
 @triton.jit
-def rstd_of(x_ptr, columns, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """One over the root of the mean square of ``x`` ``[K]``."""
-    total = tl.zeros((BLOCK_K,), tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
-        x = tl.load(x_ptr + start + columns, start + columns < K, 0.0)
+def rstd_of(x_ptr, eps, N: tl.constexpr, BLOCK: tl.constexpr):
+    """One over the root of the mean square of ``N`` numbers."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.static_range(0, N, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + at, at < N, 0.0).to(tl.float32)
         total += x * x
-    return 1.0 / tl.sqrt(tl.sum(total, 0) / K + eps)
+    return 1.0 / tl.sqrt(tl.sum(total, 0) / N + eps)
 
 
 def meta_of(norm: Norm | None, prefix: str = "") -> dict[str, Any]:

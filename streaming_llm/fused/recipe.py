@@ -160,7 +160,7 @@ class MLP:
     """``down(act(gate x) * up x)``, or ``down(act(up x))`` without a gate.
 
     Args:
-        activation: one of :data:`.activations.ACTIVATIONS`.
+        activation: see :func:`.activations.activate`.
         gate_and_up: both as one matrix, where the model has them so.
     """
 

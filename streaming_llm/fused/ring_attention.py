@@ -15,8 +15,8 @@ from torch import Tensor
 from ..cache_layer import StreamingLayer
 from ..launch import launch, wait_for_input
 from .activations import capped
-from .heads import all_heads_rstd, load_head, rotate
-from .norms import pointers_of
+from .heads import load_head, rotate
+from .norms import pointers_of, rstd_of
 from .recipe import Attention
 from .rings import RingState
 from .running_softmax import attend, put_together, scores_of
@@ -106,8 +106,8 @@ def _ring_attention(
     q_rstd = 0.0
     k_rstd = 0.0
     if NORM == "all":
-        q_rstd = all_heads_rstd(qkv, q_eps, HEADS * HEAD_DIM, 1024)
-        k_rstd = all_heads_rstd(qkv + K_START * HEAD_DIM, k_eps, KV_HEADS * HEAD_DIM, 1024)
+        q_rstd = rstd_of(qkv, q_eps, HEADS * HEAD_DIM, 1024)
+        k_rstd = rstd_of(qkv + K_START * HEAD_DIM, k_eps, KV_HEADS * HEAD_DIM, 1024)
     given = qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd
     queries = _queries(
         given, angles_ptr, scale,
@@ -209,12 +209,9 @@ class RingAttention:
         state: the streams'.
     """
 
-    TILE = 2048
-    """Elements of a tile of keys, and of values, for each warp."""
-    PARTIAL = 4096
-    """Elements of partial results that are put together at a time, as many as a warp can hold."""
-    WARPS_IN_ALL = 1056
-    """To aim for: eight for each of an H100's multiprocessors."""
+    TILE = 2048  # elements of a tile of keys, and of values, for each warp
+    PARTIAL = 4096  # elements of partial results that are put together at a time, as many as a warp can hold
+    WARPS_IN_ALL = 1056  # to aim for: eight for each of an H100's multiprocessors
 
     def __init__(self, attention: Attention, keys: Tensor, state: RingState) -> None:
         batch, num_kv_heads, capacity, head_dim = keys.shape
@@ -253,8 +250,9 @@ class RingAttention:
         k_weight, k_bias, k_eps = pointers_of(attention.key_norm, qkv)
         launch(
             _ring_attention, (self.programs, self.splits),
-            qkv, layer.keys, layer.values, layer.sinks, self.out, self.partial, self.arrived, state.counters, state.angles,
-            q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, attention.scores.scale, softcap or 0.0,
+            qkv, layer.keys, layer.values, layer.sinks, self.out, self.partial, self.arrived,
+            state.counters, state.angles, q_weight, q_bias, k_weight, k_bias, q_eps, k_eps,
+            attention.scores.scale, softcap or 0.0,
             **state.meta_of(attention), SHARED=self.shared, CHUNKS=self.chunks, CAP=softcap is not None,
             SPLITS=self.splits, PARTS=self.parts, SPLIT_LEN=self.split_len, BLOCK=self.block,
             num_warps=self.warps, pdl=pdl,
