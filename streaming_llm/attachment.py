@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse_images, refuse_padding
+from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse_images
 from .attention.kernel_choice import unwrapped
 from .attention.plan import ForwardAtHand
 from .attention.rewritten_layers import rewritten_forwards
@@ -92,7 +92,7 @@ class Attachment:
         model = self.model
         changes: list[Change] = [(model, ATTRIBUTE, self), (model, "__deepcopy__", self._copy_of_model)]
         changes += _switched_attention(model, prefix)
-        changes += rewritten_forwards(model, refuse_padding)
+        changes += rewritten_forwards(model)
         if prefix != STREAMING:
             return changes
         self._at_hand = ForwardAtHand()

@@ -24,7 +24,7 @@ from . import kernel_choice
 from .band import block_attention
 from .math_kernel import Scores, explicit_attention
 from .plan import BlockPlan, ForwardAtHand, StepPlan
-from .rewritten_layers import require_no_mask
+from .rewritten_layers import refuse_padding, require_no_mask
 from .torch_kernels import causal_attention, repeat_heads
 
 STREAMING = "streaming_llm_"
@@ -177,16 +177,6 @@ def _attention_function(delegate: str) -> Callable[..., Attended]:
         return call.one_query_for_each_row(key, value, plan.lengths)
 
     return attention
-
-
-def refuse_padding(attention_mask: Tensor | None) -> None:
-    """Raise ``ValueError`` if a padding mask ``[batch, length]`` hides a token."""
-    if attention_mask is not None and not bool(torch.all(attention_mask)):
-        raise ValueError(
-            "attention_mask hides tokens, which one forward over all rows cannot leave out: use stream.generate(), "
-            "stream.prefill(), StreamingDecoder or score_stream(), which take each row by itself, or give all rows of "
-            "a batch the same length"
-        )
 
 
 def refuse_images(kwargs: dict[str, Any]) -> None:

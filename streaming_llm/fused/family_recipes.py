@@ -29,8 +29,8 @@ class Names:
         places: ``(num_heads, num_kv_heads) -> HeadPlaces`` in what they give.
         head_norms: norms of query and key, where the layer has them.
         norms_all_heads: these are of all heads at once.
-        gate, up, down: attributes of the MLP; ``gate`` is empty where there is none, and ``up`` where the rows of both
-            are those of one matrix.
+        mlp: gate, up and down; the first is empty where there is no gate, the second where the rows of both are those
+            of one matrix.
         norms: of a layer: before and after attention, before and after the MLP. Of several names the one that is
             there; where there is none before the MLP of a parallel layer, that shares attention's.
         gemma: norms multiply with ``1 + weight``, and embeddings are scaled by the root of their size.
@@ -45,29 +45,24 @@ class Names:
     output: str = "o_proj"
     head_norms: tuple[str, str] = ("q_norm", "k_norm")
     norms_all_heads: bool = False
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
+    mlp: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
     gemma: bool = False
     parallel: Callable[[Any], bool] = lambda config: False
     final_norm: str = "norm"
 
 
-_LLAMA = Names()
+_AS_LLAMA = ("granite", "llama", "ministral", "mistral", "olmo", "qwen2", "qwen3", "smollm3")
+_FUSED_GATE = ("gate_up_proj", "", "down_proj")
 _COHERE = Names(parallel=lambda config: True)
 _GEMMA_SANDWICH = Names(
     gemma=True,
-    norms=(
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
+    norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
 _OLMO2 = Names(norms=("", "post_attention_layernorm", "", "post_feedforward_layernorm"), norms_all_heads=True)
 
 NAMES: dict[str, Names] = {
+    **dict.fromkeys(_AS_LLAMA, Names()),
     "cohere": _COHERE,
     "cohere2": _COHERE,
     "falcon": Names(
@@ -79,17 +74,14 @@ NAMES: dict[str, Names] = {
         places=HeadPlaces.by_kv_head,
         output="dense",
         norms=("ln_attn input_layernorm", "", "ln_mlp post_attention_layernorm", ""),
-        gate="",
-        up="dense_h_to_4h",
-        down="dense_4h_to_h",
+        mlp=("", "dense_h_to_4h", "dense_4h_to_h"),
     ),
     "gemma": Names(gemma=True),
     "gemma2": _GEMMA_SANDWICH,
     "gemma3_text": _GEMMA_SANDWICH,
-    "glm": Names(gate="gate_up_proj", up=""),
+    "glm": Names(mlp=_FUSED_GATE),
     "glm4": Names(
-        gate="gate_up_proj",
-        up="",
+        mlp=_FUSED_GATE,
         norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
     ),
     "gpt_neox": Names(
@@ -99,9 +91,7 @@ NAMES: dict[str, Names] = {
         output="dense",
         parallel=lambda config: config.use_parallel_residual,
         final_norm="final_layer_norm",
-        gate="",
-        up="dense_h_to_4h",
-        down="dense_4h_to_h",
+        mlp=("", "dense_h_to_4h", "dense_4h_to_h"),
     ),
     "gptj": Names(
         layers="h",
@@ -110,15 +100,8 @@ NAMES: dict[str, Names] = {
         attention="attn",
         output="out_proj",
         norms=("ln_1", "", "", ""),
-        gate="",
-        up="fc_in",
-        down="fc_out",
+        mlp=("", "fc_in", "fc_out"),
     ),
-    "granite": _LLAMA,
-    "llama": _LLAMA,
-    "ministral": _LLAMA,
-    "mistral": _LLAMA,
-    "olmo": _LLAMA,
     "olmo2": _OLMO2,
     "olmo3": _OLMO2,
     "phi": Names(
@@ -126,16 +109,11 @@ NAMES: dict[str, Names] = {
         parallel=lambda config: True,
         head_norms=("q_layernorm", "k_layernorm"),
         final_norm="final_layernorm",
-        gate="",
-        up="fc1",
-        down="fc2",
+        mlp=("", "fc1", "fc2"),
     ),
-    "phi3": Names(gate="gate_up_proj", up="", qkv=("qkv_proj",)),
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "smollm3": _LLAMA,
+    "phi3": Names(mlp=_FUSED_GATE, qkv=("qkv_proj",)),
     "stablelm": Names(parallel=lambda config: config.use_parallel_residual, head_norms=("q_layernorm", "k_layernorm")),
-    "starcoder2": Names(gate="", up="c_fc", down="c_proj"),
+    "starcoder2": Names(mlp=("", "c_fc", "c_proj")),
 }
 """Transformers' ``model_type`` -> names of its parts."""
 
@@ -239,10 +217,11 @@ def _mlp(module: Any, names: Names) -> MLP:
     activation = type(_first_of(module, "act_fn activation_fn act")).__name__
     if activation not in ACTIVATION_OF:
         raise NotCoveredError(f"no kernel computes its activation {activation}")
-    down, act = _linear(getattr(module, names.down)), ACTIVATION_OF[activation]
-    gate: Any = _linear(getattr(module, names.gate)) if names.gate else None
-    if names.up:
-        return MLP(gate, _linear(getattr(module, names.up)), down, act)
+    act, (gate_name, up_name, down_name) = ACTIVATION_OF[activation], names.mlp
+    down = _linear(getattr(module, down_name))
+    gate: Any = _linear(getattr(module, gate_name)) if gate_name else None
+    if up_name:
+        return MLP(gate, _linear(getattr(module, up_name)), down, act)
     first, second = gate.halves()
     return MLP(first, second, down, act, gate_and_up=gate)
 

@@ -179,8 +179,7 @@ def norm_gemv(
     add_weight, _, add_eps = pointers_of(add_norm, x)
     launch(
         _norm_gemv, (grid,), x, add, add_weight, add_eps, or_other(new_x, x), *pointers_of(norm, x),
-        first.numbers, or_other(first.bias, x), second.numbers, or_other(second.bias, x),
-        third.numbers, or_other(third.bias, x), y, clip or 0.0, scale, cap or 0.0,
+        *first.pointers(x), *second.pointers(x), *third.pointers(x), y, clip or 0.0, scale, cap or 0.0,
         *first.factors(x), *second.factors(x), *third.factors(x),
         N1=n1, N2=0 if gated else n2, N3=0 if gated else n3, K=first.columns, BIASES=first.bias is not None,
         GATED=gated, ADDS=pending is not None, **meta_of(norm), PLUS_ONE=any_plus_one(norm, add_norm), ACT=activation,
@@ -267,8 +266,8 @@ def gemv_sum(
     tile = TILE_OF_SUM[linear1.bits > 0]
     launch(
         _gemv_sum, (triton.cdiv(linear1.rows, tile["BLOCK_R"]),),
-        or_other(residual, y), or_other(other, y), x1, linear1.numbers, or_other(linear1.bias, y),
-        x2, linear2.numbers, or_other(linear2.bias, y), y, multiplier, *linear1.factors(y), *linear2.factors(y),
+        or_other(residual, y), or_other(other, y), x1, *linear1.pointers(y), x2, *linear2.pointers(y),
+        y, multiplier, *linear1.factors(y), *linear2.factors(y),
         N=linear1.rows, K1=linear1.columns, K2=0 if second is None else linear2.columns,
         BIAS1=linear1.bias is not None, BIAS2=second is not None and linear2.bias is not None,
         RESIDUAL=residual is not None, OTHER=other is not None, SCALE=multiplier != 1.0, pdl=pdl, **tile,

@@ -63,10 +63,10 @@ class Linear:
         """Columns that share a factor."""
         return self.weight.group if isinstance(self.weight, Packed) else self.columns
 
-    @property
-    def numbers(self) -> Tensor:
-        """What kernels read: the weight, or the words that it is packed in."""
-        return self.weight.words if isinstance(self.weight, Packed) else self.weight
+    def pointers(self, other: Tensor) -> tuple[Tensor, Tensor]:
+        """What kernels read, the weight or the words that it is packed in, and the bias or else ``other``."""
+        numbers = self.weight.words if isinstance(self.weight, Packed) else self.weight
+        return numbers, other if self.bias is None else self.bias
 
     def factors(self, other: Tensor) -> tuple[Tensor, Tensor]:
         """Factors and zeros of packed weights; ``other`` where there is nothing to point to."""

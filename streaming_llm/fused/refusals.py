@@ -8,7 +8,7 @@ from torch import nn
 from ..attention.kernel_choice import OWN_MODULES
 from .family_recipes import recipe_of
 from .recipe import Linear, Recipe
-from .weights import NotCoveredError, stored
+from .weights import NotCoveredError, Packed, stored
 
 # Of this library, and those that Transformers leaves behind once it was asked for attention weights or hidden states:
 # they do nothing until it is asked again.
@@ -80,5 +80,8 @@ def _of_recipe(recipe: Recipe) -> str | None:
 
 
 def _how_stored(linear: Linear) -> tuple[object, ...]:
-    factors = (x.dtype for x in linear.factors(linear.numbers))
-    return (linear.bits, None if linear.group == linear.columns else linear.group, *factors)
+    packed = linear.weight
+    if not isinstance(packed, Packed):
+        return ()
+    group = None if packed.group == linear.columns else packed.group
+    return packed.bits, group, packed.scale.dtype, packed.zero.dtype

@@ -28,8 +28,6 @@ class RingState:
     """What the kernels of a layer read.
 
     Attributes:
-        layout: which tokens the layer keeps, and where.
-        rotary: the layer's rotation.
         counters: int64 ``[batch, 2]``: number and slot of the token at hand.
         angles: float32 ``[batch, 6, at least rotary_dim / 2]``, computed in float64: cosine and sine of the query's
             position, of the position from which it sees the sinks as first rotated, and of the turn that the sinks
@@ -131,13 +129,12 @@ def _begin_step(
 
 
 def begin_step(tokens: Tensor, table: Tensor, x: Tensor, rings: Rings, scale: float = 1.0) -> None:
-    """Advance ``rings`` by one token and write the embeddings of ``tokens`` ``[batch]`` to ``x`` ``[batch, hidden]``.
+    """Advance ``rings`` by one token, and write its embedding times ``scale`` to ``x``.
 
     Args:
-        tokens: int64.
+        tokens: int64 ``[batch]``.
         table: the embedding's weight ``[vocab, hidden]``.
-        x: float32.
-        scale: factor on the embeddings.
+        x: float32 ``[batch, hidden]``.
     """
     batch, hidden = x.shape
     block = 1024
