@@ -184,8 +184,10 @@ class GenerationForwards:
         if self.expand_size > 1:
             self.view.show(with_rows(self.cache, self.expand_size))
         self.view.columns -= 1
-        last = torch.stack([row[-1:] for row in unseen]).repeat_interleave(self.expand_size, dim=0)
-        return self._run_tokens(kwargs, _last_and_draft(kwargs) if self.drafts else last.to(tokens.device), name)
+        last = torch.stack([row[-1:] for row in unseen]).repeat_interleave(self.expand_size, dim=0).to(tokens.device)
+        if self.drafts:  # the last column may be padding
+            last = torch.cat((last, _last_and_draft(kwargs)[:, 1:]), dim=1)
+        return self._run_tokens(kwargs, last, name)
 
     def _run_tokens(self, kwargs: dict[str, Any], tokens: Tensor, name: str = "input_ids") -> Any:
         """Feed new tokens ``[batch, n]`` (or embeddings) by the engine, or by the model's own call."""

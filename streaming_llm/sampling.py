@@ -10,13 +10,16 @@ from torch import Tensor
 
 from .config import require_int
 
+LEAST_TEMPERATURE = 1e-30
+"""Logits divided by much less would be infinite in float32, and no token likelier than another."""
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen, as Transformers' generation names it.
 
     Args:
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits; 0 takes the most likely token; else at least ``LEAST_TEMPERATURE``.
         top_k: only the ``top_k`` most likely tokens; ``None``: all.
         top_p: only the fewest most likely tokens that reach this probability together; ``None``: all.
 
@@ -29,8 +32,8 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature!r}")
+        if self.temperature != 0 and not self.temperature >= LEAST_TEMPERATURE:
+            raise ValueError(f"temperature must be 0 or at least {LEAST_TEMPERATURE}, got {self.temperature!r}")
         if self.top_k is not None:
             require_int("top_k", self.top_k, 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -216,8 +216,9 @@ def test_every_row_of_a_batch_has_its_own_chance():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
-        ({"temperature": math.nan}, "temperature must be at least 0, got nan"),
+        ({"temperature": -0.1}, "temperature must be 0 or at least 1e-30, got -0.1"),
+        ({"temperature": math.nan}, "temperature must be 0 or at least 1e-30, got nan"),
+        ({"temperature": 1e-40}, "temperature must be 0 or at least 1e-30, got 1e-40"),
         ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
         ({"top_k": 2.0}, "top_k must be an integer of at least 1, got 2.0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, or None, got 0.0"),

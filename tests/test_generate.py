@@ -301,6 +301,17 @@ def test_drafted_tokens_are_taken_back(drafting_stream, draft, prompt):
         assert torch.equal(more[:, :50], stream.generate(out, **arguments)[:, n - 1 :][:, :50])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_drafts_after_a_padded_prompt(drafting_stream, side):
+    stream, row = drafting_stream, make_ids(8).repeat(1, 10)
+    padding = row.new_full((1, 3), 7)
+    ids = torch.cat((padding, row) if side == "left" else (row, padding), dim=1)
+    mask = torch.cat((padding * 0, row * 0 + 1) if side == "left" else (row * 0 + 1, padding * 0), dim=1)
+    plain = stream.generate(row, do_sample=False, max_new_tokens=30)[:, row.shape[1] :]
+    out = stream.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=30, prompt_lookup_num_tokens=5)
+    assert torch.equal(out[:, ids.shape[1] :][:, : plain.shape[1]], plain)
+
+
 def test_drafts_longer_than_the_window_are_refused(drafting_stream):
     stream, ids = drafting_stream, make_ids(8, vocab=100).repeat(1, 20)
     with pytest.raises(ValueError, match="window of 30"):
