@@ -162,16 +162,6 @@ def test_where_the_hub_is_out_of_reach_one_line_says_what_was_tried(monkeypatch)
         load_texts(["wikitext"])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "mpt"])
-def test_a_model_without_rotary_positions_is_refused_before_its_weights_are_read(tmp_path, family):
-    from transformers import AutoConfig
-
-    AutoConfig.for_model(family).save_pretrained(tmp_path / family)
-    source = find_model(str(tmp_path / family))
-    with pytest.raises(SetupError, match=r"cannot stream: it has (learned|ALiBi)"):
-        source.load(torch.float32, CPU)
-
-
 def test_a_folder_that_holds_no_model_is_refused(tmp_path):
     with pytest.raises(SetupError, match=r"config\.json"):
         find_model(str(tmp_path))
