@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse_images, refuse_padding
+from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse_images
 from .attention.kernel_choice import unwrapped
 from .attention.plan import ForwardAtHand
 from .attention.rewritten_layers import rewritten_forwards
@@ -92,17 +92,18 @@ class Attachment:
         model = self.model
         changes: list[Change] = [(model, ATTRIBUTE, self), (model, "__deepcopy__", self._copy_of_model)]
         changes += _switched_attention(model, prefix)
-        changes += rewritten_forwards(model, refuse_padding)
+        changes += rewritten_forwards(model)
         if prefix != STREAMING:
             return changes
         self._at_hand = ForwardAtHand()
         exact: dict[int, ExactRotaryEmbedding] = {}
         # Where frequencies change with the length, a forward that is no stream's has the model's own.
-        stands_in = self._at_hand.is_streaming if changes_with_length(model.config) else None
+        at_hand = self._at_hand
+        stands_in = (lambda: at_hand.cache is not None) if changes_with_length(model.config) else None
         for found in rotary_modules(model):
             key = id(found.module)
             exact[key] = exact.get(key) or ExactRotaryEmbedding(
-                found.module, found.angles, found.layout, stands_in, self._at_hand.true_positions
+                found.module, found.angles, found.layout, stands_in, lambda: at_hand.positions
             )
             changes.append((found.parent, found.name, exact[key]))
         layers = {id(x): x for x in map(unwrapped, model.modules()) if "layer_idx" in vars(x)}

@@ -29,6 +29,11 @@ class StreamLayout:
 
     config: StreamingConfig
 
+    @classmethod
+    def of_window(cls, window: int) -> StreamLayout:
+        """A sliding window of a model's own, the current token included: a stream's rule without sinks."""
+        return cls(StreamingConfig(0, window - 1))
+
     @property
     def capacity(self) -> int:
         """Slots in all: the sinks, the window and the current token."""

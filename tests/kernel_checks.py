@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from streaming_llm import StreamingDecoder, fused, score_stream
 from streaming_llm.attachment import maskless_attention
 from streaming_llm.attention import band, kernel_choice, torch_kernels, triton_kernels
+from streaming_llm.attention.math_kernel import Scores
 from streaming_llm.cache_layer import StreamingLayer
 from streaming_llm.config import StreamingConfig
 from streaming_llm.engines.fused_step import FusedStep, FusedTritonStep
@@ -193,7 +194,7 @@ def test_an_output_is_normed_and_added_by_the_kernel_that_reads_it(kind):
     x, output, new_x, y = randn(HIDDEN), randn(HIDDEN), randn(HIDDEN) * torch.nan, randn(54) * torch.nan
     first, of_output, layer = norm(kind), norm("rms+1" if kind == "rms+1" else "rms"), linear(HIDDEN, 54)
     total = x.double() + exact(of_output, output)
-    gemv.norm_gemv(x, first, (layer,), y, pending=gemv.Pending(output, of_output, new_x))
+    gemv.norm_gemv(x, first, (layer,), y, pending=(output, of_output), new_x=new_x)
     close(new_x, total)
     close(y, exact(layer, exact(first, total)))
 
@@ -320,8 +321,9 @@ def attention_of(
     widths = [(heads + 2 * kv_heads) * head_dim] if together else [n * head_dim for n in (heads, kv_heads, kv_heads)]
     projections = tuple(Linear(torch.zeros(width, 1, device=DEVICE)) for width in widths)
     return Attention(
-        torch.nn.Identity(), projections, places, projections[0], heads, kv_heads, head_dim, rotary, SCALE,
-        softcap=softcap, query_norm=head_norm(heads), key_norm=head_norm(kv_heads), norms_all_heads=norms == "all",
+        torch.nn.Identity(), projections, places, projections[0], heads, kv_heads, head_dim, rotary,
+        Scores(SCALE, softcap), query_norm=head_norm(heads), key_norm=head_norm(kv_heads),
+        norms_all_heads=norms == "all",
     )  # fmt: skip
 
 
@@ -348,8 +350,7 @@ def test_queries_and_keys_are_normed_and_rotated_in_place(head_dim, rotary_dim, 
         for x, of in ((query, attention.query_norm), (key, attention.key_norm))
     ]
     angles = positions.double()[:, None] * attention.rotary.inv_freq.to(DEVICE)
-    for queries in (True, False):
-        block_heads.norm_and_rotate_(qkv, attention, angles.cos().float(), angles.sin().float(), queries=queries)
+    block_heads.norm_and_rotate_([qkv], attention, angles.cos().float(), angles.sin().float())
     got = attention.places.split(qkv.unflatten(-1, (-1, head_dim)), 3)
     for now, then in zip(got, (*expected, value), strict=True):
         close(now.transpose(1, 2), then)
@@ -414,7 +415,7 @@ def use_kernels(monkeypatch, kernel: str) -> None:
     """Have blocks on a CPU go the way that they go on a CUDA device; cuDNN's calls are made by another kernel."""
     if DEVICE.type == "cuda":
         pytest.skip("the tests marked gpu run the kernels themselves")
-    monkeypatch.setattr(kernel_choice, "choose_kernel", lambda query: kernel)
+    monkeypatch.setattr(kernel_choice, "choose_kernel", lambda query, softcap=None: kernel)
     monkeypatch.setattr(triton_kernels, "available", lambda query: True)
     monkeypatch.setitem(torch_kernels.WITH_LSE, "cudnn", torch_kernels.flash)
 
@@ -504,13 +505,14 @@ class Ring:
     def attend(self, kernel: RingAttention | FullRing) -> torch.Tensor:
         """What a kernel gives for the token at hand: ``[batch, heads, head_dim]``."""
         attention = self.attention
-        out = torch.full((self.batch, attention.num_heads * attention.head_dim), torch.nan, device=DEVICE)
-        out = kernel(attention, self.qkv[:, -1].contiguous(), self.layer, out.to(self.dtype))
+        if isinstance(kernel, RingAttention):
+            kernel.out.fill_(torch.nan)
+        out = kernel(attention, self.qkv[:, -1].contiguous(), self.layer)
         return out.unflatten(-1, (-1, attention.head_dim))
 
     def attended(self) -> torch.Tensor:
         """The same from the definition, in float64."""
-        groups, softcap = self.attention.num_heads // self.attention.num_kv_heads, self.attention.softcap
+        groups, softcap = self.attention.groups, self.attention.scores.softcap
         keys, values = (x.double().repeat_interleave(groups, 1) for x in (self.stream_keys, self.stream_values))
         in_cache = min(self.now, self.n_sink + self.window)
         by_distance, to_sinks = (

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from streaming_llm.attention import triton_kernels
+from streaming_llm.attention.math_kernel import Scores
 from streaming_llm.cache_layer import StreamingLayer
 from streaming_llm.config import StreamingConfig
 from streaming_llm.fused import block_heads, elementwise, gemv
@@ -71,8 +72,8 @@ def test_matrix_vector_products(hidden, dtype, compiled):
     wide = linear(hidden, 4 * hidden, dtype), torch.zeros(4 * hidden, dtype=dtype)
     gemv.norm_gemv(x, norm(hidden, dtype), (one,), y, activation="gelu", pdl=True)
     gemv.norm_gemv(x, norm(hidden, dtype, "rms"), (one, narrow, narrow), torch.zeros(2 * hidden), clip=8.0, pdl=True)
-    pending = gemv.Pending(x, norm(hidden, dtype, "rms+1"), y)
-    how = {"activation": "silu", "gated": True, "pending": pending, "pdl": True}
+    pending = x, norm(hidden, dtype, "rms+1")
+    how = {"activation": "silu", "gated": True, "pending": pending, "new_x": y, "pdl": True}
     gemv.norm_gemv(x, norm(hidden, dtype, "rms+1"), (one, one), torch.zeros(hidden, dtype=dtype), **how)
     gemv.norm_gemv(x, norm(hidden, dtype, "rms"), (linear(3, hidden, dtype, False),), y, scale=0.5, cap=30.0, pdl=True)
     gemv.gemv_sum(wide, None, y, pdl=True)
@@ -112,8 +113,9 @@ def layer_of(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, how: 
     rotary = Rotary(torch.ones(head_dim // 8, dtype=torch.float64))
     places = HeadPlaces.by_kv_head(heads, kv_heads) if heads == kv_heads else HeadPlaces.separate(heads, kv_heads)
     projections = (Linear(torch.zeros((heads + 2 * kv_heads) * head_dim, 1)),)
+    scores = Scores(0.1, how.pop("softcap", None))
     attention = Attention(
-        nn.Identity(), projections, places, projections[0], heads, kv_heads, head_dim, rotary, 0.1, **how
+        nn.Identity(), projections, places, projections[0], heads, kv_heads, head_dim, rotary, scores, **how
     )
     layer = StreamingLayer(StreamLayout(StreamingConfig(4, 2044)), SinkRotation(rotary), Progress())
     layer.keys = layer.values = torch.zeros(1, dtype=dtype).expand(1, kv_heads, layer.layout.capacity, head_dim)
@@ -127,14 +129,14 @@ def test_attention_over_a_ring(heads, kv_heads, head_dim, kind, softcap, dtype, 
     how = {"query_norm": of_heads, "key_norm": of_heads, "softcap": softcap}
     attention, layer = layer_of(heads, kv_heads, head_dim, dtype, how)
     rings = Rings([layer], 1, torch.device("cpu"))
-    qkv, out = torch.zeros(1, attention.width), torch.zeros(1, heads * head_dim, dtype=dtype)
+    qkv = torch.zeros(1, attention.width)
     tokens, table = torch.zeros(1, dtype=torch.int64), torch.zeros(3, 512, dtype=dtype)
     begin_step(tokens, table, torch.zeros(1, 512), rings, 2.0)
-    RingAttention(attention, layer.keys, rings.states[0])(attention, qkv, layer, out, pdl=True)
+    RingAttention(attention, layer.keys, rings.states[0])(attention, qkv, layer, pdl=True)
     whole = FullRing(attention, layer.keys, rings.states[0])
     for masked in (False, True):
         whole.begin(masked)
-        whole._store(attention, qkv, layer, pdl=True)
+        whole(attention, qkv, layer, pdl=True)
     assert compiled == ["_begin_step", "_ring_attention", *2 * ["_rotate_and_store"]]
 
 
@@ -147,9 +149,9 @@ def test_passes_over_blocks(dtype, compiled):
     elementwise.activated(x, None, "gelu")
     attention, _ = layer_of(4, 4, 80, dtype, {"query_norm": norm(80, dtype), "key_norm": norm(80, dtype)})
     angles = [torch.zeros(3, 10) for _ in range(2)]
-    block_heads.norm_and_rotate_(torch.zeros(2, 3, attention.width, dtype=dtype), attention, *angles, queries=True)
+    block_heads.norm_and_rotate_([torch.zeros(2, 3, attention.width, dtype=dtype)], attention, *angles)
     elementwise.cross_entropy(torch.zeros(3, 5000, dtype=dtype), torch.zeros(3, dtype=torch.int64))
-    assert compiled == [*2 * ["_add_and_norm"], *2 * ["_activate"], "_norm_and_rotate", "_cross_entropy"]
+    assert compiled == [*2 * ["_add_and_norm"], *2 * ["_activate"], *2 * ["_norm_and_rotate"], "_cross_entropy"]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -51,7 +51,7 @@ def test_blocks_of_causal_calls_alone_are_exact(monkeypatch, n_sink, window_size
         calls.append(causal)
         return torch_kernels.flash(query, key, value, scale, causal)
 
-    monkeypatch.setattr(kernel_choice, "choose_kernel", lambda query: "cudnn")
+    monkeypatch.setattr(kernel_choice, "choose_kernel", lambda query, softcap=None: "cudnn")
     monkeypatch.setitem(torch_kernels.WITH_LSE, "cudnn", causal_calls)
     model, ids = make_neox(), make_ids(150)
     with StreamingDecoder(model, n_sink, window_size) as decoder:

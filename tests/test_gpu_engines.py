@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from family_models import VOCAB, available, make_family
 from family_reference import family_reference_logits
 from reference import reference_logits
 from streams import nothing_waits, padded
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from personal_adapters.neox_flash import unwrap_attention, wrap_attention
 from personal_adapters.sdpa import check_backend_available
@@ -181,6 +183,16 @@ def test_ten_thousand_steps_in_float32(variant):
         decoder.prefill(ids[:, :30])
         losses = decoder.score(ids[:, 30:])[0].cpu()
     assert far(losses, exact_losses(torch.float32)[29:]) < 1e-4
+
+
+@pytest.mark.parametrize(("backend", "joins"), [(SDPBackend.FLASH_ATTENTION, True), (SDPBackend.MATH, False)])
+def test_large_models_ask_for_a_kernel_for_their_head_dim(backend, joins):
+    """Not for one for all heads together, which no kernel but math takes."""
+    attention = SimpleNamespace(module=torch.nn.Identity(), head_dim=128)
+    inner = torch.zeros(1, 16384, dtype=torch.bfloat16, device=DEVICE)
+    step = SimpleNamespace(recipe=SimpleNamespace(hidden_size=4096), own_attention=False, inner=inner)
+    with sdpa_kernel(backend):
+        assert StepForward.mlp_joins(step, attention) is joins
 
 
 @pytest.mark.parametrize("variant", ["fused", "fused-triton"])

@@ -15,15 +15,18 @@ Shapes: query ``[batch, num_heads, q_len, head_dim]``, key and value ``[batch, n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..rope_utils import rotate
-from .kernel_choice import kernel_for
-from .math_kernel import band_math
+from . import kernel_choice
+from .math_kernel import Scores, band_math
 from .plan import BlockPlan
-from .torch_kernels import WITH_LSE, causal_attention, join_learned, merge, repeat_heads, windowed_flash
+from .torch_kernels import WITH_LSE, causal_attention, flash, join_learned, merge, repeat_heads
 from .wide_copies import joined
 
 try:
@@ -31,39 +34,32 @@ try:
 except ImportError:  # no Triton: PyTorch's own operators do the same
     triton_kernels = None  # type: ignore[assignment]
 
+WithLse = tuple[Tensor, Tensor]
+"""Attention and the log-sum-exp of its scores."""
 
-def block_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: BlockPlan,
-    scale: float,
-    softcap: float | None = None,
-    learned: Tensor | None = None,
-) -> Tensor:
+
+def block_attention(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scores: Scores) -> Tensor:
     """Attention of new tokens under the stream's rule (each its own window, sinks at ``min(t, S+W) - j``).
 
     Args:
         query: rotated to the tokens' positions in the stream.
         key, value: of the new tokens; those that ``plan.previous`` lacks precede them.
         plan: made by the cache.
-        scale: factor on the scores.
-        softcap, learned: see :func:`explicit_attention`.
 
     Returns:
         ``[batch, num_heads, q_len, head_dim of value]`` in the dtype of ``query``.
     """
-    kernel = kernel_for(query, softcap)
+    kernel = kernel_choice.choose_kernel(query, scores.softcap)
     # Under autocast a cache may hold another dtype.
     key, value, *previous = (repeat_heads(query, x.to(query.dtype), kernel) for x in (key, value, *plan.previous))
     batch, num_heads, q_len = query.shape[:3]
     out = query.new_empty((batch, q_len, num_heads, value.shape[-1]))
-    window, given = plan.layout.config.window_size, (plan, scale, kernel, softcap, learned)
+    window, band = plan.layout.config.window_size, _Band(plan, scores, kernel)
     if continues(query, plan, kernel):  # only the first W queries see tokens of the blocks before
         keys, values = (joined((x[:, :, -window:], new[:, :, :window]), dim=2)
                         for x, new in zip(previous, (key, value), strict=True))  # fmt: skip
-        _streaming_band(query[:, :, :window], keys, values, out[:, :window], plan.first_query, *given)
-        _streaming_band(query[:, :, window:], key, value, out[:, window:], plan.first_query + window, *given)
+        band.attend(query[:, :, :window], keys, values, out[:, :window], plan.first_query)
+        band.attend(query[:, :, window:], key, value, out[:, window:], plan.first_query + window)
         return out.transpose(1, 2)
     if previous:
         key, value = (joined(parts, dim=2) for parts in zip(previous, (key, value), strict=True))
@@ -71,13 +67,13 @@ def block_attention(
     n_dense = min(max(plan.layout.config.cache_size + 1 - plan.first_query, 0), q_len)
     if n_dense:
         kv_len = plan.first_query + n_dense - plan.first_key
-        dense = (query[:, :, :n_dense], key[:, :, :kv_len], value[:, :, :kv_len])
-        out[:, :n_dense] = causal_attention(*dense, scale, kernel, softcap, learned).transpose(1, 2)
+        dense = causal_attention(query[:, :, :n_dense], key[:, :, :kv_len], value[:, :, :kv_len], scores)
+        out[:, :n_dense] = dense.transpose(1, 2)
     if n_dense < q_len:
         first_query = plan.first_query + n_dense
         first_key = first_query - window - plan.first_key
         keys, values = key[:, :, first_key:], value[:, :, first_key:]
-        _streaming_band(query[:, :, n_dense:], keys, values, out[:, n_dense:], first_query, *given)
+        band.attend(query[:, :, n_dense:], keys, values, out[:, n_dense:], first_query)
     return out.transpose(1, 2)
 
 
@@ -91,145 +87,118 @@ def continues(query: Tensor, plan: BlockPlan, kernel: str) -> bool:
     return full and bool(plan.previous) and kernel != "math" and query.device.type == "cuda"
 
 
-def _streaming_band(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    first_query: int,
-    plan: BlockPlan,
-    scale: float,
-    kernel: str,
-    softcap: float | None,
-    learned: Tensor | None,
-) -> None:
-    """Attention of queries that are all past the cache size; keys begin ``W`` tokens before the first of them.
+@dataclass(frozen=True)
+class _Band:
+    """How queries past the cache size attend, by a kernel."""
 
-    Writes to ``out`` ``[batch, q_len, num_heads, head_dim]``.
-    """
-    config = plan.layout.config
-    rotation = plan.rotation if config.n_sink else None
-    can_turn = rotation is None or (rotation.rotary.rotary_dim > 0 and not rotation.rotary.offset)
-    can_merge = can_turn and learned is None and query.shape[-1] == value.shape[-1]
-    if kernel != "math" and triton_kernels is not None and triton_kernels.available(query) and can_merge:
-        _band_by_triton(query, key, value, out, first_query, plan, scale, kernel)
-        return
-    turned = None
-    if rotation is not None:
-        # Queries are turned from token t to position S + W, where sinks as first rotated see them.
-        cos, sin = rotation.turns(config.cache_size - first_query, query.shape[2], query.device)
-        turned = rotate(query, cos, sin, rotation.rotary)
-    if kernel == "math":
-        found = band_math(query, turned, key, value, plan, scale, softcap, learned)
-    else:
-        found, lse = _band_fused(query, key, value, config.window_size, scale, kernel)
-        if turned is not None:
-            found, lse = _merge_sinks(found, lse, turned, plan, scale)
-        if learned is not None:
-            found = join_learned(found, lse, learned)
-    out.copy_(found.transpose(1, 2))
+    plan: BlockPlan
+    scores: Scores
+    kernel: str
 
+    @property
+    def _window(self) -> int:
+        return self.plan.layout.config.window_size
 
-def _band_by_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    first_query: int,
-    plan: BlockPlan,
-    scale: float,
-    kernel: str,
-) -> None:
-    """The same, put together by one kernel that also scores the sinks."""
-    config, rotation = plan.layout.config, plan.rotation
-    window, q_len = config.window_size, query.shape[2]
-    whole = q_len - q_len % window
-    if kernel != "flash" and 0 < whole < q_len:  # two causal calls take a multiple of W queries, or fewer than W
-        keys, values = (x[:, :, : whole + window] for x in (key, value))
-        _band_by_triton(query[:, :, :whole], keys, values, out[:, :whole], first_query, plan, scale, kernel)
-        query, key, value, out = query[:, :, whole:], key[:, :, whole:], value[:, :, whole:], out[:, whole:]
-        first_query, q_len, whole = first_query + whole, q_len - whole, 0
-    sinks = None
-    if config.n_sink and rotation is not None:
-        cos, sin = rotation.turns(config.cache_size - first_query, q_len, query.device, paired=True)
-        sink_keys, sink_values = plan.sinks
-        sinks = triton_kernels.Sinks(sink_keys, sink_values, cos, sin, rotation.rotary.interleaved)
-    if kernel == "flash" or not whole:
-        newer, older = _band_fused(query, key, value, window, scale, kernel), None
-    else:
-        newer, older = _band_halves(query, key, value, window, scale, kernel)
-    if sinks is None and older is None:
-        out.copy_(newer[0].transpose(1, 2))
-    else:
-        triton_kernels.merge_parts(query, newer, older, sinks, scale, out)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, first_query: int) -> None:
+        """Attention of queries that are all past the cache size; keys begin ``W`` tokens before the first of them.
 
+        Writes to ``out`` ``[batch, q_len, num_heads, head_dim]``.
+        """
+        config, learned = self.plan.layout.config, self.scores.learned
+        rotation = self.plan.rotation if config.n_sink else None
+        can_turn = rotation is None or (rotation.rotary.rotary_dim > 0 and not rotation.rotary.offset)
+        can_merge = can_turn and learned is None and query.shape[-1] == value.shape[-1]
+        if self.kernel != "math" and triton_kernels is not None and triton_kernels.available(query) and can_merge:
+            self._by_triton(query, key, value, out, first_query)
+            return
+        turned = None
+        if rotation is not None:
+            # Queries are turned from token t to position S + W, where sinks as first rotated see them.
+            cos, sin = rotation.turns(config.cache_size - first_query, query.shape[2], query.device)
+            turned = rotate(query, cos, sin, rotation.rotary)
+        if self.kernel == "math":
+            found = band_math(query, turned, key, value, self.plan, self.scores)
+        else:
+            found, lse = self._over_window(query, key, value)
+            if turned is not None:
+                found, lse = self._with_sinks(found, lse, turned)
+            if learned is not None:
+                found = join_learned(found, lse, learned)
+        out.copy_(found.transpose(1, 2))
 
-def _band_halves(
-    query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, kernel: str
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A multiple of ``W`` queries by two causal calls, not merged: see :func:`triton_kernels.merge_parts`."""
-    attend = WITH_LSE[kernel]
-    own = (x.unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
-           for x in (query, key[:, :, window:], value[:, :, window:]))  # fmt: skip
-    before = (triton_kernels.reversed_blocks(x, window)
-              for x in (query, key[:, :, :-window], value[:, :, :-window]))  # fmt: skip
-    return attend(*own, scale, causal=True), attend(*before, scale, causal=True)
+    def _by_triton(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, first_query: int) -> None:
+        """The same, put together by one kernel that also scores the sinks."""
+        config, rotation, q_len = self.plan.layout.config, self.plan.rotation, query.shape[2]
+        whole = q_len - q_len % self._window
+        if self.kernel != "flash" and 0 < whole < q_len:  # two causal calls take n * W queries, or fewer than W
+            keys, values = (x[:, :, : whole + self._window] for x in (key, value))
+            self._by_triton(query[:, :, :whole], keys, values, out[:, :whole], first_query)
+            query, key, value = (x[:, :, whole:] for x in (query, key, value))
+            self._by_triton(query, key, value, out[:, whole:], first_query + whole)
+            return
+        sinks = None
+        if config.n_sink and rotation is not None:
+            cos, sin = rotation.turns(config.cache_size - first_query, q_len, query.device, paired=True)
+            keys, values = self.plan.sinks
+            sinks = triton_kernels.Sinks(keys, values, cos, sin, rotation.rotary.interleaved)
+        if self.kernel == "flash" or not whole:
+            newer, older = self._over_window(query, key, value), None
+        else:
+            newer, older = self._halves(query, key, value, triton_kernels.reversed_blocks)
+        if sinks is None and older is None:
+            out.copy_(newer[0].transpose(1, 2))
+        else:
+            triton_kernels.merge_parts(query, newer, older, sinks, self.scores.scale, out)
 
+    def _with_sinks(self, out: Tensor, lse: Tensor, turned: Tensor) -> WithLse:
+        """Add the sinks, a handful of keys, to the attention over the window and its log-sum-exp."""
+        batch, num_heads, q_len, head_dim = turned.shape
+        keys, values = self.plan.sinks
+        grouped = (batch, keys.shape[1], -1, head_dim)  # [batch, num_kv_heads, groups * q_len, head_dim]
+        dtype = lse.dtype
+        scores = (turned.reshape(grouped).to(dtype) @ keys.transpose(2, 3).to(dtype)) * self.scores.scale
+        scores = scores.view(batch, num_heads, q_len, -1)
+        total = torch.logaddexp(lse, scores.logsumexp(-1))
+        weights = (scores - total.unsqueeze(-1)).exp().view(batch, keys.shape[1], -1, keys.shape[2])
+        from_sinks = (weights @ values.to(dtype)).view_as(out)
+        return torch.addcmul(from_sinks, out.to(dtype), (lse - total).exp().unsqueeze(-1)), total
 
-def _merge_sinks(out: Tensor, lse: Tensor, turned: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
-    """Add the sinks, a handful of keys, to the attention over the window and its log-sum-exp."""
-    batch, num_heads, q_len, head_dim = turned.shape
-    keys, values = plan.sinks
-    grouped = (batch, keys.shape[1], -1, head_dim)  # [batch, num_kv_heads, groups * q_len, head_dim]
-    dtype = lse.dtype
-    scores = (turned.reshape(grouped).to(dtype) @ keys.transpose(2, 3).to(dtype)) * scale
-    scores = scores.view(batch, num_heads, q_len, -1)
-    total = torch.logaddexp(lse, scores.logsumexp(-1))
-    weights = (scores - total.unsqueeze(-1)).exp().view(batch, keys.shape[1], -1, keys.shape[2])
-    from_sinks = (weights @ values.to(dtype)).view_as(out)
-    return torch.addcmul(from_sinks, out.to(dtype), (lse - total).exp().unsqueeze(-1)), total
+    def _over_window(self, query: Tensor, key: Tensor, value: Tensor) -> WithLse:
+        """Attention over the window alone."""
+        window, scale = self._window, self.scores.scale
+        if self.kernel == "flash" and query.device.type == "cuda":
+            return flash(query, key, value, scale, True, window_size_left=window, window_size_right=0)
+        batch, q_len = query.shape[0], query.shape[2]
+        if q_len > window:
+            query, key, value = (F.pad(x, (0, 0, 0, -q_len % window)) for x in (query, key, value))
+            newer, (older, older_lse) = self._halves(query, key, value, lambda x, n: _blocks(x, n).flip(2))
+            found = merge(*newer, older.flip(2), older_lse.flip(2))
+            out, lse = (x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :q_len] for x in found)
+            return out, lse
+        attend = WITH_LSE[self.kernel]
+        out, lse = attend(query, key[:, :, window:], value[:, :, window:], scale, causal=True)
+        # Of the W keys before, query i sees those from the i-th on: causal among the first q_len once reversed.
+        older, older_lse = attend(*(x[:, :, :q_len].flip(2) for x in (query, key, value)), scale, causal=True)
+        out, lse = merge(out, lse, older.flip(2), older_lse.flip(2))
+        if q_len < window:
+            between = slice(q_len, window)
+            out, lse = merge(out, lse, *attend(query, key[:, :, between], value[:, :, between], scale, causal=False))
+        return out, lse
 
+    def _halves(
+        self, query: Tensor, key: Tensor, value: Tensor, reverse: Callable[[Tensor, int], Tensor]
+    ) -> tuple[WithLse, WithLse]:
+        """A multiple of ``W`` queries by two causal calls, not merged: see :func:`.triton_kernels.merge_parts`.
 
-def _band_fused(
-    query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, kernel: str
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over the window alone."""
-    if kernel == "flash" and query.device.type == "cuda":
-        return windowed_flash(query, key, value, scale, window)
-    q_len = query.shape[2]
-    if q_len > window:
-        return _band_folded(query, key, value, window, scale, kernel)
-    attend = WITH_LSE[kernel]
-    out, lse = attend(query, key[:, :, window:], value[:, :, window:], scale, causal=True)
-    # Of the W keys before, query i sees those from the i-th on: causal among the first q_len once reversed.
-    reverse = [x[:, :, :q_len].flip(2) for x in (query, key, value)]
-    older, older_lse = attend(*reverse, scale, causal=True)
-    out, lse = merge(out, lse, older.flip(2), older_lse.flip(2))
-    if q_len < window:
-        between = slice(q_len, window)
-        out, lse = merge(out, lse, *attend(query, key[:, :, between], value[:, :, between], scale, causal=False))
-    return out, lse
+        Args:
+            reverse: what :func:`.triton_kernels.reversed_blocks` does.
+        """
+        window, scale, attend = self._window, self.scores.scale, WITH_LSE[self.kernel]
+        own = (_blocks(x, window) for x in (query, key[:, :, window:], value[:, :, window:]))
+        before = (reverse(x, window) for x in (query, key[:, :, :-window], value[:, :, :-window]))
+        return attend(*own, scale, causal=True), attend(*before, scale, causal=True)
 
 
-def _band_folded(
-    query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, kernel: str
-) -> tuple[Tensor, Tensor]:
-    """The same for more than ``W`` queries: cut into blocks of ``W``, which become entries of the batch."""
-    batch, q_len = query.shape[0], query.shape[2]
-    n_blocks = -(-q_len // window)
-    padding = n_blocks * window - q_len
-
-    def fold(x: Tensor) -> Tensor:  # [batch, heads, n * W, d] -> [batch, n, heads, W, d]
-        x = F.pad(x, (0, 0, 0, padding))
-        return x.unflatten(2, (-1, window)).transpose(1, 2)
-
-    def unfold(x: Tensor) -> Tensor:  # [batch * n, heads, W, ...] -> [batch, heads, q_len, ...]
-        return x.unflatten(0, (batch, n_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :q_len]
-
-    queries, keys, values = fold(query), fold(key), fold(value)
-    own = [x.flatten(0, 1) for x in (queries, keys[:, 1:], values[:, 1:])]
-    before = [x.flatten(0, 1).flip(2) for x in (queries, keys[:, :-1], values[:, :-1])]
-    out, lse = WITH_LSE[kernel](*own, scale, causal=True)
-    older, older_lse = WITH_LSE[kernel](*before, scale, causal=True)
-    out, lse = merge(out, lse, older.flip(2), older_lse.flip(2))
-    return unfold(out), unfold(lse)
+def _blocks(x: Tensor, window: int) -> Tensor:
+    """``[batch, heads, n * W, head_dim]`` as ``[batch * n, heads, W, head_dim]``."""
+    return x.unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)

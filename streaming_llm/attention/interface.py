@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,13 +19,12 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..config import StreamingConfig
 from ..positions import StreamLayout
+from . import kernel_choice
 from .band import block_attention
-from .kernel_choice import kernel_for
-from .math_kernel import explicit_attention
+from .math_kernel import Scores, explicit_attention
 from .plan import BlockPlan, ForwardAtHand, StepPlan
-from .rewritten_layers import require_no_mask
+from .rewritten_layers import refuse_padding, require_no_mask
 from .torch_kernels import causal_attention, repeat_heads
 
 STREAMING = "streaming_llm_"
@@ -58,19 +57,16 @@ class _Call:
         delegate: name of the model's own attention.
         query: ``[batch, num_heads, q_len, head_dim]``.
         window: sliding window of the model's own.
-        learned: a logit of each head in every softmax, ``[num_heads]``.
         rest: what the model's own attention takes beside.
     """
 
     module: nn.Module
     delegate: str
     query: Tensor
-    scale: float
+    scores: Scores
     window: int | None
-    softcap: float | None
     dropout: float
-    learned: Tensor | None
-    rest: dict[str, Any] = field(default_factory=dict)
+    rest: dict[str, Any]
 
     def one_query(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Attended:
         """A single query over all keys, or a plain forward over itself: the model's own attention.
@@ -79,27 +75,21 @@ class _Call:
             mask: see :class:`StepPlan`.
         """
         if not self._own_function_will_do(key, value):
-            return self.causal(key, value) if mask is None else self._written_out(key, value, mask)
+            return self.causal(key, value, mask)
         if key.shape[1] != self.query.shape[1] and not hasattr(self.module, "num_key_value_groups"):
             key, value = repeat_heads(self.query, key, "math"), repeat_heads(self.query, value, "math")
-        optional = {"softcap": self.softcap, "s_aux": self.learned}
+        optional = {"softcap": self.scores.softcap, "s_aux": self.scores.learned}
         optional = {name: value for name, value in optional.items() if value is not None}
-        given = {"scaling": self.scale, "dropout": self.dropout, **optional, **self.rest}
+        given = {"scaling": self.scores.scale, "dropout": self.dropout, **optional, **self.rest}
         return self._own_function()(self.module, self.query, key, value, mask, **given)
 
     def _own_function_will_do(self, key: Tensor, value: Tensor) -> bool:
-        if self.softcap is not None and self.delegate != "eager":
-            return False  # no kernel of PyTorch's caps scores
+        if self.delegate == "eager":
+            return self.scores.learned is None or kernel_choice.choose_kernel(self.query) == "math"
+        if self.scores.softcap is not None or self.scores.learned is not None:
+            return False  # no kernel of PyTorch's knows of them
         narrow = key.shape[-1] != value.shape[-1]  # DeepSeek's values, which PyTorch's flash kernel does not take
-        if self.delegate != "eager" and narrow and kernel_for(self.query, None) != "math":
-            return False
-        return self.learned is None or (self.delegate == "eager" and kernel_for(self.query, None) == "math")
-
-    def _written_out(self, key: Tensor, value: Tensor, mask: Tensor) -> Attended:
-        self._refuse_dropout()
-        key, value = repeat_heads(self.query, key, "math"), repeat_heads(self.query, value, "math")
-        out = explicit_attention(self.query, key, value, self.scale, mask == 0, self.softcap, self.learned)[0]
-        return self._result(out)
+        return not narrow or kernel_choice.choose_kernel(self.query) == "math"
 
     def _own_function(self) -> Callable[..., Any]:
         if self.delegate != "eager":
@@ -112,21 +102,19 @@ class _Call:
         out = self.query.new_empty((batch, q_len, num_heads, value.shape[-1]))
         for length in sorted(set(lengths)):
             rows = torch.tensor([row for row, n in enumerate(lengths) if n == length], device=key.device)
-            call = _Call(**{**vars(self), "query": self.query[rows]})
+            call = replace(self, query=self.query[rows])
             out[rows] = call.one_query(key[rows, :, :length], value[rows, :, :length])[0]
         return out, None
 
-    def causal(self, key: Tensor, value: Tensor) -> Attended:
+    def causal(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Attended:
         """New tokens after those of a cache that is none of ours, or scores that have to be written out."""
         self._refuse_dropout()
-        kernel = kernel_for(self.query, self.softcap)
-        key, value = repeat_heads(self.query, key, kernel), repeat_heads(self.query, value, kernel)
-        return self._result(causal_attention(self.query, key, value, self.scale, kernel, self.softcap, self.learned))
+        return self._result(causal_attention(self.query, key, value, self.scores, mask))
 
     def block(self, key: Tensor, value: Tensor, plan: BlockPlan) -> Attended:
         """Several new tokens, each with a window of its own."""
         self._refuse_dropout()
-        return self._result(block_attention(self.query, key, value, plan, self.scale, self.softcap, self.learned))
+        return self._result(block_attention(self.query, key, value, plan, self.scores))
 
     def _refuse_dropout(self) -> None:
         if self.dropout:
@@ -143,16 +131,11 @@ class _Call:
         q_len, kv_len = self.query.shape[2], key.shape[2]
         if self.window and kv_len > self.window:
             if q_len > 1:
-                return self.block(key, value, _own_window(self.window, q_len, kv_len))
+                return self.block(key, value, BlockPlan(StreamLayout.of_window(self.window), 0, kv_len - q_len))
             key, value = key[:, :, -self.window :], value[:, :, -self.window :]
         if q_len == 1 or (q_len == kv_len and self.delegate != "eager"):
             return self.one_query(key, value)
         return self.causal(key, value)
-
-
-def _own_window(window: int, q_len: int, kv_len: int) -> BlockPlan:
-    """A sliding window of the model's own, over the last ``kv_len`` tokens: a stream's rule without sinks."""
-    return BlockPlan(StreamLayout(StreamingConfig(0, window - 1)), 0, kv_len - q_len)
 
 
 def _explicit(
@@ -160,7 +143,7 @@ def _explicit(
 ) -> Any:
     """Eager attention of a layer whose model file has no function of it."""
     key, value = repeat_heads(query, key, "math"), repeat_heads(query, value, "math")
-    out, weights = explicit_attention(query, key, value, scaling, None if mask is None else mask == 0)
+    out, weights = explicit_attention(query, key, value, Scores(scaling), None if mask is None else mask == 0)
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -180,8 +163,8 @@ def _attention_function(delegate: str) -> Callable[..., Attended]:
     ) -> Attended:
         """Attention of ``query`` ``[batch, num_heads, q_len, head_dim]`` over keys from a cache or a plain forward."""
         require_no_mask(attention_mask)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        call = _Call(module, delegate, query, scale, sliding_window, softcap, dropout, s_aux, rest)
+        scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+        call = _Call(module, delegate, query, scores, sliding_window, dropout, rest)
         at_hand: ForwardAtHand | None = getattr(module, AT_HAND, None)
         if at_hand is None or at_hand.cache is None:
             return call.without_stream(key, value)
@@ -194,16 +177,6 @@ def _attention_function(delegate: str) -> Callable[..., Attended]:
         return call.one_query_for_each_row(key, value, plan.lengths)
 
     return attention
-
-
-def refuse_padding(attention_mask: Tensor | None) -> None:
-    """Raise ``ValueError`` if a padding mask ``[batch, length]`` hides a token."""
-    if attention_mask is not None and not bool(torch.all(attention_mask)):
-        raise ValueError(
-            "attention_mask hides tokens, which one forward over all rows cannot leave out: use stream.generate(), "
-            "stream.prefill(), StreamingDecoder or score_stream(), which take each row by itself, or give all rows of "
-            "a batch the same length"
-        )
 
 
 def refuse_images(kwargs: dict[str, Any]) -> None:

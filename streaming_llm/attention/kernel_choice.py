@@ -53,19 +53,23 @@ def takes_mask(model: nn.Module) -> bool:
     return backends == {"math"} if backends else torch.backends.cuda.math_sdp_enabled()
 
 
-def choose_kernel(query: Tensor) -> str:
+def choose_kernel(query: Tensor, softcap: float | None = None) -> str:
     """The kernel to use among those that are allowed for SDPA: ``flash``, else ``math``, else ``cudnn``.
 
-    With gradients only math will do: the other operators do not differentiate the log-sum-exp that results are
-    merged by.
+    Only math will do with gradients, since the other operators do not differentiate the log-sum-exp that results are
+    merged by, and for scores that are soft-capped, which have to be written out.
 
     Raises:
         RuntimeError: none of the allowed kernels can do it.
     """
+    if softcap is not None and not torch.backends.cuda.math_sdp_enabled():
+        raise RuntimeError(
+            f"no allowed attention kernel soft-caps scores (at {softcap}): allow math, which writes the scores out"
+        )
     needs_grad = torch.is_grad_enabled() and query.requires_grad
     on_cuda = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
     flash_runs = query.device.type == "cpu" or (query.device.type == "cuda" and on_cuda)
-    if flash_runs and not needs_grad and torch.backends.cuda.flash_sdp_enabled():
+    if flash_runs and not needs_grad and softcap is None and torch.backends.cuda.flash_sdp_enabled():
         return "flash"
     if torch.backends.cuda.math_sdp_enabled():
         return "math"
@@ -75,20 +79,4 @@ def choose_kernel(query: Tensor) -> str:
         f"no allowed attention kernel takes a block of {query.dtype} with head_dim {query.shape[-1]} on "
         f"{query.device.type}{' with gradients' if needs_grad else ''}: allow math, or flash or cudnn with bfloat16 "
         "or float16 under torch.no_grad()"
-    )
-
-
-def kernel_for(query: Tensor, softcap: float | None) -> str:
-    """The kernel to use, as :func:`choose_kernel` says, for scores that may be soft-capped.
-
-    Raises:
-        RuntimeError: none of the allowed kernels can do it. No kernel of PyTorch's caps scores, so that they have to
-            be written out, which is ``math``.
-    """
-    if softcap is None:
-        return choose_kernel(query)
-    if torch.backends.cuda.math_sdp_enabled():
-        return "math"
-    raise RuntimeError(
-        f"no allowed attention kernel soft-caps scores (at {softcap}): allow math, which writes the scores out"
     )

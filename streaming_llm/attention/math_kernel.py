@@ -8,6 +8,8 @@ Shapes: query ``[batch, num_heads, q_len, head_dim]``, key and value ``[batch, n
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -18,34 +20,41 @@ MATH_SCORES_BYTES = 1 << 28
 """Attention scores that are held at a time."""
 
 
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a layer makes of the products of queries and keys before the softmax.
+
+    Args:
+        scale: factor on them.
+        softcap: scores ``s`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
+        learned: ``[num_heads]``, a logit of each head that takes part in every softmax and has no value (gpt-oss).
+    """
+
+    scale: float
+    softcap: float | None = None
+    learned: Tensor | None = None
+
+
 def explicit_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-    learned: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, scores: Scores, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, for what no kernel of PyTorch's computes.
 
     Args:
         mask: boolean, ``[q_len, kv_len]``, true where a query sees a key.
-        softcap: scores ``s`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
-        learned: ``[num_heads]``, a logit of each head that takes part in every softmax and has no value (gpt-oss).
 
     Returns:
         Output like ``query``, and the weights ``[batch, num_heads, q_len, kv_len]`` in float32 or better.
     """
-    scores = (query @ key.transpose(2, 3)).to(compute_dtype(query.dtype)) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    logits = (query @ key.transpose(2, 3)).to(compute_dtype(query.dtype)) * scores.scale
+    if scores.softcap is not None:
+        logits = torch.tanh(logits / scores.softcap) * scores.softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    if learned is not None:
-        column = learned.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat((scores, column), dim=-1)
-    weights = scores.softmax(-1)[..., : key.shape[2]]
+        logits = logits.masked_fill(~mask, -torch.inf)
+    if scores.learned is not None:
+        column = scores.learned.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
+        logits = torch.cat((logits, column), dim=-1)
+    weights = logits.softmax(-1)[..., : key.shape[2]]
     return weights.to(value.dtype) @ value, weights
 
 
@@ -63,20 +72,12 @@ def mask_of_empty(ring: Tensor, token: Tensor) -> Tensor:
     return ring.new_zeros(empty.shape).masked_fill_(empty, -torch.inf)[:, None, None]
 
 
-def _masked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scale: float,
-    softcap: float | None,
-    learned: Tensor | None,
-) -> Tensor:
-    if softcap is not None or learned is not None:
-        return explicit_attention(query, key, value, scale, mask, softcap, learned)[0]
+def _masked(query: Tensor, key: Tensor, value: Tensor, scores: Scores, mask: Tensor) -> Tensor:
+    if scores.softcap is not None or scores.learned is not None:
+        return explicit_attention(query, key, value, scores, mask)[0]
     # The kernel itself: which kernels scaled_dot_product_attention may choose from is a setting of all threads.
     bias = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, bias, scale=scale)[0]
+    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, bias, scale=scores.scale)[0]
 
 
 def _query_rows(query: Tensor, kv_len: int) -> int:
@@ -85,14 +86,7 @@ def _query_rows(query: Tensor, kv_len: int) -> int:
     return max(1, MATH_SCORES_BYTES // row_bytes)
 
 
-def causal_math(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    softcap: float | None = None,
-    learned: Tensor | None = None,
-) -> Tensor:
+def causal_math(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """Causal attention, last query to last key, for as many queries at a time as the scores' memory allows."""
     q_len, kv_len = query.shape[2], key.shape[2]
     step = _query_rows(query, kv_len)
@@ -102,19 +96,12 @@ def causal_math(
         visible = kv_len - q_len + start + n  # keys up to the last of these queries
         mask = torch.ones(n, visible, dtype=torch.bool, device=query.device).tril(visible - n)
         rows = (query[:, :, start : start + n], key[:, :, :visible], value[:, :, :visible])
-        out.append(_masked(*rows, mask, scale, softcap, learned))
+        out.append(_masked(*rows, scores, mask))
     return torch.cat(out, dim=2)
 
 
 def band_math(
-    query: Tensor,
-    turned: Tensor | None,
-    key: Tensor,
-    value: Tensor,
-    plan: BlockPlan,
-    scale: float,
-    softcap: float | None = None,
-    learned: Tensor | None = None,
+    query: Tensor, turned: Tensor | None, key: Tensor, value: Tensor, plan: BlockPlan, scores: Scores
 ) -> Tensor:
     """Sinks and window in one softmax, for as many queries at a time as the scores' memory allows.
 
@@ -145,5 +132,5 @@ def band_math(
         if turned is not None:
             keys, values = torch.cat((sink_keys, keys), dim=2), torch.cat((sink_values, values), dim=2)
         visible = mask[:n, : n_sink + window + n]
-        out.append(_masked(query[:, :, start : start + n], keys, values, visible, scale, softcap, learned))
+        out.append(_masked(query[:, :, start : start + n], keys, values, scores, visible))
     return torch.cat(out, dim=2)

@@ -78,6 +78,7 @@ class BlockPlan:
 Plan = StepPlan | BlockPlan
 
 
+@dataclass
 class ForwardAtHand:
     """What the attention layers of an attached model see of the forward that is running: its cache.
 
@@ -87,14 +88,5 @@ class ForwardAtHand:
         positions: of its tokens in the stream, ``[batch or 1, q_len]``, where the model is given those in the cache.
     """
 
-    def __init__(self) -> None:
-        self.cache: Any = None
-        self.positions: Tensor | None = None
-
-    def true_positions(self) -> Tensor | None:
-        """See ``positions``."""
-        return self.positions
-
-    def is_streaming(self) -> bool:
-        """Whether the forward has a streaming cache."""
-        return self.cache is not None
+    cache: Any = None
+    positions: Tensor | None = None

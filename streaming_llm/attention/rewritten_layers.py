@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -142,13 +143,22 @@ def require_no_mask(attention_mask: Tensor | None) -> None:
         raise ValueError("a mask was given: attention is causal here, over streams without padding, and takes none")
 
 
-def rewritten_forwards(
-    model: Any, check_mask: Callable[[Tensor | None], None]
-) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
-    """What makes a model go through the attention function that its configuration names, and make no mask itself.
+def refuse_padding(attention_mask: Tensor | None) -> None:
+    """Raise ``ValueError`` if a padding mask ``[batch, length]`` hides a token."""
+    if attention_mask is not None and not bool(torch.all(attention_mask)):
+        raise ValueError(
+            "attention_mask hides tokens, which one forward over all rows cannot leave out: use stream.generate(), "
+            "stream.prefill(), StreamingDecoder or score_stream(), which take each row by itself, or give all rows of "
+            "a batch the same length"
+        )
 
-    Args:
-        check_mask: called with the two-dimensional mask of a forward, where a model makes its masks itself.
+
+def _make_no_mask(attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> None:
+    refuse_padding(attention_mask)
+
+
+def rewritten_forwards(model: Any) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
+    """What makes a model go through the attention function that its configuration names, and make no mask itself.
 
     Returns:
         ``(module, attribute, value)`` to set on each; empty for a model whose file does all that anyway.
@@ -156,12 +166,8 @@ def rewritten_forwards(
     Raises:
         ValueError: the layers of this family cannot be replaced under the installed Transformers.
     """
-
-    def update_causal_mask(attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> None:
-        check_mask(attention_mask)
-
     changes: list[tuple[nn.Module, str, Callable[..., Any]]] = [
-        (module, "_update_causal_mask", update_causal_mask)  # a file may use the functions and make its own mask still
+        (module, "_update_causal_mask", _make_no_mask)  # a file may use the functions and make its own mask still
         for module in model.modules()
         if hasattr(type(module), "_update_causal_mask")
     ]

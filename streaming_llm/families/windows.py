@@ -52,7 +52,7 @@ def layer_layouts(config: Any, streaming: StreamingConfig, family: Family | None
             f"have to change: use n_sink + window_size < {constant}"
         )
     if _keeps_windows(windows, streaming):
-        return [StreamLayout(StreamingConfig(0, window - 1)) if window else rule for window in windows]
+        return [StreamLayout.of_window(window) if window else rule for window in windows]
     own = [window for window in windows if window]
     if own and streaming.window_size > min(own):
         remedy = f"use window_size <= {min(own)}"

@@ -20,32 +20,23 @@ from ..placement import why_not_one_cuda_device
 from .family_recipes import recipe_of
 from .refusals import why_not
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def why_not_fused(model: nn.Module) -> str | None:
     """Why ``model`` cannot go through fused forwards here; ``None`` if it can."""
     reason = why_not_one_cuda_device(model) or why_not(model)
-    if reason is None and importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return reason
+    return reason or (None if _HAS_TRITON else "Triton is not installed")
 
 
 def require_fused(model: nn.Module) -> None:
-    """Make sure that ``model`` can go through fused forwards here.
-
-    Raises:
-        ValueError: it cannot; says why.
-    """
-    reason = why_not_fused(model)
-    if reason:
+    """Raise ``ValueError`` if ``model`` cannot go through fused forwards here, and say why."""
+    if reason := why_not_fused(model):
         raise ValueError(f"fused forwards cannot run: {reason}")
 
 
 def fused_blocks(model: nn.Module) -> Callable[..., Tensor]:
-    """A forward of many tokens, see :class:`.block.BlockForward`.
-
-    Raises:
-        ValueError: it cannot run; says why.
-    """
+    """A forward of many tokens, see :class:`.block.BlockForward`; ``ValueError`` where it cannot run."""
     require_fused(model)
     from .block import BlockForward
 
@@ -53,11 +44,7 @@ def fused_blocks(model: nn.Module) -> Callable[..., Tensor]:
 
 
 def fused_step(model: nn.Module, cache: StreamingKVCache, *, own_attention: bool, logits: Tensor) -> Any:
-    """A forward of one token for each row, to be recorded, see :class:`.step.StepForward`.
-
-    Raises:
-        ValueError: it cannot run; says why.
-    """
+    """A forward of one token, to be recorded, see :class:`.step.StepForward`; ``ValueError`` where it cannot run."""
     require_fused(model)
     from .step import StepForward
 
@@ -70,7 +57,7 @@ def sampler_of(logits: Tensor) -> Any:
     Returns:
         A :class:`.sampling.HistogramSampler`; ``None`` where logits are not of half precision or Triton is missing.
     """
-    if logits.dtype not in (torch.bfloat16, torch.float16) or importlib.util.find_spec("triton") is None:
+    if logits.dtype not in (torch.bfloat16, torch.float16) or not _HAS_TRITON:
         return None
     from .sampling import HistogramSampler
 

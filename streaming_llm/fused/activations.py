@@ -5,9 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
-"""Names that :func:`activate` knows."""
-
 
 @triton.jit
 def gelu(x):
@@ -24,7 +21,7 @@ def gelu(x):
 
 @triton.jit
 def activate(x, KIND: tl.constexpr):
-    """One of :data:`ACTIVATIONS`, by name."""
+    """``KIND`` is ``none``, ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``."""
     if KIND == "silu":
         x = x * tl.sigmoid(x)
     elif KIND == "gelu":

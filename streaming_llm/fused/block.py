@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.band import block_attention
-from ..attention.kernel_choice import kernel_context, kernel_for
-from ..attention.math_kernel import explicit_attention
+from ..attention.kernel_choice import kernel_context
+from ..attention.math_kernel import Scores
 from ..attention.plan import BlockPlan
-from ..attention.torch_kernels import causal_attention, repeat_heads
-from ..config import StreamingConfig
+from ..attention.torch_kernels import causal_attention
 from ..kv_cache import StreamingKVCache
 from ..placement import weight_addresses
 from ..positions import StreamLayout
@@ -115,11 +114,14 @@ class BlockForward:
         recipe, length = self.recipe, tokens.shape[1]
         if cache is not None:
             cache.begin(length, attached=True)
-        angles = _Angles(0 if cache is None else cache.get_seq_length(), length, tokens.device)
+        start = 0 if cache is None else cache.get_seq_length()
+        positions = torch.arange(start, start + length, device=tokens.device)
+        rotaries = {id(layer.attention.rotary): layer.attention.rotary for layer in recipe.layers}
+        angles = {key: _angles(rotary, positions) for key, rotary in rotaries.items()}
 
         def attend(index: int, x: Tensor) -> Tensor:
             attention = recipe.layers[index].attention
-            query, key, value = rotated_heads(projected(x, attention), attention, *angles.of(attention.rotary))
+            query, key, value = rotated_heads(projected(x, attention), attention, *angles[id(attention.rotary)])
             with kernel_context(attention.module):
                 out = _attended(query, key, value, attention, index, cache)
             return product(out.transpose(1, 2).flatten(2), attention.output)
@@ -134,19 +136,10 @@ class BlockForward:
         return hidden
 
 
-class _Angles:
-    """Cosine and sine of a block's positions, computed once for all layers that rotate alike."""
-
-    def __init__(self, start: int, length: int, device: torch.device) -> None:
-        self.positions = torch.arange(start, start + length, device=device)
-        self._of: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def of(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """``[length, rotary_dim / 2]`` each, float32, with the rotation's factor."""
-        if id(rotary) not in self._of:
-            angle = self.positions.double()[:, None] * rotary.inv_freq
-            self._of[id(rotary)] = (angle.cos() * rotary.scaling).float(), (angle.sin() * rotary.scaling).float()
-        return self._of[id(rotary)]
+def _angles(rotary: Rotary, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[length, rotary_dim / 2]``, float32, with the rotation's factor."""
+    angle = positions.double()[:, None] * rotary.inv_freq
+    return (angle.cos() * rotary.scaling).float(), (angle.sin() * rotary.scaling).float()
 
 
 def rotated_heads(outputs: list[Tensor], attention: Attention, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
@@ -154,35 +147,27 @@ def rotated_heads(outputs: list[Tensor], attention: Attention, cos: Tensor, sin:
 
     Args:
         outputs: ``[batch, length, rows]`` of each projection.
-        cos, sin: see :meth:`_Angles.of`.
+        cos, sin: see :func:`_angles`.
     """
-    if len(outputs) == 3:
-        norm_and_rotate_(outputs[0], attention, cos, sin, queries=True)
-        norm_and_rotate_(outputs[1], attention, cos, sin, queries=False, start=0)
-        heads = tuple(x.unflatten(-1, (-1, attention.head_dim)) for x in outputs)
-    else:
-        for queries in (True, False):
-            norm_and_rotate_(outputs[0], attention, cos, sin, queries=queries)
-        heads = attention.places.split(outputs[0].unflatten(-1, (-1, attention.head_dim)), attention.num_kv_heads)
+    norm_and_rotate_(outputs, attention, cos, sin)
+    heads = tuple(x.unflatten(-1, (-1, attention.head_dim)) for x in outputs)
+    if len(heads) == 1:
+        heads = attention.places.split(heads[0], attention.num_kv_heads)
     return tuple(x.transpose(1, 2) for x in heads)
 
 
-def causal(query: Tensor, key: Tensor, value: Tensor, attention: Attention, mask: Tensor | None = None) -> Tensor:
+def causal(query: Tensor, key: Tensor, value: Tensor, scores: Scores, mask: Tensor | None = None) -> Tensor:
     """A single token attends to all keys, several over themselves, ``[batch, num_heads, length, head_dim]``.
 
     Args:
         mask: for a single token, see :func:`.mask_of_empty`.
     """
-    if attention.softcap is None:
-        several, shared = query.shape[2] > 1, query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=several, scale=attention.scale, enable_gqa=shared
-        )
-    kernel = kernel_for(query, attention.softcap)
-    key, value = repeat_heads(query, key, kernel), repeat_heads(query, value, kernel)
-    if mask is not None:
-        return explicit_attention(query, key, value, attention.scale, mask == 0, attention.softcap)[0]
-    return causal_attention(query, key, value, attention.scale, kernel, attention.softcap).to(query.dtype)
+    if scores.softcap is not None:
+        return causal_attention(query, key, value, scores, mask).to(query.dtype)
+    several, shared = query.shape[2] > 1, query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=several, scale=scores.scale, enable_gqa=shared
+    )
 
 
 def _attended(
@@ -194,7 +179,7 @@ def _attended(
         key, value = cache.update(key, value, index)
         plan = cache.take_plan(index)
     elif window is not None and length > window:
-        plan = BlockPlan(StreamLayout(StreamingConfig(0, window - 1)), 0, 0)
+        plan = BlockPlan(StreamLayout.of_window(window), 0, 0)
     if isinstance(plan, BlockPlan):
-        return block_attention(query, key, value, plan, attention.scale, attention.softcap)
-    return causal(query, key, value, attention)
+        return block_attention(query, key, value, plan, attention.scores)
+    return causal(query, key, value, attention.scores)

@@ -7,9 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .heads import head_norm_kind, head_norm_step
+from .heads import head_meta, pairing
 from .norms import pointers_of
-from .recipe import Attention, Norm
+from .recipe import Attention
 
 
 @triton.jit
@@ -17,18 +17,14 @@ def _norm_and_rotate(
     x_ptr, cos_ptr, sin_ptr, w_ptr, b_ptr, eps, length, step,
     HEADS: tl.constexpr, HEADS_P: tl.constexpr, START: tl.constexpr, OF_GROUP: tl.constexpr, GROUP_STEP: tl.constexpr,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr,
-    NORM: tl.constexpr, NORM_STEP: tl.constexpr, PLUS_ONE: tl.constexpr,
+    NORM: tl.constexpr, NORM_STEP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     head = tl.arange(0, HEADS_P)[:, None]
     dims = tl.arange(0, DIM_P)[None, :]
     inside = (head < HEADS) & (dims < HEAD_DIM)
     rotates = (head < HEADS) & (dims < 2 * HALF)
-    if INTERLEAVED:
-        pair, partner, leads = dims // 2, dims ^ 1, dims % 2 == 0
-    else:
-        leads = dims < HALF
-        pair, partner = tl.where(leads, dims, dims - HALF), tl.where(leads, dims + HALF, dims - HALF)
+    pair, partner, leads = pairing(dims, HALF, INTERLEAVED)
     place = START + head // OF_GROUP * GROUP_STEP + head % OF_GROUP
     at = x_ptr + row.to(tl.int64) * step + place * HEAD_DIM
     x = tl.load(at + dims, inside, 0.0).to(tl.float32)
@@ -43,7 +39,7 @@ def _norm_and_rotate(
         else:
             rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
         weights = w_ptr + head * NORM_STEP
-        one = 1.0 if PLUS_ONE else 0.0
+        one = 1.0 if NORM == "rms+1" else 0.0
         x *= rstd * (tl.load(weights + dims, inside, 0.0).to(tl.float32) + one)
         other *= rstd * (tl.load(weights + partner, rotates, 0.0).to(tl.float32) + one)
         if NORM == "layer+bias":
@@ -57,32 +53,24 @@ def _norm_and_rotate(
     tl.store(at + dims, x.to(x_ptr.dtype.element_ty), inside)
 
 
-def norm_and_rotate_(
-    x: Tensor, attention: Attention, cos: Tensor, sin: Tensor, *, queries: bool, start: int | None = None
-) -> None:
-    """Norm and rotate the queries or the keys in what a projection gave, in place.
+def norm_and_rotate_(outputs: list[Tensor], attention: Attention, cos: Tensor, sin: Tensor) -> None:
+    """Norm and rotate queries and keys in what the projections gave, in place.
 
     Args:
-        x: ``[batch, length, width]``, contiguous: what all projections give for a token, or the one of these heads.
+        outputs: ``[batch, length, rows]`` of each projection, contiguous.
         cos, sin: ``[length, rotary_dim / 2]``, float32, contiguous, with the rotation's factor.
-        start: of the first head in ``x``, in heads; read off the recipe when ``None``.
     """
-    places, half = attention.places, cos.shape[1]
-    norm: Norm | None = attention.query_norm if queries else attention.key_norm
-    kind = head_norm_kind(attention)
-    if not half and kind == "none":
+    places, half, together = attention.places, cos.shape[1], len(outputs) == 1
+    if not half and attention.query_norm is None:
         return
-    groups = attention.num_heads // attention.num_kv_heads
-    heads, of_group, step, first = (
-        (attention.num_heads, groups, places.query_step, 0)
-        if queries
-        else (attention.num_kv_heads, 1, places.key_step, places.key_start)
-    )
-    batch, length, width = x.shape
-    launch(
-        _norm_and_rotate, (batch * length,), x, cos, sin, *pointers_of(norm, x), length, width,
-        HEADS=heads, HEADS_P=triton.next_power_of_2(heads), START=first if start is None else start, OF_GROUP=of_group,
-        GROUP_STEP=step, HALF=half, INTERLEAVED=attention.rotary.interleaved, HEAD_DIM=attention.head_dim,
-        DIM_P=triton.next_power_of_2(attention.head_dim), NORM=kind, NORM_STEP=head_norm_step(attention),
-        PLUS_ONE=kind == "rms+1", num_warps=4 if heads > 8 else 1,
-    )  # fmt: skip
+    for x, norm, heads, of_group, step, start in (
+        (outputs[0], attention.query_norm, attention.num_heads, attention.groups, places.query_step, 0),
+        (outputs[0] if together else outputs[1], attention.key_norm, attention.num_kv_heads, 1, places.key_step,
+         places.key_start if together else 0),
+    ):  # fmt: skip
+        batch, length, width = x.shape
+        launch(
+            _norm_and_rotate, (batch * length,), x, cos, sin, *pointers_of(norm, x), length, width,
+            HEADS=heads, HEADS_P=triton.next_power_of_2(heads), START=start, OF_GROUP=of_group, GROUP_STEP=step,
+            HALF=half, **head_meta(attention), num_warps=4 if heads > 8 else 1,
+        )  # fmt: skip

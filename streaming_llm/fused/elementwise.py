@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..launch import launch
 from .activations import activate
-from .norms import meta_of, normed, pointers_of
+from .norms import any_plus_one, meta_of, normed, pointers_of
 from .recipe import Norm
 
 
@@ -78,8 +78,8 @@ def add_and_norm(
         _add_and_norm, (x.numel() // hidden,), x, a, b, new_x, *pointers_of(out_norm, x),
         *pointers_of(first, x), outs[0], *pointers_of(last, x), outs[-1], factor,
         K=hidden, ADDS=len(adds), OUTS=len(norms), SCALE=factor != 1.0,
-        PLUS_ONE=any(norm is not None and norm.plus_one for norm in (*norms, out_norm)),
-        **meta_of(out_norm, "OUT_"), **meta_of(first), BLOCK=block, num_warps=min(8, max(1, block // 512)), pdl=pdl,
+        PLUS_ONE=any_plus_one(*norms, out_norm), **meta_of(out_norm, "OUT_"), **meta_of(first),
+        BLOCK=block, num_warps=min(8, max(1, block // 512)), pdl=pdl,
     )  # fmt: skip
     return new_x, outs
 

@@ -16,8 +16,8 @@ from ..attention.math_kernel import mask_of_empty
 from ..cache_layer import StreamingLayer
 from ..launch import launch, wait_for_input
 from .block import causal
-from .heads import all_heads_rstd, head_norm_kind, head_norm_step, load_head, rotate
-from .norms import pointers_of
+from .heads import load_head, rotate
+from .norms import pointers_of, rstd_of
 from .recipe import Attention
 from .rings import RingState
 
@@ -47,7 +47,7 @@ def _rotate_and_store(
     if part == 0:
         slot = tl.load(counters_ptr + row * 2 + 1)
         if NORM == "all":
-            rstd = all_heads_rstd(qkv + K_START * HEAD_DIM, k_eps, KV_HEADS * HEAD_DIM, 1024)
+            rstd = rstd_of(qkv + K_START * HEAD_DIM, k_eps, KV_HEADS * HEAD_DIM, 1024)
         key, partner = load_head(
             qkv + (K_START + kv_head * K_STEP) * HEAD_DIM, kv_head, k_norm_w, k_norm_b, k_eps, rstd,
             HALF, INTERLEAVED, HEAD_DIM, DIM_P, NORM, NORM_STEP,
@@ -61,7 +61,7 @@ def _rotate_and_store(
         tl.store(v_ptr + slot * HEAD_DIM + dims, value.to(dtype), inside)
     elif part <= GROUPS:
         if NORM == "all":
-            rstd = all_heads_rstd(qkv, q_eps, HEADS * HEAD_DIM, 1024)
+            rstd = rstd_of(qkv, q_eps, HEADS * HEAD_DIM, 1024)
         head = kv_head * GROUPS + part - 1
         query, partner = load_head(
             qkv + (kv_head * Q_STEP + part - 1) * HEAD_DIM, head, q_norm_w, q_norm_b, q_eps, rstd,
@@ -83,13 +83,7 @@ def _rotate_and_store(
 
 
 class FullRing:
-    """Attention over whole rings by the kernel that is allowed, for layers of one recipe, one layout and one rotation.
-
-    Args:
-        attention: of one of the layers.
-        keys: its ring, ``[batch, num_kv_heads, capacity, head_dim]``.
-        state: the streams'.
-    """
+    """Attention over whole rings by the kernel that is allowed; arguments as of :class:`.RingAttention`."""
 
     def __init__(self, attention: Attention, keys: Tensor, state: RingState) -> None:
         self.state, self.ring = state, keys
@@ -97,33 +91,18 @@ class FullRing:
         self.query = keys.new_empty(keys.shape[0], attention.num_heads, 1, attention.head_dim)
 
     def begin(self, masked: bool) -> None:
-        """Begin a step.
-
-        Args:
-            masked: whether there may be slots without a token.
-        """
+        """Begin a step, in which slots without a token are masked, or there are none."""
         self.mask = mask_of_empty(self.ring, self.state.counters[:, 0]) if masked else None
 
-    def __call__(
-        self, attention: Attention, qkv: Tensor, layer: StreamingLayer, out: Tensor, *, pdl: bool = False
-    ) -> Tensor:
-        """See :meth:`.RingAttention.__call__`; the result lies where the kernel has put it, not in ``out``."""
-        self._store(attention, qkv, layer, pdl)
-        with kernel_context(attention.module):
-            return causal(self.query, layer.keys, layer.values, attention, self.mask).flatten(1)
-
-    def _store(self, attention: Attention, qkv: Tensor, layer: StreamingLayer, pdl: bool) -> None:
-        state, places, keys = self.state, attention.places, layer.keys
-        groups, n_sink = attention.num_heads // attention.num_kv_heads, state.layout.config.n_sink
-        moving = n_sink if state.half else 0
+    def __call__(self, attention: Attention, qkv: Tensor, layer: StreamingLayer, *, pdl: bool = False) -> Tensor:
+        """See :meth:`.RingAttention.__call__`."""
+        state, keys = self.state, layer.keys
+        moving = state.layout.config.n_sink if state.half else 0
         launch(
-            _rotate_and_store, (keys.shape[0] * attention.num_kv_heads, 1 + groups + moving),
+            _rotate_and_store, (keys.shape[0] * attention.num_kv_heads, 1 + attention.groups + moving),
             qkv, self.query, keys, layer.values, layer.sinks, state.counters, state.angles,
             *pointers_of(attention.query_norm, qkv), *pointers_of(attention.key_norm, qkv),
-            CAPACITY=keys.shape[2], N_SINK=n_sink, HALF=state.half, WIDTH=state.angles.shape[2],
-            INTERLEAVED=state.rotary.interleaved, HEADS=attention.num_heads, KV_HEADS=attention.num_kv_heads,
-            HEAD_DIM=attention.head_dim, DIM_P=triton.next_power_of_2(attention.head_dim), QKV_WIDTH=attention.width,
-            Q_STEP=places.query_step, K_START=places.key_start, K_STEP=places.key_step, V_START=places.value_start,
-            V_STEP=places.value_step, NORM=head_norm_kind(attention), NORM_STEP=head_norm_step(attention),
-            FULL=self.mask is None, num_warps=1, pdl=pdl,
+            **state.meta_of(attention), FULL=self.mask is None, num_warps=1, pdl=pdl,
         )  # fmt: skip
+        with kernel_context(attention.module):
+            return causal(self.query, keys, layer.values, attention.scores, self.mask).flatten(1)

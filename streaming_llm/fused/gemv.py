@@ -8,15 +8,13 @@ for themselves: it is a few kilobytes in the second-level cache, where weights l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch, wait_for_input
 from .activations import activate, capped
-from .norms import kind_of, norm_weight, or_other, pointers_of, residual, rstd_of
+from .norms import any_plus_one, meta_of, norm_weight, or_other, pointers_of, residual, rstd_of
 from .recipe import Linear, Norm
 from .tiles import add_product, first_tiles, next_tile, no_products, row_factors, row_sums
 
@@ -44,8 +42,8 @@ weights of Llama-3.1-8B on an H100."""
 def _norm_gemv(
     x_ptr, add_ptr, add_w_ptr, add_eps, new_x_ptr, norm_w_ptr, norm_b_ptr, eps,
     w1, b1, w2, b2, w3, b3, y_ptr, clip, scale, cap, s1, z1, s2, z2, s3, z3,
-    N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
-    ADDS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr,
+    N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, K: tl.constexpr, BIASES: tl.constexpr, GATED: tl.constexpr,
+    ADDS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     PLUS_ONE: tl.constexpr, ACT: tl.constexpr, CLIP: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     PDL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
@@ -80,11 +78,11 @@ def _norm_gemv(
     of_rows = starts + rows.to(tl.int64) * (K // VALUES), in_rows, scales + rows, zeros + rows, step
     tiles = first_tiles(of_rows, K, BLOCK_K, AHEAD, BITS, GROUP)
     row_scale, row_zero = row_factors(of_rows, BITS, GROUP < K)
-    if BIAS:
+    if BIASES:
         bias = tl.load(biases + rows, in_rows, 0.0).to(tl.float32)
     wait_for_input(PDL)
 
-    add_rstd = rstd_of(add_ptr, columns, add_eps, K, BLOCK_K) if ADDS else 1.0
+    add_rstd = rstd_of(add_ptr, add_eps, K, BLOCK_K) if ADDS else 1.0
     if NORM == "layer":
         xs = ()
         total = tl.zeros((BLOCK_K,), tl.float32)
@@ -121,7 +119,7 @@ def _norm_gemv(
             squares += x * x
         if NORM != "none":
             x *= norm_weight(norm_w_ptr, at, inside, WEIGHT, PLUS_ONE)
-        if NORM_BIAS:
+        if BIAS:
             x += tl.load(norm_b_ptr + at, inside, 0.0).to(tl.float32)
         if NORM != "layer":
             tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
@@ -130,7 +128,7 @@ def _norm_gemv(
         rstd = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
         acc, x_total = acc * rstd, x_total * rstd
     y = row_sums(acc, x_total, row_scale, row_zero, BITS, GROUP < K)
-    if BIAS:
+    if BIASES:
         y += bias
     if GATED:
         if BITS > 0:
@@ -151,28 +149,14 @@ def _norm_gemv(
     tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), in_rows)
 
 
-@dataclass(frozen=True)
-class Pending:
-    """An output that is to be normed and added to the residual stream by the next kernel that reads it.
-
-    Args:
-        output: ``[K]``, float32.
-        norm: an RMSNorm with a weight.
-        new_x: where the sum goes, ``[K]``, float32.
-    """
-
-    output: Tensor
-    norm: Norm
-    new_x: Tensor
-
-
 def norm_gemv(
     x: Tensor,
     norm: Norm | None,
     linears: tuple[Linear, ...],
     y: Tensor,
     *,
-    pending: Pending | None = None,
+    pending: tuple[Tensor, Norm] | None = None,
+    new_x: Tensor | None = None,
     activation: str = "none",
     gated: bool = False,
     clip: float | None = None,
@@ -186,7 +170,8 @@ def norm_gemv(
         x: ``[K]``, float32.
         linears: of ``K`` columns, all with a bias or none; their outputs follow each other in ``y``.
         y: ``[rows]``, of any floating dtype.
-        pending: to be added to ``x`` first.
+        pending: an output ``[K]``, float32, and an RMSNorm with a weight: normed, it is added to ``x`` first.
+        new_x: where that sum goes, ``[K]``, float32.
         gated: ``linears`` are gate and up, and ``y`` has the rows of one.
         clip, scale, cap: what is done to the outputs: limited, multiplied, soft-capped.
         pdl: launched with programmatic dependence on the kernel in front.
@@ -197,17 +182,14 @@ def norm_gemv(
     tile = (TILE_OF_FEW_ROWS if sum(rows) < FEW_ROWS else TILE_OF_NORM)[first.bits]
     per_program = tile["BLOCK_R"] // 2 if gated else tile["BLOCK_R"]
     grid = triton.cdiv(n1, per_program) if gated else sum(triton.cdiv(n, per_program) for n in rows)
-    add, add_norm, new_x = (x, None, x) if pending is None else (pending.output, pending.norm, pending.new_x)
+    add, add_norm = (x, None) if pending is None else pending
     add_weight, _, add_eps = pointers_of(add_norm, x)
     launch(
-        _norm_gemv, (grid,), x, add, add_weight, add_eps, new_x, *pointers_of(norm, x),
-        first.numbers, or_other(first.bias, x), second.numbers, or_other(second.bias, x),
-        third.numbers, or_other(third.bias, x), y, clip or 0.0, scale, cap or 0.0,
+        _norm_gemv, (grid,), x, add, add_weight, add_eps, or_other(new_x, x), *pointers_of(norm, x),
+        *first.pointers(x), *second.pointers(x), *third.pointers(x), y, clip or 0.0, scale, cap or 0.0,
         *first.factors(x), *second.factors(x), *third.factors(x),
-        N1=n1, N2=0 if gated else n2, N3=0 if gated else n3, K=first.columns, BIAS=first.bias is not None, GATED=gated,
-        ADDS=pending is not None, NORM=kind_of(norm), WEIGHT=norm is not None and norm.weight is not None,
-        NORM_BIAS=norm is not None and norm.bias is not None,
-        PLUS_ONE=any(n is not None and n.plus_one for n in (norm, add_norm)), ACT=activation,
+        N1=n1, N2=0 if gated else n2, N3=0 if gated else n3, K=first.columns, BIASES=first.bias is not None,
+        GATED=gated, ADDS=pending is not None, **meta_of(norm), PLUS_ONE=any_plus_one(norm, add_norm), ACT=activation,
         CLIP=clip is not None, SCALE=scale != 1.0, CAP=cap is not None, pdl=pdl, **tile,
         BITS=first.bits, GROUP=first.group, STEP=first.factors(x)[0].stride(0),
     )  # fmt: skip
@@ -291,8 +273,8 @@ def gemv_sum(
     tile = TILE_OF_SUM[linear1.bits]
     launch(
         _gemv_sum, (triton.cdiv(linear1.rows, tile["BLOCK_R"]),),
-        or_other(residual, y), or_other(other, y), x1, linear1.numbers, or_other(linear1.bias, y),
-        x2, linear2.numbers, or_other(linear2.bias, y), y, multiplier, *linear1.factors(y), *linear2.factors(y),
+        or_other(residual, y), or_other(other, y), x1, *linear1.pointers(y), x2, *linear2.pointers(y),
+        y, multiplier, *linear1.factors(y), *linear2.factors(y),
         N=linear1.rows, K1=linear1.columns, K2=0 if second is None else linear2.columns,
         BIAS1=linear1.bias is not None, BIAS2=second is not None and linear2.bias is not None,
         RESIDUAL=residual is not None, OTHER=other is not None, SCALE=multiplier != 1.0, pdl=pdl, **tile,

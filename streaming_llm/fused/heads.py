@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from .recipe import Attention
+
+
+@triton.jit
+def pairing(dims, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """For each dimension its pair's number, its partner in the pair, and whether it is the first of the two."""
+    if INTERLEAVED:
+        return dims // 2, dims ^ 1, dims % 2 == 0
+    else:
+        leads = dims < HALF
+        return tl.where(leads, dims, dims - HALF), tl.where(leads, dims + HALF, dims - HALF), leads
 
 
 @triton.jit
@@ -20,16 +32,12 @@ def load_head(
         x_ptr, head: where it lies, and its number, for norms with weights for each. Of several heads, ``[heads, 1]``;
             what is returned is ``[heads, DIM_P]``.
         all_rstd: given for norms over all heads.
-        NORM: see :func:`head_norm_kind`.
-        NORM_STEP: from the weights of a head to those of the next.
+        NORM, NORM_STEP: see :func:`head_meta`.
     """
     dims = tl.arange(0, DIM_P)
     inside = dims < HEAD_DIM
     rotates = dims < 2 * HALF
-    if INTERLEAVED:
-        partner = dims ^ 1
-    else:
-        partner = tl.where(dims < HALF, dims + HALF, dims - HALF)
+    _, partner, _ = pairing(dims, HALF, INTERLEAVED)
     x = tl.load(x_ptr + dims, inside, 0.0).to(tl.float32)
     other = tl.load(x_ptr + partner, rotates, 0.0).to(tl.float32)
     if NORM != "none":
@@ -71,40 +79,25 @@ def rotate(
     if HALF > 0:
         dims = tl.arange(0, DIM_P)
         rotates = dims < 2 * HALF
-        if INTERLEAVED:
-            pair, leads = dims // 2, dims % 2 == 0
-        else:
-            pair, leads = tl.where(dims < HALF, dims, dims - HALF), dims < HALF
+        pair, _, leads = pairing(dims, HALF, INTERLEAVED)
         cos = tl.load(angles_ptr + pair, rotates, 1.0)
         sin = tl.load(angles_ptr + WIDTH + pair, rotates, 0.0)
         x = x * cos + tl.where(leads, -other, other) * sin
     return x
 
 
-@triton.jit
-def all_heads_rstd(x_ptr, eps, N: tl.constexpr, BLOCK: tl.constexpr):
-    """One over the root of the mean square of ``N`` numbers."""
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.static_range(0, N, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + at, at < N, 0.0).to(tl.float32)
-        total += x * x
-    return 1.0 / tl.sqrt(tl.sum(total, 0) / N + eps)
+def head_meta(attention: Attention) -> dict[str, Any]:
+    """Compile-time arguments for queries and keys.
 
-
-def head_norm_kind(attention: Attention) -> str:
-    """What kernels call the norms of queries and keys: ``all`` is an RMSNorm over all heads at once."""
-    norm = attention.query_norm
-    if norm is None:
-        return "none"
-    if norm.centred:
-        return "layer" if norm.bias is None else "layer+bias"
-    if attention.norms_all_heads:
-        return "all"
-    return "rms+1" if norm.plus_one else "rms"
-
-
-def head_norm_step(attention: Attention) -> int:
-    """From the weights of a head to those of the next: 0 where all share theirs."""
-    weight = None if attention.query_norm is None else attention.query_norm.weight
-    return 0 if weight is None or weight.numel() == attention.head_dim else attention.head_dim
+    ``NORM`` is ``none``, ``layer``, ``layer+bias``, ``rms``, ``rms+1``, or ``all``: an RMSNorm over all heads at once.
+    ``NORM_STEP`` leads from the weights of a head to those of the next: 0 where all share theirs.
+    """
+    norm, head_dim, kind, step = attention.query_norm, attention.head_dim, "none", 0
+    if norm is not None:
+        rms = "all" if attention.norms_all_heads else "rms+1" if norm.plus_one else "rms"
+        kind = ("layer" if norm.bias is None else "layer+bias") if norm.centred else rms
+        step = 0 if norm.weight is None or norm.weight.numel() == head_dim else head_dim
+    return {
+        "INTERLEAVED": attention.rotary.interleaved, "HEAD_DIM": head_dim, "DIM_P": triton.next_power_of_2(head_dim),
+        "NORM": kind, "NORM_STEP": step,
+    }  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,27 +50,28 @@ def residual(
 
 
 @triton.jit
-def rstd_of(x_ptr, columns, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """One over the root of the mean square of ``x`` ``[K]``."""
-    total = tl.zeros((BLOCK_K,), tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
-        x = tl.load(x_ptr + start + columns, start + columns < K, 0.0)
+def rstd_of(x_ptr, eps, N: tl.constexpr, BLOCK: tl.constexpr):
+    """One over the root of the mean square of ``N`` numbers."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.static_range(0, N, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + at, at < N, 0.0).to(tl.float32)
         total += x * x
-    return 1.0 / tl.sqrt(tl.sum(total, 0) / K + eps)
+    return 1.0 / tl.sqrt(tl.sum(total, 0) / N + eps)
 
 
-def kind_of(norm: Norm | None) -> str:
-    """What kernels call a norm: ``none``, ``rms`` or ``layer``."""
-    return "none" if norm is None else "layer" if norm.centred else "rms"
-
-
-def meta_of(norm: Norm | None, prefix: str = "") -> dict[str, object]:
+def meta_of(norm: Norm | None, prefix: str = "") -> dict[str, Any]:
     """Compile-time arguments for a norm."""
     return {
-        f"{prefix}NORM": kind_of(norm),
+        f"{prefix}NORM": "none" if norm is None else "layer" if norm.centred else "rms",
         f"{prefix}WEIGHT": norm is not None and norm.weight is not None,
         f"{prefix}BIAS": norm is not None and norm.bias is not None,
     }
+
+
+def any_plus_one(*norms: Norm | None) -> bool:
+    """Whether norms that a kernel takes together, all of one family, multiply with ``1 + weight``."""
+    return any(norm is not None and norm.plus_one for norm in norms)
 
 
 def pointers_of(norm: Norm | None, other: Tensor) -> tuple[Tensor, Tensor, float]:

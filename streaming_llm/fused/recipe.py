@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..attention.math_kernel import Scores
 from ..rope_utils import Rotary
 from .weights import Packed
 
@@ -62,10 +63,10 @@ class Linear:
         """Columns that share a factor."""
         return self.weight.group if isinstance(self.weight, Packed) else self.columns
 
-    @property
-    def numbers(self) -> Tensor:
-        """What kernels read: the weight, or the words that it is packed in."""
-        return self.weight.words if isinstance(self.weight, Packed) else self.weight
+    def pointers(self, other: Tensor) -> tuple[Tensor, Tensor]:
+        """What kernels read, the weight or the words that it is packed in, and the bias or else ``other``."""
+        numbers = self.weight.words if isinstance(self.weight, Packed) else self.weight
+        return numbers, other if self.bias is None else self.bias
 
     def factors(self, other: Tensor) -> tuple[Tensor, Tensor]:
         """Factors and zeros of packed weights; ``other`` where there is nothing to point to."""
@@ -122,8 +123,6 @@ class Attention:
         places: where the heads lie there.
         output: from ``[num_heads * head_dim]``.
         rotary: on the device of the weights; of no dimensions where the layer has no positions.
-        scale: factor on the scores.
-        softcap: bound of the scores, ``softcap * tanh(score / softcap)``.
         clip: bound of what the projections give.
         query_norm, key_norm: of each head before it is rotated.
         norms_all_heads: these norms are of all heads at once.
@@ -138,13 +137,17 @@ class Attention:
     num_kv_heads: int
     head_dim: int
     rotary: Rotary
-    scale: float
-    softcap: float | None = None
+    scores: Scores
     clip: float | None = None
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     norms_all_heads: bool = False
     window: int | None = None
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share a key."""
+        return self.num_heads // self.num_kv_heads
 
     @property
     def width(self) -> int:
@@ -157,7 +160,7 @@ class MLP:
     """``down(act(gate x) * up x)``, or ``down(act(up x))`` without a gate.
 
     Args:
-        activation: one of :data:`.activations.ACTIVATIONS`.
+        activation: see :func:`.activations.activate`.
         gate_and_up: both as one matrix, where the model has them so.
     """
 
@@ -166,10 +169,6 @@ class MLP:
     down: Linear
     activation: str
     gate_and_up: Linear | None = None
-
-    @property
-    def is_gated(self) -> bool:
-        return self.gate is not None
 
     @property
     def first(self) -> tuple[Linear, ...]:
@@ -197,20 +196,10 @@ class Layer:
     multiplier: float = 1.0
 
     @property
-    def out_norms(self) -> tuple[Norm | None, ...]:
-        return (self.attention_out_norm, self.mlp_out_norm)
-
-    @property
     def norms_of_input(self) -> tuple[Norm | None, ...]:
         """The different norms of the layer's input: first attention's, last that of a parallel layer's MLP."""
         shared = not self.parallel or self.mlp_norm is self.attention_norm
         return (self.attention_norm,) if shared else (self.attention_norm, self.mlp_norm)
-
-    @property
-    def read_together(self) -> tuple[tuple[Linear, ...], ...]:
-        """Matrices that one kernel may read."""
-        outputs = (self.attention.output, self.mlp.down)
-        return (self.attention.projections, self.mlp.first, *((outputs,) if self.parallel else ()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +213,7 @@ class Recipe:
         norm: of the final hidden states.
         output: the output layer; its weight may be ``embedding``.
         logit_scale: factor on what it gives.
-        logit_cap: bound of that, as :attr:`Attention.softcap`.
+        logit_cap: bound of that, as :attr:`.Scores.softcap`.
     """
 
     embedding: Tensor
@@ -243,9 +232,6 @@ class Recipe:
     @property
     def linears(self) -> list[Linear]:
         """Every matrix that a step goes through."""
-        of_layers = [
-            linear
-            for layer in self.layers
-            for linear in (*layer.attention.projections, layer.attention.output, *layer.mlp.first, layer.mlp.down)
-        ]
+        parts = [(layer.attention, layer.mlp) for layer in self.layers]
+        of_layers = [x for a, mlp in parts for x in (*a.projections, a.output, *mlp.first, mlp.down)]
         return [*of_layers, self.output]

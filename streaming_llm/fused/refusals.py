@@ -8,7 +8,7 @@ from torch import nn
 from ..attention.kernel_choice import OWN_MODULES
 from .family_recipes import recipe_of
 from .recipe import Linear, Recipe
-from .weights import NotCoveredError, stored
+from .weights import NotCoveredError, Packed, stored
 
 # Of this library, and those that Transformers leaves behind once it was asked for attention weights or hidden states:
 # they do nothing until it is asked again.
@@ -64,17 +64,24 @@ def _of_recipe(recipe: Recipe) -> str | None:
     if any(not weight.is_contiguous() for weight in weights):
         return "its weights are not all contiguous"
     for layer in recipe.layers:
-        if any(norm is not None and (norm.centred or norm.weight is None) for norm in layer.out_norms):
+        attention, mlp = layer.attention, layer.mlp
+        out_norms = [norm for norm in (layer.attention_out_norm, layer.mlp_out_norm) if norm is not None]
+        if any(norm.centred or norm.weight is None for norm in out_norms):
             return "a norm behind attention or MLP is no RMSNorm"
-        if layer.multiplier != 1.0 and any(layer.out_norms):
+        if layer.multiplier != 1.0 and out_norms:
             return "it has norms and factors behind attention or MLP"
-        if len({linear.bias is None for linear in layer.attention.projections}) > 1:
+        if len({linear.bias is None for linear in attention.projections}) > 1:
             return "only some of query, key and value have a bias"
-        if any(len(set(map(_how_stored, linears))) > 1 for linears in layer.read_together):
+        outputs = (attention.output, mlp.down) if layer.parallel else ()
+        read_together = (attention.projections, mlp.first, outputs)
+        if any(len(set(map(_how_stored, linears))) > 1 for linears in read_together):
             return "matrices that a kernel reads together are not stored alike"
     return None
 
 
 def _how_stored(linear: Linear) -> tuple[object, ...]:
-    factors = (x.dtype for x in linear.factors(linear.numbers))
-    return (linear.bits, None if linear.group == linear.columns else linear.group, *factors)
+    packed = linear.weight
+    if not isinstance(packed, Packed):
+        return ()
+    group = None if packed.group == linear.columns else packed.group
+    return packed.bits, group, packed.scale.dtype, packed.zero.dtype

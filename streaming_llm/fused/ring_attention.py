@@ -15,7 +15,8 @@ from torch import Tensor
 from ..cache_layer import StreamingLayer
 from ..launch import launch, wait_for_input
 from .activations import capped
-from .heads import all_heads_rstd, head_norm_kind, head_norm_step, load_head, rotate
+from .heads import load_head, rotate
+from .norms import pointers_of, rstd_of
 from .recipe import Attention
 from .rings import RingState
 from .running_softmax import attend, nothing_seen, of_each, put_together, scores_of
@@ -59,8 +60,8 @@ def _ring_attention(
     q_rstd = 0.0
     k_rstd = 0.0
     if NORM == "all":
-        q_rstd = all_heads_rstd(qkv, q_eps, HEADS * HEAD_DIM, 1024)
-        k_rstd = all_heads_rstd(qkv + K_START * HEAD_DIM, k_eps, KV_HEADS * HEAD_DIM, 1024)
+        q_rstd = rstd_of(qkv, q_eps, HEADS * HEAD_DIM, 1024)
+        k_rstd = rstd_of(qkv + K_START * HEAD_DIM, k_eps, KV_HEADS * HEAD_DIM, 1024)
     group = tl.minimum(chunk * SHARED + head, GROUPS - 1)
     query, partner = load_head(
         qkv + (kv_head * Q_STEP + group) * HEAD_DIM, kv_head * GROUPS + group, q_norm_w, q_norm_b, q_eps, q_rstd,
@@ -155,9 +156,9 @@ class RingAttention:
 
     def __init__(self, attention: Attention, keys: Tensor, state: RingState) -> None:
         batch, num_kv_heads, capacity, head_dim = keys.shape
-        self.state, groups = state, attention.num_heads // num_kv_heads
-        self.chunks = triton.cdiv(groups, MOST_SHARED)
-        self.shared = triton.cdiv(groups, self.chunks)
+        self.state = state
+        self.chunks = triton.cdiv(attention.groups, MOST_SHARED)
+        self.shared = triton.cdiv(attention.groups, self.chunks)
         self.heads = triton.next_power_of_2(self.shared)
         self.warps, least = (1, 1) if self.shared == 1 else (self.WARPS, 16)  # the matrix units take 16 or more
         self.dim_p = max(least, triton.next_power_of_2(head_dim))
@@ -169,36 +170,30 @@ class RingAttention:
         at_once = max(1, self.PARTIAL * self.warps // (self.dim_p * self.heads))
         self.parts = min(triton.next_power_of_2(self.splits), at_once)
         parts = self.programs * self.splits * self.heads
+        self.out = keys.new_empty(batch, attention.num_heads * head_dim)
         self.partial = torch.empty(parts * (self.dim_p + 2), dtype=torch.float32, device=keys.device)
         self.arrived = torch.zeros(self.programs, dtype=torch.int32, device=keys.device)
 
-    def __call__(
-        self, attention: Attention, qkv: Tensor, layer: StreamingLayer, out: Tensor, *, pdl: bool = False
-    ) -> Tensor:
+    def __call__(self, attention: Attention, qkv: Tensor, layer: StreamingLayer, *, pdl: bool = False) -> Tensor:
         """Store the token of ``qkv`` ``[batch, attention.width]`` in a layer's ring, and attend.
 
         Args:
             layer: with room for all slots; its first copies of the sinks are written too while these come.
-            out: ``[batch, num_heads * head_dim]``, where the result may go.
 
         Returns:
-            The result, of the shape of ``out``.
+            ``[batch, num_heads * head_dim]``, written over by the next call.
         """
-        state, places = self.state, attention.places
-        norms = attention.query_norm, attention.key_norm
-        of_norms = [x for norm in norms for x in ((norm.weight, norm.bias) if norm else (None, None))]
+        state, softcap = self.state, attention.scores.softcap
+        q_weight, q_bias, q_eps = pointers_of(attention.query_norm, qkv)
+        k_weight, k_bias, k_eps = pointers_of(attention.key_norm, qkv)
         launch(
             _ring_attention, (self.programs, self.splits),
-            qkv, layer.keys, layer.values, layer.sinks, out, self.partial, self.arrived, state.counters, state.angles,
-            *(qkv if x is None else x for x in of_norms), *(norm.eps if norm else 0.0 for norm in norms),
-            attention.scale, attention.softcap or 0.0,
-            CAPACITY=layer.keys.shape[2], N_SINK=state.layout.config.n_sink, HALF=state.half,
-            WIDTH=state.angles.shape[2], INTERLEAVED=state.rotary.interleaved, HEADS=attention.num_heads,
-            KV_HEADS=attention.num_kv_heads, SHARED=self.shared, H=self.heads, CHUNKS=self.chunks,
-            HEAD_DIM=attention.head_dim, DIM_P=self.dim_p, QKV_WIDTH=attention.width, Q_STEP=places.query_step,
-            K_START=places.key_start, K_STEP=places.key_step, V_START=places.value_start, V_STEP=places.value_step,
-            NORM=head_norm_kind(attention), NORM_STEP=head_norm_step(attention), CAP=attention.softcap is not None,
+            qkv, layer.keys, layer.values, layer.sinks, self.out, self.partial, self.arrived,
+            state.counters, state.angles, q_weight, q_bias, k_weight, k_bias, q_eps, k_eps,
+            attention.scores.scale, softcap or 0.0,
+            **(state.meta_of(attention) | {"DIM_P": self.dim_p}), SHARED=self.shared, H=self.heads, CHUNKS=self.chunks,
+            CAP=softcap is not None,
             SPLITS=self.splits, PARTS=self.parts, SPLIT_LEN=self.split_len, BLOCK=self.block,
             num_warps=self.warps, pdl=pdl,
         )  # fmt: skip
-        return out
+        return self.out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +19,8 @@ from ..cache_layer import StreamingLayer
 from ..launch import launch
 from ..positions import Progress, StreamLayout
 from ..rope_utils import Rotary
+from .heads import head_meta
+from .recipe import Attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +28,6 @@ class RingState:
     """What the kernels of a layer read.
 
     Attributes:
-        layout: which tokens the layer keeps, and where.
-        rotary: the layer's rotation.
         counters: int64 ``[batch, 2]``: number and slot of the token at hand.
         angles: float32 ``[batch, 6, at least rotary_dim / 2]``, computed in float64: cosine and sine of the query's
             position, of the position from which it sees the sinks as first rotated, and of the turn that the sinks
@@ -42,6 +43,17 @@ class RingState:
     def half(self) -> int:
         """Pairs of dimensions that are rotated."""
         return self.rotary.inv_freq.shape[0]
+
+    def meta_of(self, attention: Attention) -> dict[str, Any]:
+        """Compile-time arguments for a token of a layer."""
+        places = attention.places
+        return {
+            "CAPACITY": self.layout.capacity, "N_SINK": self.layout.config.n_sink,
+            "HALF": self.half, "WIDTH": self.angles.shape[2], **head_meta(attention),
+            "HEADS": attention.num_heads, "KV_HEADS": attention.num_kv_heads, "QKV_WIDTH": attention.width,
+            "Q_STEP": places.query_step, "K_START": places.key_start, "K_STEP": places.key_step,
+            "V_START": places.value_start, "V_STEP": places.value_step,
+        }  # fmt: skip
 
 
 class Rings:
@@ -117,13 +129,12 @@ def _begin_step(
 
 
 def begin_step(tokens: Tensor, table: Tensor, x: Tensor, rings: Rings, scale: float = 1.0) -> None:
-    """Advance ``rings`` by one token and write the embeddings of ``tokens`` ``[batch]`` to ``x`` ``[batch, hidden]``.
+    """Advance ``rings`` by one token, and write its embedding times ``scale`` to ``x``.
 
     Args:
-        tokens: int64.
+        tokens: int64 ``[batch]``.
         table: the embedding's weight ``[vocab, hidden]``.
-        x: float32.
-        scale: factor on the embeddings.
+        x: float32 ``[batch, hidden]``.
     """
     batch, hidden = x.shape
     block = 1024

@@ -185,11 +185,7 @@ def _find(
 
 
 class HistogramSampler:
-    """Draws a token for each row of half-precision logits.
-
-    Args:
-        batch, vocab: sizes of the logits.
-        device: a CUDA device.
+    """Draws a token for each row of half-precision logits ``[batch, vocab]`` on a CUDA device.
 
     Attributes:
         temperature, top_p: float32 ``[batch]``; a temperature of 0 takes the most likely token.
@@ -197,14 +193,14 @@ class HistogramSampler:
     """
 
     def __init__(self, batch: int, vocab: int, device: torch.device) -> None:
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.int32, device=device)
 
         self.temperature, self.top_p = (torch.ones(batch, device=device) for _ in range(2))
         self.vocab, self.top_k = vocab, zeros(batch) + vocab
         self.chunks = triton.cdiv(vocab, CHUNK)
         self._counts, self._largest, self._arrived = zeros(batch, VALUES), zeros(batch), zeros(2, batch)
-        self._groups, self._masses = zeros(batch, GROUP), zeros(batch, GROUP, dtype=torch.float32)
+        self._groups, self._masses = zeros(batch, GROUP), zeros(batch, GROUP).float()
         self._found, self._drawn = zeros(batch, self.chunks), zeros(batch, 2)
 
     def set(self, sampling: Sampling) -> None:
@@ -221,12 +217,10 @@ class HistogramSampler:
         return tokens
 
     def __call__(self, logits: Tensor, uniform: Tensor, tokens: Tensor, *, pdl: bool = False) -> None:
-        """Draw.
+        """Draw by random numbers in ``[0, 1)``, float32 or float64 ``[batch]``, to ``tokens``, int64 ``[batch]``.
 
         Args:
             logits: ``[batch, vocab]``, bfloat16 or float16, contiguous.
-            uniform: random numbers in ``[0, 1)``, float32 or float64 ``[batch]``.
-            tokens: where to write, int64 ``[batch]``.
         """
         batch, vocab = logits.shape
         every_chunk, per_program = (self.chunks, batch), 4

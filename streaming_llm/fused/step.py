@@ -16,15 +16,18 @@ from torch import Tensor
 from ..attention.kernel_choice import choose_kernel, kernel_context
 from ..kv_cache import StreamingKVCache
 from ..launch import pdl_available
-from .block import logits_of, product, through_layers
+from .block import logits_of, product, projected, through_layers
 from .full_ring import FullRing
-from .gemv import Pending, gemv_sum, norm_gemv
+from .gemv import gemv_sum, norm_gemv
 from .recipe import Attention, Layer, Linear, Norm, Recipe
 from .ring_attention import RingAttention
 from .rings import Rings, begin_step
 
 Attend = Callable[[Tensor], Tensor]
 """From what a layer's projections give, ``[batch, width]``, to ``[batch, num_heads * head_dim]``."""
+
+Pending = tuple[Tensor, Norm]
+"""An output, to be normed and added to the residual stream by the next kernel that reads that."""
 
 
 class StepForward:
@@ -56,8 +59,7 @@ class StepForward:
             return torch.empty(self.batch, width, dtype=of, device=self.device)
 
         self.x = [buffer(hidden, torch.float32) for _ in range(2)]
-        self.qkv = buffer(max(layer.attention.width for layer in layers), torch.float32 if self.batch == 1 else dtype)
-        self.attended = buffer(max(layer.attention.output.columns for layer in layers), dtype)
+        self.qkv = buffer(max(layer.attention.width for layer in layers), torch.float32)
         self.inner = buffer(max(layer.mlp.down.columns for layer in layers), dtype)
         self.output = buffer(hidden, torch.float32)
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -92,24 +94,21 @@ class StepForward:
     # A layer, for a single stream
 
     def _sequential_layer(
-        self, layer: Layer, attend: Attend, x: Tensor, pending: tuple[Any, ...] | None
-    ) -> tuple[Tensor, tuple[Any, ...] | None]:
-        attention, mlp = layer.attention, layer.mlp
+        self, layer: Layer, attend: Attend, x: Tensor, pending: Pending | None
+    ) -> tuple[Tensor, Pending | None]:
+        attention = layer.attention
         x = self._read(x, pending, layer.attention_norm, attention.projections, self.qkv, clip=attention.clip)
         attended = attend(self.qkv)
         x, pending = self._add(x, attention.output, attended, layer.attention_out_norm, layer.multiplier)
-        x = self._read(
-            x, pending, layer.mlp_norm, mlp.first, self.inner, activation=mlp.activation, gated=mlp.is_gated
-        )
-        return self._add(x, mlp.down, self.inner, layer.mlp_out_norm, layer.multiplier)
+        x = self._read_first(x, pending, layer)
+        return self._add(x, layer.mlp.down, self.inner, layer.mlp_out_norm, layer.multiplier)
 
     def _parallel_layer(self, layer: Layer, attend: Attend, x: Tensor, pending: Any) -> tuple[Tensor, None]:
         """Attention, and beside it on a second stream the MLP, or as much of it as takes as long."""
-        attention, mlp, y = layer.attention, layer.mlp, self._other(x)
-        down, joins = (mlp.down, self.inner[0]), self.mlp_joins(attention)
+        attention, y = layer.attention, self._other(x)
+        down, joins = (layer.mlp.down, self.inner[0]), self.mlp_joins(attention)
         with self._beside():
-            how = {"activation": mlp.activation, "gated": mlp.is_gated}
-            self._read(x, None, layer.mlp_norm, mlp.first, self.inner, **how)
+            self._read_first(x, None, layer)
             if not joins:
                 gemv_sum(down, None, self.output[0], pdl=self.pdl)
         self._read(x, None, layer.attention_norm, attention.projections, self.qkv, clip=attention.clip)
@@ -120,30 +119,25 @@ class StepForward:
         return y, None
 
     def _read(
-        self,
-        x: Tensor,
-        pending: tuple[Tensor, Norm] | None,
-        norm: Norm | None,
-        linears: tuple[Linear, ...],
-        y: Tensor,
-        **how: Any,
+        self, x: Tensor, pending: Pending | None, norm: Norm | None, linears: tuple[Linear, ...], y: Tensor, **how: Any
     ) -> Tensor:
-        """Products of the normed residual stream, to ``y``; what is pending is added to it first.
-
-        Returns:
-            The residual stream.
-        """
+        """Products of the normed residual stream, to ``y``; returns the stream, with what was pending added first."""
         new_x = x if pending is None else self._other(x)
-        given = None if pending is None else Pending(pending[0][0], pending[1], new_x[0])
-        norm_gemv(x[0], norm, linears, y[0], pending=given, pdl=self.pdl, **how)
+        norm_gemv(x[0], norm, linears, y[0], pending=pending, new_x=new_x[0], pdl=self.pdl, **how)
         return new_x
+
+    def _read_first(self, x: Tensor, pending: Pending | None, layer: Layer) -> Tensor:
+        """The first half of the MLP, to ``inner``."""
+        mlp = layer.mlp
+        how = {"activation": mlp.activation, "gated": mlp.gate is not None}
+        return self._read(x, pending, layer.mlp_norm, mlp.first, self.inner, **how)
 
     def _add(
         self, x: Tensor, linear: Linear, of: Tensor, norm: Norm | None, multiplier: float
-    ) -> tuple[Tensor, tuple[Tensor, Norm] | None]:
+    ) -> tuple[Tensor, Pending | None]:
         """Add a product to the residual stream; where it is normed first, that is left to the next kernel."""
-        y = self._other(x) if norm is None else self.output
-        gemv_sum((linear, of[0]), None, y[0], x[0] if norm is None else None, multiplier=multiplier, pdl=self.pdl)
+        y, residual = (self._other(x), x[0]) if norm is None else (self.output, None)
+        gemv_sum((linear, of[0]), None, y[0], residual, multiplier=multiplier, pdl=self.pdl)
         return (y, None) if norm is None else (x, (y, norm))
 
     def _other(self, x: Tensor) -> Tensor:
@@ -172,35 +166,25 @@ class StepForward:
         hidden = self.recipe.hidden_size
         if self.own_attention:
             return hidden >= 2560
+        query = self.inner.new_empty(0, attention.head_dim)
         with kernel_context(attention.module):
-            return hidden >= 4096 and choose_kernel(self.attended) != "math"
+            return hidden >= 4096 and choose_kernel(query) != "math"
 
     # Attention
 
     def _attention_of(self, index: int) -> Attend:
         """The attention of a layer, with what layers of the same sizes share."""
-        attention, layer, state = (
-            self.recipe.layers[index].attention,
-            self.cache.layers[index],
-            self.rings.of_layer[index],
-        )
+        attention, layer = self.recipe.layers[index].attention, self.cache.layers[index]
+        state = self.rings.of_layer[index]
         key = id(state), attention.num_heads, attention.num_kv_heads, attention.head_dim
         if key not in self._kernels:
             kind = RingAttention if self.own_attention else FullRing
             self._kernels[key] = kind(attention, layer.keys, state)
         kernel = self._kernels[key]
-
-        def attend(qkv: Tensor) -> Tensor:
-            return kernel(attention, qkv, layer, self.attended, pdl=self.pdl)
-
-        return attend
+        return lambda qkv: kernel(attention, qkv, layer, pdl=self.pdl)
 
     def _attention_of_many(self, index: int, x: Tensor) -> Tensor:
         """The attention layer of normed hidden states ``[batch, hidden]``."""
-        attention, start = self.recipe.layers[index].attention, 0
-        for linear in attention.projections:
-            self.qkv[:, start : start + linear.rows] = product(x, linear)
-            start += linear.rows
-        if attention.clip is not None:
-            self.qkv.clamp_(-attention.clip, attention.clip)
-        return product(self.attend[index](self.qkv), attention.output)
+        attention = self.recipe.layers[index].attention
+        qkv = torch.cat(projected(x, attention), dim=-1)
+        return product(self.attend[index](qkv), attention.output)

@@ -70,45 +70,46 @@ def stored(weight: Tensor) -> Tensor | Packed:
     if kind not in READERS:
         raise NotCoveredError(f"it has weights of class {kind}, which no kernel reads (only {', '.join(READERS)})")
     for name in ("act_quant_kwargs", "act_pre_scale", "act_quant_scale"):
-        if getattr(weight, name, None) is not None:
-            raise NotCoveredError(f"its weights of class {kind} change or quantise their input too ({name})")
+        _require(getattr(weight, name, None) is None, weight, f"change or quantise their input too ({name})")
     packed = READERS[kind](weight)
-    rows, columns = weight.shape
-    if packed.shape != (rows, columns):
-        raise NotCoveredError(f"its weights of class {kind} hold {packed.shape} numbers for {tuple(weight.shape)}")
+    _require(packed.shape == tuple(weight.shape), weight, f"hold {packed.shape} numbers for {tuple(weight.shape)}")
     return packed
 
 
-def _words(qdata: Tensor, kind: str) -> Tensor:
-    """Bytes ``[rows, n]`` as words ``[rows, n / 4]``."""
-    if qdata.dim() != 2 or qdata.element_size() != 1:
-        raise NotCoveredError(f"its weights of class {kind} are no matrix of bytes")
-    if not qdata.is_contiguous() or qdata.shape[1] % 4 or qdata.storage_offset() % 4:
-        raise NotCoveredError(f"rows of its weights of class {kind} are no whole words of memory")
+def _require(fits: bool, weight: Tensor, otherwise: str) -> None:
+    if not fits:
+        raise NotCoveredError(f"its weights of class {type(weight).__name__} {otherwise}")
+
+
+def _words(weight: Any) -> Tensor:
+    """The bytes of a weight ``[rows, n]`` as words ``[rows, n / 4]``."""
+    qdata = weight.qdata
+    _require(qdata.dim() == 2 and qdata.element_size() == 1, weight, "are no matrix of bytes")
+    whole = qdata.is_contiguous() and not qdata.shape[1] % 4 and not qdata.storage_offset() % 4
+    _require(whole, weight, "have rows that are no whole words of memory")
     return qdata.view(torch.int32)
 
 
 def _int8(weight: Any) -> Packed:
     rows, columns = weight.shape
-    if list(weight.block_size) != [1, columns]:
-        raise NotCoveredError(f"its weights of class Int8Tensor share factors in blocks of {list(weight.block_size)}")
+    _require(list(weight.block_size) == [1, columns], weight, f"share factors in blocks of {list(weight.block_size)}")
     scale, stands_for_0 = weight.scale.reshape(1, rows), weight.zero_point
     # In float32, in which the product is exact: rounded to 16 bits, it would be wrong by half a step and more.
     zero = torch.zeros_like(scale) if stands_for_0 is None else -scale.float() * stands_for_0.reshape(1, rows)
-    return Packed(_words(weight.qdata, "Int8Tensor"), 8, scale, zero, weight)
+    return Packed(_words(weight), 8, scale, zero, weight)
 
 
 def _int4(weight: Any) -> Packed:
     rows, columns = weight.shape
-    group = weight.block_size[-1]
-    if list(weight.block_size) != [1, group] or group & (group - 1) or columns % group:
-        raise NotCoveredError(f"its weights of class Int4Tensor share factors in blocks of {list(weight.block_size)}")
-    if getattr(weight, "activation_dtype", torch.bfloat16) == torch.float8_e4m3fn:
-        raise NotCoveredError("its weights of class Int4Tensor quantise their input too (activation_dtype)")
+    group, blocks = weight.block_size[-1], list(weight.block_size)
+    fits = blocks == [1, group] and not group & (group - 1) and not columns % group
+    _require(fits, weight, f"share factors in blocks of {blocks}")
+    plain_input = getattr(weight, "activation_dtype", torch.bfloat16) != torch.float8_e4m3fn
+    _require(plain_input, weight, "quantise their input too (activation_dtype)")
     for factors in (weight.scale, weight.zero_point):
-        if tuple(factors.shape) != (columns // group, rows) or not factors.is_contiguous():
-            raise NotCoveredError(f"its weights of class Int4Tensor have factors of shape {tuple(factors.shape)}")
-    return Packed(_words(weight.qdata, "Int4Tensor"), 4, weight.scale, weight.zero_point, weight)
+        fits = tuple(factors.shape) == (columns // group, rows) and factors.is_contiguous()
+        _require(fits, weight, f"have factors of shape {tuple(factors.shape)}")
+    return Packed(_words(weight), 4, weight.scale, weight.zero_point, weight)
 
 
 READERS = {"Int8Tensor": _int8, "Int4Tensor": _int4}
