@@ -11,7 +11,7 @@ from experiments.plan import Facts, Task
 from experiments.progress import LossDisplay, token_bar
 
 BUSY = 0.75
-"""Share of the cores that others may keep busy before times on a CPU come with a warning."""
+"""Load by other programs, for each core, from which on times on a CPU come with a warning."""
 
 
 class InProcess:
@@ -29,11 +29,9 @@ class InProcess:
         machine = self.bench.machine
         backends = ", ".join(machine.backends)
         self.description = f"device {machine.device}, {machine.dtype_name}, attention backends: {backends}"
-        busy, cores = os.getloadavg()[0], os.cpu_count() or 1
-        if machine.device.type == "cpu" and busy > BUSY * cores:
-            self.description += (
-                f"\nwarning: other programs keep {busy:.1f} of {cores} cores busy: times on this CPU will be wrong"
-            )
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        if machine.device.type == "cpu" and load > BUSY * cores:
+            self.description += f"\nwarning: the machine is busy (load {load:.1f}, {cores} cores): times will be wrong"
 
     def open(self, sources: Sequence[ModelSource]) -> list[Facts | SetupError]:
         """What there is to know of each model where it will be measured, or why it cannot be."""

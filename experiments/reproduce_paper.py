@@ -8,7 +8,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file, perhaps from a checkout that is not installed
+if __name__ == "__main__":  # perhaps in a checkout that is not installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from experiments.cli import GOES_ON, MODEL, TEXTS, OneLineParser, add_options, config_from, guarded

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 _COLUMNS = (  # heading, key, format
     ("perplexity", "perplexity", "{:.3f}"),
-    ("+%", "ppl_increase_percent", "{:+.2f}"),
+    ("increase %", "ppl_increase_percent", "{:+.2f}"),
     ("runtime s", "runtime_sec", "{:.3f}"),
     ("prefill s", "prefill_sec", "{:.4f}"),
     ("ms/token", "tpot_ms", "{:.3f}"),

@@ -195,4 +195,4 @@ def test_a_busy_machine_is_warned_of_since_times_on_it_mean_little(monkeypatch):
     monkeypatch.setattr("os.getloadavg", lambda: (2.9, 0.0, 0.0))
     assert "\n" not in InProcess(ExperimentConfig(device="cpu")).description
     monkeypatch.setattr("os.getloadavg", lambda: (3.8, 0.0, 0.0))
-    assert "warning: other programs keep 3.8 of 4 cores busy" in InProcess(ExperimentConfig(device="cpu")).description
+    assert "warning: the machine is busy (load 3.8, 4 cores)" in InProcess(ExperimentConfig(device="cpu")).description
