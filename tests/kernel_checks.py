@@ -83,7 +83,7 @@ TILES = [(4, 32, 2), (2, 128, 8)]
 def tiles(request, monkeypatch) -> None:
     """Every kernel with a small tile in place of its own."""
     rows, columns, ahead = request.param
-    for tile in (*gemv.TILE_OF_NORM.values(), *gemv.TILE_OF_SUM.values()):
+    for tile in (*gemv.TILE_OF_NORM.values(), *gemv.TILE_OF_FEW_ROWS.values(), *gemv.TILE_OF_SUM.values()):
         for name, value in {"BLOCK_R": rows, "BLOCK_K": columns, "AHEAD": ahead}.items():
             monkeypatch.setitem(tile, name, value)
 
@@ -235,10 +235,12 @@ def test_sum_of_products(kind, residuals, multiplier, two):
     close(out, multiplier * products + sum(x.double() for x in added))
 
 
+@pytest.mark.parametrize("few", [0, 12288])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["int8", "int4 by 128"])
-def test_packed_products_by_the_tiles_that_are_used(kind, dtype):
-    columns = 1152  # two tiles and a quarter, nine groups
+def test_packed_products_by_the_tiles_that_are_used(monkeypatch, kind, dtype, few):
+    monkeypatch.setattr(gemv, "FEW_ROWS", few)
+    columns = 2176  # whole tiles and a part of one, seventeen groups
     (layer, plain), x, out = stored_as(kind, columns, 20), randn(columns, dtype=dtype), randn(20) * torch.nan
     gemv.gemv_sum((layer, x), None, out)
     close(out, exact(plain, x))
@@ -281,7 +283,7 @@ def test_activations(activation, gated):
 @pytest.mark.parametrize("vocab", [101, 5000])
 def test_cross_entropy(vocab):
     logits = randn(7, vocab) * 5
-    targets = torch.randint(vocab, (7,), device=DEVICE)
+    targets = torch.randint(vocab, (7, 3), device=DEVICE)[:, 1]  # the tokens at one place of seven streams
     expected = F.cross_entropy(logits.double(), targets, reduction="none")
     close(elementwise.cross_entropy(logits, targets), expected)
 
@@ -534,13 +536,9 @@ def begin(ring: Ring) -> None:
     assert ring.state.counters.tolist() == [[ring.now, ring.slot(ring.now)]] * ring.batch
 
 
-def tile_of(monkeypatch, attention: Attention, slots: int, parts: int | None = None) -> None:
-    """Have programs take ``slots`` slots at a time, and put ``parts`` parts together at a time."""
-    dim_p = triton.next_power_of_2(attention.head_dim)
-    warps = RingAttention.warps_for(attention.num_heads // attention.num_kv_heads)
-    monkeypatch.setattr(RingAttention, "TILE", slots * dim_p // warps)
-    if parts is not None:
-        monkeypatch.setattr(RingAttention, "PARTIAL", parts * dim_p // warps)
+def short_tiles(monkeypatch) -> None:
+    """Have programs take eight slots at a time, or as few as the matrix units do: small rings have several tiles."""
+    monkeypatch.setattr(RingAttention, "MOST_ROWS", 8)
 
 
 # head_dim, rotary_dim, heads, of keys; batch, n_sink, window_size
@@ -564,8 +562,7 @@ MOMENTS = {
 
 
 def check_ring_attention(monkeypatch, ring: Ring) -> None:
-    """With programs that take eight slots at a time."""
-    tile_of(monkeypatch, ring.attention, 8)
+    short_tiles(monkeypatch)
     begin(ring)
     kernel = RingAttention(ring.attention, ring.layer.keys, ring.state)
     assert kernel.splits > 1
@@ -591,7 +588,7 @@ def test_ring_attention(monkeypatch, sizes, layout, moment, offset):
 @pytest.mark.parametrize("moment", ["among the sinks", "one to go", "turned"])
 @pytest.mark.parametrize("how", OTHERS, ids=str)
 def test_ring_attention_of_shared_keys(monkeypatch, how, moment):
-    layout, attention = (2, 10, 15), attention_of(20, 12, 4, 2, **how)  # sinks in more than one tile
+    layout, attention = (2, 20, 29), attention_of(20, 12, 6, 2, **how)  # sinks in more than one tile
     check_ring_attention(monkeypatch, Ring(attention, layout, MOMENTS[moment](*layout[1:]), 5))
 
 
@@ -599,16 +596,18 @@ def test_ring_attention_of_shared_keys(monkeypatch, how, moment):
 def test_ring_attention_of_more_query_heads_than_a_program_takes(monkeypatch):
     monkeypatch.setattr(ring_attention, "MOST_SHARED", 2)
     attention = attention_of(16, 16, 5, 1)
-    check_ring_attention(monkeypatch, Ring(attention, (1, 4, 20), 57, 0))
+    check_ring_attention(monkeypatch, Ring(attention, (1, 4, 40), 97, 0))
 
 
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("moment", ["among the sinks", "one to go", "turned"])
-def test_ring_attention_over_scores_far_below_zero(monkeypatch, moment):
+@pytest.mark.parametrize("heads", [2, 6])
+def test_ring_attention_over_scores_far_below_zero(monkeypatch, heads, moment):
     """What has not been seen, by a part of the ring or by all of it, weighs nothing, not one."""
-    sizes, layout = SIZES[2]
-    attention = attention_of(*sizes, together=True)
-    tile_of(monkeypatch, attention, 8, parts=2)
+    _, layout = SIZES[2]
+    attention = attention_of(80, 20, heads, 2, together=True)
+    short_tiles(monkeypatch)
+    monkeypatch.setattr(RingAttention, "PARTIAL", 1)
     ring = Ring(attention, layout, MOMENTS[moment](*layout[1:]), 0, score=-150.0)
     begin(ring)
     kernel = RingAttention(attention, ring.layer.keys, ring.state)
@@ -617,8 +616,9 @@ def test_ring_attention_over_scores_far_below_zero(monkeypatch, moment):
 
 
 @pytest.mark.usefixtures("loops")
-def test_ring_attention_by_one_program_in_half_precision():
-    ring = Ring(attention_of(*SIZES[0][0]), SIZES[0][1], 60, 0, torch.float16)
+@pytest.mark.parametrize("heads", [4, 12])
+def test_ring_attention_by_one_program_in_half_precision(heads):
+    ring = Ring(attention_of(20, 6, heads, 4), SIZES[0][1], 60, 0, torch.float16)
     begin(ring)
     kernel = RingAttention(ring.attention, ring.layer.keys, ring.state)
     assert kernel.splits == 1

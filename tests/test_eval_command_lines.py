@@ -167,7 +167,8 @@ def test_the_runner_is_importable_from_its_script():
 
 def test_ray_that_is_not_installed_is_bad_input(world, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert "pip install '.[cluster]' in the checkout" in error_line(lambda: final(world, "--launcher", "ray"), capsys)
+    line = error_line(lambda: final(world, "--launcher", "ray"), capsys)
+    assert "pip install -e '.[cluster]' in the checkout" in line
 
 
 def test_help_lists_every_option_of_the_configuration(capsys):

@@ -11,6 +11,7 @@ from family_models import POSITIONS, VOCAB, make_family, takes_sdpa
 from transformers import AutoModelForCausalLM
 
 from experiments.config import ExperimentConfig, SetupError, settings_for, window_ladder
+from experiments.executors import InProcess
 from experiments.models import find_model
 from experiments.random_models import RANDOM_SIZES, pythia, random_config, random_model
 from experiments.texts import load_texts
@@ -187,3 +188,11 @@ def test_a_model_with_weights_missing_is_refused(tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(SetupError, match=r"weights are missing \((embed_out|lm_head)\.weight"):
         find_model(str(folder)).load(torch.float32, CPU)
+
+
+def test_a_busy_machine_is_warned_of_since_times_on_it_mean_little(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (2.9, 0.0, 0.0))
+    assert "\n" not in InProcess(ExperimentConfig(device="cpu")).description
+    monkeypatch.setattr("os.getloadavg", lambda: (3.8, 0.0, 0.0))
+    assert "warning: other programs keep 3.8 of 4 cores busy" in InProcess(ExperimentConfig(device="cpu")).description

@@ -10,7 +10,7 @@ from conftest import make_ids, make_neox
 from reference import reference_logits
 from streams import CONFIGS, decode, forward_in_blocks
 
-from streaming_llm import StreamingConfig, StreamingKVCache, StreamingLLMWrapper
+from streaming_llm import StreamingConfig, StreamingDecoder, StreamingKVCache, StreamingLLMWrapper
 from streaming_llm.positions import Progress, StreamLayout
 from streaming_llm.rope_utils import Rotary
 from streaming_llm.sinks import MovingSinks, SinkRotation
@@ -128,6 +128,45 @@ def test_one_token_back_is_exact_after_any_number(seen, next_tokens):
         cache.crop(-1)
         logits = forward_in_blocks(model, cache, ids, (*range(seen, 200, next_tokens), 200))
     assert (logits - reference_logits(model, ids, 4, 60)[:, seen:]).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("how", ["directly", "after selecting rows", "after saving", "after a move"])
+def test_a_second_token_back_is_refused_until_one_has_been_fed(how, tmp_path):
+    """One behind the other as well as both at once: the second would need a token that the first has overwritten."""
+    model, ids = make_neox(), make_ids(80)
+    cache = StreamingKVCache(model.config, 4, 60)
+    decode(model, cache, ids[:, :70])
+    cache.crop(-1)
+    if how == "after selecting rows":
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([1]))
+    elif how == "after saving":
+        cache.save(tmp_path / "stream.safetensors")
+        cache = StreamingKVCache.load(tmp_path / "stream.safetensors", model.config)
+    elif how == "after a move":
+        cache.move_to(69)
+    with pytest.raises(ValueError, match="evicted"):
+        cache.crop(-1)
+    decode(model, cache, ids[:, 69:72])
+    cache.crop(-1)
+    logits = decode(model, cache, ids[:, 71:])
+    assert (logits - reference_logits(model, ids, 4, 60)[:, 71:]).abs().max() < 5e-6
+    cache.reset()
+    decode(model, cache, ids[:, :20])
+    cache.crop(-9)
+    cache.crop(-9)
+    assert cache.get_seq_length() == 2
+
+
+def test_padding_behind_an_end_counts_as_a_token_taken_back():
+    model, ids = make_neox(), make_ids(80, batch=2)
+    with StreamingDecoder(model, 4, 60) as decoder:
+        decoder.prefill(ids)
+        stop = lambda given, scores: torch.tensor([given.shape[1] >= n for n in (3, 5)])  # noqa: E731
+        decoder.generate(9, temperature=0, stopping_criteria=stop, pad_token_id=0)
+        decoder.cache.batch_select_indices(torch.tensor([0]))
+        with pytest.raises(ValueError, match="evicted"):
+            decoder.cache.crop(-1)
 
 
 def test_crop_takes_a_length_or_a_number_to_remove():

@@ -148,6 +148,36 @@ def test_beams_of_unequal_prompts():
             assert torch.equal(together[row, ids.shape[1] :], single[0, LENGTHS[row] :])
 
 
+def test_streams_that_are_not_equally_far_go_on_with_their_best_beams():
+    model, rows = make_family("llama"), [prompt(0), prompt(1)]
+    ids, mask = padded(rows, "left")
+    asked = {**GREEDY, "max_new_tokens": 20, "num_beams": 3}
+    with StreamingLLMWrapper(model, S, W) as stream:
+        cache = stream.new_cache()
+        out = stream.generate(ids, attention_mask=mask, past_key_values=cache, continues=True, **asked)
+        out = stream.generate(out[:, -1:], past_key_values=cache, continues=True, **asked)
+        for index, row in enumerate(rows):
+            single = stream.new_cache()
+            alone = stream.generate(row, past_key_values=single, continues=True, **asked)
+            alone = stream.generate(alone[:, -1:], past_key_values=single, continues=True, **asked)
+            assert torch.equal(out[index], alone[0])
+            assert cache.progress.of_rows(2)[index] == single.progress.of_rows(1)[0]
+
+
+@pytest.mark.parametrize("case", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("asked", [{"num_beams": 3}, {"output_hidden_states": True}], ids=str)
+def test_a_prompt_of_one_token_among_longer_ones(case, asked):
+    """Nothing of it is fed ahead of the forward that gives what is asked for; LLaMA takes no block without a token."""
+    model, rows = make_family(case), [prompt(0), prompt(0)[:, :1], prompt(1)]
+    ids, mask = padded(rows, "left")
+    asked = {**GREEDY, "max_new_tokens": 70, "return_dict_in_generate": True, **asked}
+    with StreamingLLMWrapper(model, S, W) as stream:
+        together = stream.generate(ids, attention_mask=mask, **asked).sequences
+        for row, given in zip(rows, together, strict=True):
+            expected = stream.generate(row, **asked).sequences[0, row.shape[1] :]
+            assert torch.equal(given[ids.shape[1] :], expected)
+
+
 @pytest.mark.parametrize("how", ["eos", "criteria", "both"])
 def test_rows_that_end_early_stay_where_they_ended(how):
     model, (ids, mask) = make_family("llama"), batch("right")
