@@ -43,6 +43,14 @@ def make_neox(dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed:
     return model.to(dtype)
 
 
+def make_rounded(dtype: torch.dtype, **changes):
+    """A GPT-NeoX as loaded in a dtype, with float32 frequencies, and its float64 twin of the same weights."""
+    model, exact = make_neox(dtype, **changes), make_neox(torch.float64, **changes)
+    exact.load_state_dict(model.state_dict())
+    model.gpt_neox.rotary_emb = make_neox(**changes).gpt_neox.rotary_emb
+    return model, exact
+
+
 def make_ids(length: int, batch: int = 1, vocab: int = 101, seed: int = 1) -> torch.Tensor:
     """Random token ids ``[batch, length]``."""
     return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))

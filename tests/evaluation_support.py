@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from conftest import make_neox
 from experiments.config import ExperimentConfig
 from experiments.runner import ExperimentRunner
 
+ROOT = Path(__file__).resolve().parents[1]
 TEXT = " ".join(f"word{n % 37} goes {n % 11} times round the {'hill' if n % 3 else 'lake'}." for n in range(400))
 END = "<|endoftext|>"
 
@@ -89,3 +91,13 @@ class World:
 
     def files(self, pattern: str = "**/*.json") -> list[str]:
         return sorted(p.relative_to(self.root).as_posix() for p in self.root.glob(pattern))
+
+
+def final_command(world: World, output: Path, *options: str) -> list[str]:
+    """The evaluation in a process of its own: two methods, two backends, twice."""
+    return [
+        sys.executable, str(ROOT / "experiments" / "run_final_experiments.py"), "--model", str(world.model),
+        "--datasets", str(world.texts[0]), "--n-sink", "2", "--window-size", "14", "--methods", "baseline",
+        "streaming", "--attn-backend-list", "math", "flash", "--repeats", "2", "--device", "cpu", "--output-dir",
+        str(output), *options,
+    ]  # fmt: skip

@@ -163,6 +163,3 @@ WITHOUT_POSITIONS = ("gptj", "jamba", "nemotron_h")
 def _has_rotary_module(config_class: type) -> bool:
     spec = importlib.util.find_spec(module_name(config_class))
     return spec is not None and "RotaryEmbedding" in Path(spec.origin).read_text(encoding="utf-8")
-
-
-TRANSFORMERS = transformers.__version__

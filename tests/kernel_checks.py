@@ -686,9 +686,16 @@ def test_a_draw_inverts_the_distribution_function(dtype):
 # -------------------------------------------------------------------------------------------------------- whole steps
 
 
-STEPPED = [("gpt_neox", True, 1, 9), ("gemma3", True, 1, 9), ("llama", True, 2, 9), ("phi", False, 2, 11),
-           ("phi", False, 1, 2), ("gemma2", False, 2, 1), ("llama", False, 2, 4)]  # fmt: skip
-"""Case, own attention, batch size, and length of the prompt: with a cache of 10 that is full soon, or at once."""
+STEPPED = [("gpt_neox", True, 1, 9, None), ("gemma3", True, 1, 9, None), ("llama", True, 2, 9, None),
+           ("phi", False, 2, 11, None), ("phi", False, 1, 2, None), ("gemma2", False, 2, 1, None),
+           ("llama", False, 2, 4, None)]  # fmt: skip
+"""Case, own attention, batch, length of the prompt (with a cache of 10 that is full soon, or at once), weights."""
+STEPPED += [
+    (case, True, batch, 9, kind)
+    for case in ("gpt_neox", "llama", "phi3", "gemma3")  # joined; three; halves of one; normed after
+    for kind in ("int8", "int4 by 16")
+    for batch in (1, 2)
+]
 
 
 def check_steps(model, expected: torch.Tensor, ids: torch.Tensor, config: StreamingConfig, prompt: int, own: bool):
@@ -706,26 +713,14 @@ def check_steps(model, expected: torch.Tensor, ids: torch.Tensor, config: Stream
 
 
 @pytest.mark.usefixtures("loops")
-@pytest.mark.parametrize(("case", "own", "batch", "prompt"), STEPPED)
-def test_steps_of_a_model(case, own, batch, prompt):
+@pytest.mark.parametrize(("case", "own", "batch", "prompt", "kind"), STEPPED)
+def test_steps_of_a_model(case, own, batch, prompt, kind):
     if not available(case):
         pytest.skip("not in the installed Transformers")
-    ids, model = torch.randint(VOCAB, (batch, 12)), make_family(case)
-    expected = family_reference_logits(model, ids, 3, 7)
-    check_steps(model.to(DEVICE), expected, ids.to(DEVICE), StreamingConfig(3, 7), prompt, own)
-
-
-@pytest.mark.usefixtures("loops")
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("kind", ["int8", "int4 by 16"])
-@pytest.mark.parametrize("case", ["gpt_neox", "llama", "phi3", "gemma3"])  # joined; three; halves of one; normed after
-def test_steps_of_a_quantised_model(case, kind, batch):
-    if not available(case):
-        pytest.skip("not in the installed Transformers")
-    ids, model = torch.randint(VOCAB, (batch, 12)), make_family(case)
-    plain = quantise_(model.to(DEVICE), kind)
-    expected = family_reference_logits(plain.cpu(), ids, 3, 7)
-    check_steps(model, expected, ids.to(DEVICE), StreamingConfig(3, 7), 9, own=True)
+    ids, model = torch.randint(VOCAB, (batch, 12)), make_family(case).to(DEVICE)
+    plain = quantise_(model, kind).cpu() if kind else make_family(case)
+    expected = family_reference_logits(plain, ids, 3, 7)
+    check_steps(model, expected, ids.to(DEVICE), StreamingConfig(3, 7), prompt, own)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_ids, make_neox
+from conftest import make_ids, make_neox, make_rounded
 from reference import reference_logits
 from streams import decode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -49,10 +49,7 @@ def test_every_block_size_gives_the_token_loop(n_sink, window_size, kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_bfloat16_is_no_further_off_than_its_token_loop(kernel):
-    exact, ids = make_neox(torch.float64), make_ids(400)
-    model = make_neox(torch.bfloat16)
-    model.gpt_neox.rotary_emb = make_neox().gpt_neox.rotary_emb  # as a model loaded with dtype=bfloat16 has it
-    exact.load_state_dict(model.state_dict())
+    (model, exact), ids = make_rounded(torch.bfloat16), make_ids(400)
     expected = reference_nll(exact, ids, 4, 48)
     with sdpa_kernel(KERNELS[kernel]):
         block = score_stream(model, ids, 4, 48)

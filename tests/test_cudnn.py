@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import GPU, make_ids, make_neox
+from conftest import GPU, make_ids, make_neox, make_rounded
 from reference import reference_logits
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -67,14 +67,10 @@ def test_blocks_of_causal_calls_alone_are_exact(monkeypatch, n_sink, window_size
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_a_gpu_it_costs_what_math_costs(n_sink, window_size, dtype):
     ids = make_ids(400, batch=2)
-    exact = make_neox(torch.float64)
-    exact.load_state_dict(make_neox(dtype).state_dict())
-    reference = reference_logits(exact, ids, n_sink, window_size)[:, 256:]
+    reference = reference_logits(make_rounded(dtype)[1], ids, n_sink, window_size)[:, 256:]
     error = {}
     for backend in ("math", "cudnn"):
-        model = make_neox(dtype)
-        model.gpt_neox.rotary_emb = make_neox().gpt_neox.rotary_emb  # float32 frequencies, as when loaded
-        model = model.to(GPU)
+        model = make_rounded(dtype)[0].to(GPU)
         wrap_attention(model, backend)
         with StreamingDecoder(model, n_sink, window_size, "eager") as decoder:
             rows = [decoder.prefill(ids[:, :257].to(GPU))]

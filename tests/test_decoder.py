@@ -241,10 +241,7 @@ def test_sampling_out_of_range_is_refused_before_anything_is_fed(decoder, wrong,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"engine": "warp"},
-            "engine must be one of auto, eager, graph, graph.compile, fused, fused-triton, got 'warp'",
-        ),
+        ({"engine": "warp"}, "one of auto, eager, graph, graph.compile, fused, fused-triton, got 'warp'"),
         ({"engine": "graph"}, "engine 'graph' cannot run: it needs a CUDA device, and the model is on cpu"),
         ({"engine": "graph+compile"}, "needs a CUDA device"),
         ({"engine": "fused"}, "it needs a CUDA device"),
@@ -290,15 +287,9 @@ def test_a_closed_decoder_feeds_nothing(decoder):
     decoder.close()
     decoder.close()
     ids = make_ids(5)
-    calls = (
-        lambda: decoder.prefill(ids),
-        lambda: decoder.step(ids[:, 0]),
-        lambda: decoder.score(ids),
-        lambda: decoder.generate(5),
-    )
-    for call in calls:
+    for call, given in (("prefill", ids), ("step", ids[:, 0]), ("score", ids), ("generate", 5)):
         with pytest.raises(RuntimeError, match="has been closed"):
-            call()
+            getattr(decoder, call)(given)
 
 
 # ------------------------------------------------------------------------------------------------------------- engines
@@ -348,10 +339,19 @@ def in_two(layer: torch.nn.Module) -> torch.nn.Parameter:
     return torch.nn.Parameter(TwoTensor(weight, weight.clone()))
 
 
-def make_changed(change):
-    model = make_neox()
-    change(model, model.gpt_neox.layers[1])
-    return model
+def changed(change):
+    """Makes a model whose second layer has been changed."""
+
+    def make():
+        model = make_neox()
+        change(model.gpt_neox.layers[1])
+        return model
+
+    return make
+
+
+def with_product(module: torch.nn.Module):
+    return changed(lambda layer: setattr(layer.mlp, "dense_h_to_4h", module))
 
 
 UNFIT = {
@@ -363,30 +363,22 @@ UNFIT = {
     "in training": (lambda: make_neox().train(), "training mode"),
     "float64": (lambda: make_neox(torch.float64), "its weights are torch.float64"),
     "an adapter inside": (
-        lambda: make_changed(
-            lambda m, layer: setattr(layer.mlp, "dense_h_to_4h", AdaptedLinear(torch.nn.Linear(1, 1)))
-        ),
+        with_product(AdaptedLinear(torch.nn.Linear(1, 1))),
         "it holds a AdaptedLinear, whose forward would be left out",
     ),
     "another layer": (
-        lambda: make_changed(lambda m, layer: setattr(layer, "mlp", torch.nn.Sequential(layer.mlp))),
+        changed(lambda layer: setattr(layer, "mlp", torch.nn.Sequential(layer.mlp))),
         "a Sequential is in a layer",
     ),
-    "another product": (
-        lambda: make_changed(lambda m, layer: setattr(layer.mlp, "dense_h_to_4h", torch.nn.Identity())),
-        "it holds a Identity in place of a plain layer",
-    ),
+    "another product": (with_product(torch.nn.Identity()), "it holds a Identity in place of a plain layer"),
     "a quantised weight": (  # it says of itself that it is of one of the dtypes, and contiguous
-        lambda: make_changed(lambda m, layer: setattr(layer.mlp.dense_h_to_4h, "weight", in_two(layer))),
+        changed(lambda layer: setattr(layer.mlp.dense_h_to_4h, "weight", in_two(layer))),
         "it has weights of class TwoTensor, which no kernel reads",
     ),
-    "two dtypes": (lambda: make_changed(lambda m, layer: layer.mlp.half()), "not all of one of"),
-    "a hook": (
-        lambda: make_changed(lambda m, layer: layer.register_forward_hook(lambda *args: None)),
-        "hooks are registered on it",
-    ),
+    "two dtypes": (changed(lambda layer: layer.mlp.half()), "not all of one of"),
+    "a hook": (changed(lambda layer: layer.register_forward_hook(print)), "hooks are registered on it"),
     "a forward of somebody's": (
-        lambda: make_changed(lambda m, layer: setattr(layer, "forward", str)),
+        changed(lambda layer: setattr(layer, "forward", str)),
         "the forward of a GPTNeoXLayer has been replaced",
     ),
 }

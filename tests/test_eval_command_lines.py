@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from evaluation_support import error_line, make_model_folder, make_text
@@ -62,13 +63,14 @@ def test_the_comparison_honours_the_environment_and_writes_where_it_is_told(worl
     assert "Baseline (math)" in capsys.readouterr().out
 
 
-def test_a_failure_while_comparing_is_told_with_exit_code_1(world, capsys, monkeypatch):
-    def fail(*_):
-        raise MemoryError("no more")
-
-    monkeypatch.setattr("experiments.measuring.Bench.measure", fail)
-    assert eval_streaming_llm.main(subject(world)) == 1
-    assert "out of memory: no more" in capsys.readouterr().out
+def test_a_failure_is_told_with_exit_code_1_and_an_interruption_with_130(world, capsys, monkeypatch):
+    for error, command, code, words in (
+        (MemoryError("no more"), compared, 1, "out of memory: no more"),
+        (KeyboardInterrupt, final, 130, "0 of 2 cells are finished"),
+    ):
+        monkeypatch.setattr("experiments.measuring.Bench.measure", Mock(side_effect=error))
+        assert command(world) == code
+        assert words in capsys.readouterr().out
 
 
 BAD = {
@@ -141,15 +143,6 @@ def test_an_output_folder_without_permission_is_bad_input(world, capsys):
     world.output.mkdir()
     world.output.chmod(0o500)
     assert "cannot be written" in error_line(lambda: final(world), capsys)
-
-
-def test_an_interruption_ends_with_130(world, capsys, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("experiments.measuring.Bench.measure", interrupt)
-    assert final(world) == 130
-    assert "0 of 2 cells are finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ["experiments/run_final_experiments.py", "eval_streaming_llm.py"])

@@ -8,26 +8,21 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "experiments" / "run_final_experiments.py"
+from evaluation_support import final_command
 
 pytestmark = pytest.mark.usefixtures("no_collection")
 
 
+ABLATIONS = ["--ablation-tokens", "100", "--ablation-window-sizes", "8", "16", "--ablation-n-sinks", "0", "2"]
+
+
 def command(world, output: Path, *options: str) -> list[str]:
-    return [
-        sys.executable, str(SCRIPT), "--model", str(world.model), "--datasets", str(world.texts[0]),
-        "--n-sink", "2", "--window-size", "14", "--max-eval-tokens", "200", "--methods", "baseline", "streaming",
-        "--attn-backend-list", "math", "flash", "--repeats", "2", "--ablation-tokens", "100", "--device", "cpu",
-        "--ablation-window-sizes", "8", "16", "--ablation-n-sinks", "0", "2", "--output-dir", str(output), *options,
-    ]  # fmt: skip
+    return final_command(world, output, "--max-eval-tokens", "200", *ABLATIONS, *options)
 
 
 def environment() -> dict:

@@ -65,17 +65,17 @@ def test_scaling_that_depends_on_the_length_is_refused_beyond_it(kind):
         StreamingKVCache(config, 4, 76)
 
 
-def test_layers_of_another_kind_are_refused():
-    config = make_config("llama")
-    config.layer_types = ["full_attention", "chunked_attention"]
-    with pytest.raises(ValueError, match="layers of type chunked_attention"):
-        StreamingKVCache(config, 4, 48)
-
-
-def test_bidirectional_attention_is_refused():
-    config = make_config("gemma3")
-    config.use_bidirectional_attention = True
-    with pytest.raises(ValueError, match="bidirectional"):
+@pytest.mark.parametrize(
+    ("case", "setting", "value", "message"),
+    [
+        ("llama", "layer_types", ["full_attention", "chunked_attention"], "layers of type chunked_attention"),
+        ("gemma3", "use_bidirectional_attention", True, "bidirectional"),
+    ],
+)
+def test_attention_of_another_kind_is_refused(case, setting, value, message):
+    config = make_config(case)
+    setattr(config, setting, value)
+    with pytest.raises(ValueError, match=message):
         StreamingKVCache(config, 4, 48)
 
 

@@ -15,11 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-COMPILED = pytest.param(
-    "0",
-    id="compiled",
-    marks=pytest.mark.gpu,
-)
+COMPILED = pytest.param("0", id="compiled", marks=pytest.mark.gpu)
 
 
 @pytest.mark.parametrize("interpret", [pytest.param("1", id="interpreted"), COMPILED])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPU, make_ids, make_neox
+from conftest import GPU, make_ids, make_rounded
 from reference import reference_logits
 from streams import nothing_waits
 
@@ -20,10 +20,8 @@ CONFIGS = [(4, 60), (0, 60), (1, 60), (4, 1), (4, 600)]
 
 
 def on_gpu(dtype: torch.dtype, **changes):
-    """A model on the GPU and its float64 twin with the same (rounded) weights on the CPU."""
-    model, exact = make_neox(dtype, **changes), make_neox(torch.float64, **changes)
-    exact.load_state_dict(model.state_dict())
-    model.gpt_neox.rotary_emb = make_neox(**changes).gpt_neox.rotary_emb  # float32 frequencies, as when loaded
+    """A model on the GPU and its float64 twin on the CPU."""
+    model, exact = make_rounded(dtype, **changes)
     return model.to(GPU), exact
 
 

@@ -27,10 +27,7 @@ from streaming_llm import (
 )
 from streaming_llm.engines import why_not_engine
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
 S, W, PROMPT, LENGTH = 4, 60, 100, 300
 CASES = ["llama", "gpt_neox"]
@@ -167,14 +164,9 @@ def test_generate_and_a_short_prompt(setting):
     for engine in engines_here(model):
         for prompt in (20, 150):
             with StreamingLLMWrapper(model, S, W, engine) as stream:
-                out = stream.generate(
-                    ids()[:, :prompt].to(home(place)),
-                    max_new_tokens=100,
-                    do_sample=False,
-                    eos_token_id=None,
-                    return_dict_in_generate=True,
-                    output_logits=True,
-                )
+                asked = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+                given = ids()[:, :prompt].to(home(place))
+                out = stream.generate(given, max_new_tokens=100, output_logits=True, **asked)
                 assert stream.engine_of_last_generate == engine
             # The tokens may part where two are near each other; the logits of those fed are right.
             logits = torch.stack(out.logits, dim=1).float().cpu()

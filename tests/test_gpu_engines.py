@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPU, make_ids, make_neox
+from conftest import GPU, make_ids, make_rounded
 from family_models import VOCAB, available, make_family
 from family_reference import family_reference_logits
 from reference import reference_logits
@@ -46,16 +46,12 @@ RECORDED = VARIANTS[1:]
 @functools.cache
 def exact_model(dtype: torch.dtype):
     """The float64 twin, on the CPU, of the model in ``dtype``."""
-    exact = make_neox(torch.float64, **SIZES)
-    exact.load_state_dict(make_neox(dtype, **SIZES).state_dict())
-    return exact
+    return make_rounded(dtype, **SIZES)[1]
 
 
 @functools.cache
 def _model(dtype: torch.dtype):
-    model = make_neox(dtype, **SIZES)
-    model.gpt_neox.rotary_emb = make_neox(**SIZES).gpt_neox.rotary_emb  # float32 frequencies, as when loaded
-    return model.to(DEVICE)
+    return make_rounded(dtype, **SIZES)[0].to(DEVICE)
 
 
 def model_with(dtype: torch.dtype, backend: str = "math"):

@@ -11,10 +11,7 @@ from evaluation_support import World
 
 from experiments.methods import METHODS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.usefixtures("no_collection"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_collection")]
 ALL = [name for name, cls in METHODS.items() if cls.unavailable() is None]
 
 

@@ -83,20 +83,18 @@ def test_decoding_without_no_grad_keeps_no_graph():
         assert not cache.layers[0].keys.requires_grad
 
 
-def masked(ids: torch.Tensor) -> dict:
-    return {"attention_mask": torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()}
-
-
-def packed(ids: torch.Tensor) -> dict:
-    return {"position_ids": torch.cat((torch.arange(20), torch.arange(ids.shape[1] - 20)))[None]}
-
-
-@pytest.mark.parametrize("arguments", [masked, packed])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"attention_mask": torch.ones(1, 1, 50, 50, dtype=torch.bool).tril()},
+        {"position_ids": torch.cat((torch.arange(20), torch.arange(30)))[None]},  # two documents in a row
+    ],
+)
 def test_masks_that_attention_would_need_are_refused(arguments):
     model, ids = make_neox(), make_ids(50)
-    model(ids, use_cache=False, **arguments(ids))
+    model(ids, use_cache=False, **arguments)
     with StreamingLLMWrapper(model, 4, 60), pytest.raises(ValueError, match="mask"):
-        model(ids, use_cache=False, **arguments(ids))
+        model(ids, use_cache=False, **arguments)
 
 
 def test_static_caches_are_refused():

@@ -10,7 +10,6 @@ import torch
 from conftest import make_ids, make_neox
 from family_models import HERE, POSITIONS, VOCAB, make_family
 from reference import reference_logits
-from transformers import AutoModelForCausalLM, Phi3Config
 
 from personal_adapters.neox_flash import wrap_attention
 from streaming_llm import StreamingDecoder, StreamingKVCache, StreamingLLMWrapper, score_stream
@@ -27,29 +26,12 @@ def stream():
 # Every forward goes through the stream's cache
 
 
-def test_phi3_generates_past_its_original_length_from_the_stream():
-    """Its preparation of inputs drops the cache there (huggingface/transformers#33129 is of the kind)."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 64}
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = Phi3Config(vocab_size=300, num_key_value_heads=2, initializer_range=0.2, **sizes, **lengths, **ids)
-    model, prompt = AutoModelForCausalLM.from_config(config).eval(), torch.randint(3, 300, (1, 30))
-    with StreamingLLMWrapper(model, 4, 20) as stream:
-        cache = stream.new_cache()
-        out = stream.generate(
-            prompt, past_key_values=cache, max_new_tokens=300, return_dict_in_generate=True, **GREEDY
-        )
-    assert cache.n_seen == 329
-    assert out.past_key_values is cache
-    with StreamingDecoder(model, 4, 20) as decoder:
-        decoder.prefill(prompt)
-        assert torch.equal(decoder.generate(300, temperature=0), out.sequences[:, 30:])
-
-
 @pytest.mark.parametrize("case", HERE)
 def test_every_token_passes_through_the_cache(case):
-    """In all families and by all ways in, past the positions that a model was made for."""
+    """In all families and by all ways in, past the positions that a model was made for.
+
+    Past its original length, Phi-3's preparation of inputs drops the cache (as in huggingface/transformers#33129).
+    """
     model, ids = make_family(case), torch.randint(VOCAB, (1, 30), generator=torch.Generator().manual_seed(1))
     with StreamingLLMWrapper(model, 4, 20) as stream:
         cache = stream.new_cache()

@@ -6,13 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from evaluation_support import World, make_model_folder
+from evaluation_support import World, final_command, make_model_folder
 
 from experiments.config import ExperimentConfig, SetupError
 from experiments.models import find_model
@@ -22,7 +21,6 @@ Cluster = pytest.importorskip("ray.cluster_utils").Cluster
 
 from experiments.ray_executor import share_of_a_cell  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 MATRIX = {"methods": ["baseline", "streaming"], "attn_backend_list": ["math", "flash"], "only": "main"}
 LONG = {**MATRIX, "max_eval_tokens": 600, "repeats": 2}  # cells that are long enough to be killed in the middle
 pytestmark = pytest.mark.usefixtures("no_collection")
@@ -171,21 +169,12 @@ def test_a_node_that_leaves_loses_nothing(world, expected, cluster):
     assert all(len(runs) == 4 and len(set(runs)) == 1 for runs in found.values())
 
 
-def command(world, cluster, output: Path) -> list[str]:
-    return [
-        sys.executable, str(ROOT / "experiments" / "run_final_experiments.py"), "--model", str(world.model),
-        "--datasets", str(world.texts[0]), "--n-sink", "2", "--window-size", "14", "--max-eval-tokens", "600",
-        "--methods", "baseline", "streaming", "--attn-backend-list", "math", "flash", "--only", "main",
-        "--repeats", "2", "--device", "cpu", "--output-dir", str(output), "--launcher", "ray",
-        "--ray-address", cluster.address,
-    ]  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_a_driver_that_is_stopped_goes_on_where_it_was(world, expected, cluster, ctrl_c, how, code):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = command(world, cluster, world.output)
+    options = ("--max-eval-tokens", "600", "--only", "main", "--launcher", "ray", "--ray-address", cluster.address)
+    words = final_command(world, world.output, *options)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     lines = []
     for line in process.stdout:

@@ -193,6 +193,7 @@ def test_the_bundled_texts_are_there():
         ("kind.jsonl", b'{"text": "a"}\n{"text": 3}\n', "record 2: .*'text' is int"),
         ("broken.jsonl", b'{"text": "a"}\n{\n', "line 2 is not valid JSON"),
         ("broken.jsonl.gz", gzip.compress(b'{"text": "a"}\n{\n', mtime=0), "line 2 is not valid JSON"),
+        ("none.txt.xz", b"no xz at all", "cannot be read"),
         ("cut.txt.xz", lzma.compress(TEXT.encode())[:-40], "cut.txt.xz: cannot be read: Compressed file ended"),
         ("cut.txt.gz", gzip.compress(TEXT.encode(), mtime=0)[:-20], "cannot be read: Compressed file ended"),
         ("broken.parquet", b"PAR1", "broken.parquet: cannot be read"),
