@@ -4,6 +4,8 @@
 # make lint      install, check style and types
 # make test-matrix  the core tests under every version of Transformers from 4.56 on (installs each, takes long)
 #
+# On a CPU, times are right only where nothing else runs.
+#
 # Uses the virtual environment that is active, else makes one in .venv.
 
 PYTHON ?= python3
@@ -11,7 +13,9 @@ ENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(ENV)/bin
 # Files of tests go to this many processes of one thread each; one process where a GPU is to be shared: make test WORKERS=0
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Threads that wait sleep: else a run beside other programs takes many times as long.
+export OMP_WAIT_POLICY = passive
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Says which checkout was installed into the environment last, and when.
 INSTALLED := $(ENV)/.streaming-llm-installed
 ifneq ($(shell cat $(INSTALLED) 2>/dev/null),$(CURDIR))

@@ -26,7 +26,8 @@ All methods, several data sets and backends, ablations: experiments/run_final_ex
 def build_parser() -> OneLineParser:
     """The command line of the comparison."""
     parser = OneLineParser("eval_streaming_llm.py", __doc__.splitlines()[0], _EXAMPLES)
-    one, dataset = ("model", "datasets", "attn_backend_list"), {"flags": ("--dataset", "--datasets")}
+    about = "demo_encyclopaedia (the default), or another that experiments/run_final_experiments.py takes"
+    one, dataset = ("model", "datasets", "attn_backend_list"), {"flags": ("--dataset", "--datasets"), "help": about}
     add_options(parser, "what is measured", ("model", *TEXTS), one, datasets=dataset)
     add_options(parser, "sizes, in tokens", (*STREAM, "max_eval_tokens"))
     backend = {"flags": ("--attn-backend", "--attn-backend-list")}

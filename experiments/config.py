@@ -16,8 +16,8 @@ DEFAULT_ABLATION_N_SINKS = (0, 1, 2, 4, 8, 16)
 DEMO_MODEL = "demo"
 _MODEL_HELP = """demo (the default), a hub name such as EleutherAI/pythia-2.8b, a folder, a .gguf file, or
 random:<size> such as random:pythia-2.8b (random weights: speed only)"""
-_DATASETS_HELP = """demo_encyclopaedia, demo_narrative (the default), wikitext, pg19, a folder, a file (.txt, .jsonl,
-.csv, .parquet, ..., or compressed), of the hub owner/name[:config][@split]"""
+_DATASETS_HELP = """demo_encyclopaedia, demo_narrative, wikitext, pg19, a folder, a file (.txt, .jsonl, .csv, .parquet,
+..., or compressed), a data set of the hub: owner/name[:config][@split]; default: the two of the demo"""
 _BOS_HELP = "beginning-of-sequence token: always, never, auto (default: as the model was trained)"
 _METHODS_HELP = "baseline, streaming, kvpress (these are the default), window, dense"
 _WINDOW_HELP = "recent tokens kept; default: what fills the context, up to 2048 (demo: 252)"

@@ -1,5 +1,6 @@
 """Where cells run: in this process, or (`ray_executor`) on the GPUs of a machine or a cluster."""
 
+import os
 from collections.abc import Iterator, Sequence
 
 from experiments.cell_queue import CellQueue
@@ -8,6 +9,9 @@ from experiments.measuring import Bench, Outcome, outcome_of
 from experiments.models import ModelSource
 from experiments.plan import Facts, Task
 from experiments.progress import LossDisplay, token_bar
+
+BUSY = 0.75
+"""Share of the cores that others may keep busy before times on a CPU come with a warning."""
 
 
 class InProcess:
@@ -25,6 +29,11 @@ class InProcess:
         machine = self.bench.machine
         backends = ", ".join(machine.backends)
         self.description = f"device {machine.device}, {machine.dtype_name}, attention backends: {backends}"
+        busy, cores = os.getloadavg()[0], os.cpu_count() or 1
+        if machine.device.type == "cpu" and busy > BUSY * cores:
+            self.description += (
+                f"\nwarning: other programs keep {busy:.1f} of {cores} cores busy: times on this CPU will be wrong"
+            )
 
     def open(self, sources: Sequence[ModelSource]) -> list[Facts | SetupError]:
         """What there is to know of each model where it will be measured, or why it cannot be."""

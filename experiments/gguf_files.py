@@ -26,7 +26,7 @@ def gguf_file(path: Path) -> Path | None:
     if path.suffix != ".gguf" or not path.is_file():
         return None
     if importlib.util.find_spec("gguf") is None:
-        raise SetupError(f"model {str(path)!r}: it needs the package gguf: pip install '.[gguf]' in the checkout")
+        raise SetupError(f"model {str(path)!r}: it needs the package gguf: pip install -e '.[gguf]' in the checkout")
     return path.resolve()
 
 

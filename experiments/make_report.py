@@ -6,7 +6,6 @@
 Writes report.html: one file that needs no network; it sorts, filters, and follows the system's light or dark theme.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from experiments import (
     plot_stream_curves,
 )
 from experiments.plotting.report import Picture, Run, build_page
-from experiments.plotting.script import Drawing, add_arguments, draw_styled, read_or_explain
+from experiments.plotting.script import Drawing, draw_styled, make_parser, read_or_explain
 from experiments.plotting.table import Results, find_roots
 
 # In the order in which a reader wants them.
@@ -69,9 +68,7 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """-> exit code: 0 all is well, 1 a file is broken or foreign, 2 there are no results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, "results at and below it", formats=False)
-    args = parser.parse_args(argv)
+    args = make_parser(__doc__, "results at and below it", formats=False).parse_args(argv)
     found, code = read_or_explain(args.results_dir, roots_of(args.results_dir))
     if found:
         runs = [illustrate(results, args.results_dir) for results in found]

@@ -199,7 +199,7 @@ def find_model(name: str, seed: int = 0) -> ModelSource:
             f"model {name!r} is a file: pass a .gguf file, or the folder that holds config.json and the weights"
         )
     if name.startswith(("/", ".", "~")):
-        raise SetupError(f"model {name!r}: there is no such folder")
+        raise SetupError(f"model {name!r}: there is no such file or folder")
     return _hub(name)
 
 

@@ -139,4 +139,4 @@ def held_constant(rows: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(draw, __doc__.splitlines()[0]))
+    sys.exit(main(draw, __doc__))

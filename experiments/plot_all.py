@@ -6,10 +6,10 @@
 
 A root of results (a folder with final/ or fixed_eval/) is drawn into the folder of the same name: results/h200 into
 figures/h200, results/h200/pythia-2.8b into figures/h200/pythia-2.8b, and one's own results/final into figures/.
-figures/report.html is about all of them, figures/<name>/report.html about those at and below results/<name>.
+figures/report.html is about all of them, figures/<name>/report.html about those at and below results/<name>. What
+reproduce_paper.py found for the project (results/<name>/paper) is drawn where it lies.
 """
 
-import argparse
 import gc
 import sys
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ if not __package__:  # as a script, on a machine where the project is not instal
 from experiments.make_report import illustrate, roots_of, write_report
 from experiments.plotting.captions import findings, missing_lines
 from experiments.plotting.page import save
+from experiments.plotting.paper_page import write_pages
 from experiments.plotting.report import Run
-from experiments.plotting.script import add_arguments, read_or_explain
+from experiments.plotting.script import make_parser, read_or_explain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """-> exit code: 0 all is well, 1 a file is broken or foreign, 2 there are no results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, "results at and below it")
+    parser = make_parser(__doc__, "results at and below it")
     parser.add_argument(
         "--runs",
         choices=("all", "own", "project"),
@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     reports = [write_report(mine, output / name) for name, mine in runs.items() if name]
     if found and args.runs != "project":
         reports = [write_report([run for mine in runs.values() for run in mine], output)]
+    papers = [folder for folder in sorted(top.glob("*/paper")) if args.runs != "own"]
+    for folder in papers:
+        print(f"{folder}: {len(list(write_pages(folder)))} files")
     if found:
         print(f"Open {' or '.join(map(str, reports))}: all figures and tables on one page that needs no network.")
         print(findings(found[0].cells))

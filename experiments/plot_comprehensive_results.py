@@ -36,8 +36,9 @@ def draw(results: Results) -> list[Drawing]:
     """All figures of this script."""
     drawings = []
     for (mode, dataset), cells in results.cells.groupby(["mode", "dataset"]):
+        words = f", {MODE_LABELS[mode]}" if mode else ""
         keys = [key for key in MATRIX if cells[key].notna().any()]
-        figure = bar_figure(cells, keys, MODE_LABELS.get(mode, ""), [memory_note(cells)])
+        figure = bar_figure(cells, keys, f"All metrics{words}", [memory_note(cells)])
         name = f"comprehensive_{dataset}{f'_{mode}' if mode else ''}"
         drawings.append(Drawing(name, figure, missing_lines(cells, keys)))
     return [*drawings, *draw_kernel_ratio(results)]
@@ -47,7 +48,7 @@ def draw_kernel_ratio(results: Results) -> list[Drawing]:
     """What the kernel switch is for; nothing to show where all results have one backend."""
     stated = results.cells[results.cells["stated"].astype(bool)]
     others = stated[stated["backend"] != REFERENCE_BACKEND]
-    note = "above the line: the kernel that the legend names is faster than math"
+    note = "right of the line: the kernel that the legend names is faster than math"
     figure = bar_figure(others, RATIOS, "Time with math / time with another kernel", [note])
     lines = missing_lines(others, RATIOS) if figure else []
     if len(stated) and not figure:
@@ -56,4 +57,4 @@ def draw_kernel_ratio(results: Results) -> list[Drawing]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(draw, __doc__.splitlines()[0]))
+    sys.exit(main(draw, __doc__))

@@ -40,4 +40,4 @@ def draw(results: Results) -> list[Drawing]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(draw, __doc__.splitlines()[0]))
+    sys.exit(main(draw, __doc__))

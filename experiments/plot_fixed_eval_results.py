@@ -42,10 +42,11 @@ def draw(results: Results) -> list[Drawing]:
             notes = [] if METRICS[key].reference is None else ["line: the baseline with the same backend"]
             figure = bar_figure(rows, [key], METRICS[key].title + words, notes)
             drawings.append(Drawing(f"fixed_eval_{name}{suffix}", figure, missing_lines(rows, [key])))
-        figure = bar_figure(cells, SUMMARY, f"Quality and speed at a glance{words}")
+        title = "Quality and speed at a glance" if cells["perplexity"].notna().any() else "Speed at a glance"
+        figure = bar_figure(cells, SUMMARY, f"{title}{words}")
         drawings.append(Drawing(f"fixed_eval_summary{suffix}", figure))
     return drawings
 
 
 if __name__ == "__main__":
-    sys.exit(main(draw, __doc__.splitlines()[0]))
+    sys.exit(main(draw, __doc__))

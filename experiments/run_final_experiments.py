@@ -44,7 +44,7 @@ def build_parser() -> OneLineParser:
     add_options(parser, "which experiments", which)
     add_options(parser, "output and how it is run", ("output_dir", "save_token_nll", "force", "dry_run", "progress"))
     ray = ("launcher", "ray_address", "gpus_per_cell", "cpus_per_cell", "gpu_type", "retries")
-    add_options(parser, "where cells run (ray: pip install 'streaming-llm[cluster]')", ray)
+    add_options(parser, "where cells run (ray: pip install -e '.[cluster]')", ray)
     return parser
 
 

@@ -191,7 +191,7 @@ def make_executor(config: ExperimentConfig):
     except ImportError as error:
         raise SetupError(
             f"--launcher ray needs the package ray, which cannot be imported ({error}): "
-            "pip install '.[cluster]' in the checkout"
+            "pip install -e '.[cluster]' in the checkout"
         ) from None
 
 

@@ -29,7 +29,7 @@ def _run() -> int:
         from lm_eval.utils import setup_logging
     except ImportError as error:
         raise SetupError(
-            f"lm-evaluation-harness cannot be imported ({error}): pip install '.[lm-eval]' in the checkout"
+            f"lm-evaluation-harness cannot be imported ({error}): pip install -e '.[lm-eval]' in the checkout"
         ) from None
     import torch
 

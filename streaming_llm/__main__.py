@@ -1,4 +1,4 @@
-"""``python -m streaming_llm [MODEL]``: what runs here, in one screen, for bug reports; and whether a model streams."""
+"""``python -m streaming_llm``: what runs here, in one screen, for bug reports; with a model: whether it streams."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import platform
 import textwrap
 import warnings
+from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -88,27 +90,40 @@ def model_report(name: str, streaming: StreamingConfig) -> str:
     Raises:
         ValueError: it does not; says why.
         OSError: there is no such model.
+        ImportError: it is a GGUF file, and the package that reads these is not installed.
     """
-    config = transformers.AutoConfig.from_pretrained(name)
+    path = Path(name)
+    if name.startswith(("/", ".", "~")) and not path.exists():
+        raise OSError("there is no such file or folder")
+    if path.suffix == ".gguf" and path.is_file():
+        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    else:
+        config = transformers.AutoConfig.from_pretrained(name)
     layouts, rotaries = layer_layouts(config, streaming), rotaries_from_config(config)
-    kept = {layout.capacity: layouts.count(layout) for layout in layouts}
-    layers = ", ".join(f"{count} layers keep {slots} tokens" for slots, count in kept.items())
+    kept = Counter((layout.config.n_sink, layout.config.window_size) for layout in layouts)
+    layers = ", ".join(
+        f"{count} layers keep {sinks} sinks + {window} tokens" for (sinks, window), count in kept.items()
+    )
     turned = sorted({rotary.rotary_dim for rotary in rotaries})
     return f"{name} ({config.model_type}) streams: {layers}; rotated dimensions: {', '.join(map(str, turned))}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m streaming_llm", description=__doc__.partition(": ")[2])
-    parser.add_argument("model", nargs="?", help="a model's name on the hub, or its folder")
-    parser.add_argument("--n-sink", type=int, default=StreamingConfig.n_sink)
-    parser.add_argument("--window-size", type=int, default=StreamingConfig.window_size)
+    parser.add_argument("model", nargs="?", help="a model's name on the hub, its folder, or a .gguf file")
+    sizes = {"n_sink": "sinks kept", "window_size": "recent tokens kept"}
+    for key, meaning in sizes.items():
+        default = getattr(StreamingConfig, key)
+        about = f"{meaning}; default: {default}"
+        parser.add_argument(f"--{key.replace('_', '-')}", type=int, default=default, metavar="N", help=about)
     options = parser.parse_args()
-    print(report())
-    if options.model is not None:
-        try:
-            print(model_report(options.model, StreamingConfig(options.n_sink, options.window_size)))
-        except (ValueError, OSError) as error:
-            parser.exit(2, f"{options.model}: {error}\n")
+    if options.model is None:
+        print(report())
+        return 0
+    try:
+        print(model_report(options.model, StreamingConfig(options.n_sink, options.window_size)))
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(2, f"error: {options.model}: {error}\n")
     return 0
 
 

@@ -115,7 +115,7 @@ class CachedStream(Cache):
         self.progress.move(distance)
 
     def crop(self, max_length: int) -> None:
-        """Forget the last tokens: as many as the cache has not evicted others for, and one in any case.
+        """Forget the last tokens: as many as the cache has not evicted others for, and the last that was fed.
 
         Transformers has changed what it passes from the length that remains to the number of tokens to remove, as a
         negative number or zero. Both are understood: zero removes none, and :meth:`reset` forgets them all.
@@ -133,8 +133,9 @@ class CachedStream(Cache):
         length = max_length - offset if max_length > 0 else seen + max_length
         if length >= seen:
             return
-        # What the last token overwrote had just left the window, so that one step back is always exact.
-        has_evicted = seen - length > 1 and any(seen > layer.layout.capacity for layer in self.layers)
+        # What the last token overwrote had just left the window, so that one step back is always exact, and no more.
+        written = seen + self.progress.taken_back
+        has_evicted = written - length > 1 and any(written > layer.layout.capacity for layer in self.layers)
         if length < 0 or has_evicted:
             raise ValueError(
                 f"cannot go back from {seen} to {length} tokens: a streaming cache has evicted the tokens "

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from .config import StreamingConfig
-from .generate_arguments import Prompt
+from .generate_arguments import refuse_arguments, take_prompt
+from .kv_cache import StreamingKVCache
 from .model import StreamingLLMWrapper
 
 
@@ -33,8 +35,9 @@ def streaming_generate(
 
         model.generate(**inputs, custom_generate=streaming_generate, n_sink=4, window_size=1020)
 
-    Takes everything else that ``model.generate`` takes: sampling, beams, streamers, padded prompts. What an engine
-    records is recorded anew in each call; :class:`~streaming_llm.StreamingLLMWrapper` keeps it.
+    Takes sampling, beams, padded prompts, processors and criteria. What an engine records is recorded anew in each
+    call; :class:`~streaming_llm.StreamingLLMWrapper` keeps it. Transformers hands a function neither ``streamer`` nor
+    ``assistant_model`` (seen in 5.2), and a streamer would then wait for ever: these too need the wrapper.
 
     Args:
         n_sink, window_size, config, engine: see :class:`~streaming_llm.StreamingLLMWrapper`.
@@ -48,14 +51,17 @@ def streaming_generate(
         ValueError: the model cannot stream, or an argument would not stream exactly.
     """
     rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    name = "input_ids" if model_kwargs.get("inputs_embeds") is None else "inputs_embeds"
-    tokens = (input_ids if name == "input_ids" else model_kwargs[name])[::rows]
-    mask = model_kwargs.get("attention_mask")
-    mask = None if mask is None or bool(mask.all()) else mask[::rows].bool()
-    prompt = Prompt(name, tokens, mask, [0] * len(tokens))
-    decode = model._beam_search if (generation_config.num_beams or 1) > 1 else model._sample
-    model_kwargs.pop("past_key_values", None)
+    given = {name: model_kwargs.get(name) for name in ("inputs_embeds", "attention_mask")}
+    given = {name: x[::rows] for name, x in {"input_ids": input_ids, **given}.items() if x is not None}
+    decode = _way_of_decoding(model, generation_config)
+    its_cache = model_kwargs.pop("past_key_values", None)  # an empty one that generate() has made
+    if isinstance(its_cache, StreamingKVCache) or (its_cache is not None and its_cache.get_seq_length()):
+        raise ValueError("past_key_values: a stream that is to be continued needs StreamingLLMWrapper.generate")
+    settings = {"generation_config": generation_config, "use_cache": model_kwargs.get("use_cache")}
     with StreamingLLMWrapper(model, n_sink, window_size, engine, config=config) as stream:
+        cache = stream.new_cache()
+        refuse_arguments(model, cache, False, settings)
+        prompt = take_prompt(None, given, cache, False)
         return stream.run_generation(
             lambda view: decode(
                 input_ids,
@@ -66,8 +72,25 @@ def streaming_generate(
                 streamer=streamer,
                 **(model_kwargs | {"past_key_values": view, "use_cache": True}),
             ),
-            stream.new_cache(),
+            cache,
             prompt,
             rows,
-            {"generation_config": generation_config},
+            settings,
         )
+
+
+def _way_of_decoding(model: Any, generation_config: GenerationConfig) -> Any:
+    """The model's method for what is asked for.
+
+    Raises:
+        ValueError: it is none that a stream is decoded with here.
+    """
+    mode = generation_config.get_generation_mode()
+    if mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return model._sample
+    if mode in (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE):
+        return model._beam_search
+    raise ValueError(
+        f"custom_generate=streaming_generate decodes greedily, by sampling or with beams, and {mode.value} was asked "
+        "for: use StreamingLLMWrapper.generate, which says what it takes"
+    )

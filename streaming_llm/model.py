@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .attachment import Attachment, foreign_hooks
 from .config import StreamingConfig
 from .engines import resolve_block_engine, resolve_engine
-from .engines.blocks import block_forward, feed
+from .engines.blocks import block_forward
 from .engines.pool import EnginePool
 from .families import last_logits, transformers_model
 from .generate_arguments import Prompt, expand_size_of, is_drafting, refuse_arguments, setting, take_prompt
@@ -211,8 +211,7 @@ class StreamingLLMWrapper:
 
     def _feed_best(self, prompt: Prompt, cache: StreamingKVCache, sequences: Tensor) -> None:
         """What a cache that has seen all but the last of the prompt lacks of all but the last of the best sequence."""
-        last = torch.stack([row[-1:] for row in prompt.unseen()])
-        feed(self.model, cache, last, forward=self._block)
+        feed_rows(self.model, cache, [row[-1:] for row in prompt.unseen()], forward=self._block)
         n_repeated = prompt.length if prompt.name == "input_ids" else 0  # generate() returns ids alone
         if sequences.shape[1] > n_repeated + 1:
-            feed(self.model, cache, sequences[:, n_repeated:-1], forward=self._block)
+            feed_rows(self.model, cache, list(sequences[:, n_repeated:-1]), forward=self._block)

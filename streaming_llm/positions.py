@@ -81,11 +81,13 @@ class Progress:
     Attributes:
         seen: tokens fed, for each row; a single entry where all rows are equally far.
         offset: position of the first token, likewise.
+        taken_back: tokens, at most, that a row was fed and is now without: their slots have been written, and what
+            these held is gone.
         version: grows with every change, so that what was derived from an earlier state can be told.
     """
 
     def __init__(self) -> None:
-        self.version = 0
+        self.version = self.taken_back = 0
         self.set((0,), (0,))
 
     def set(self, seen: Iterable[int], offset: Iterable[int]) -> None:
@@ -93,6 +95,8 @@ class Progress:
         self.seen, self.offset = tuple(seen), tuple(offset)
         if len(set(zip(self.seen, self.offset, strict=True))) == 1:
             self.seen, self.offset = self.seen[:1], self.offset[:1]
+        if not any(self.seen):
+            self.taken_back = 0
         self.version += 1
 
     @property
@@ -113,12 +117,14 @@ class Progress:
     def advance(self, n_tokens: int) -> None:
         """Every stream has been fed ``n_tokens`` more."""
         self.seen = tuple(n + n_tokens for n in self.seen)
+        self.taken_back = max(0, self.taken_back - n_tokens)
         self.version += 1
 
     def take_back(self, n_tokens: Iterable[int]) -> None:
         """Each row has been fed so many tokens less."""
         n_tokens = list(n_tokens)
         rows = self.of_rows(len(n_tokens))
+        self.taken_back += max(n_tokens)
         self.set((seen - n for (seen, _), n in zip(rows, n_tokens, strict=True)), (offset for _, offset in rows))
 
     def move(self, distance: int) -> None:

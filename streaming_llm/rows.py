@@ -54,14 +54,15 @@ def feed_rows(
     """Feed each row its own tokens; see :func:`streaming_llm.engines.blocks.feed`.
 
     Args:
-        rows: ids ``[n]``, or embeddings ``[n, hidden]``, for each row of the cache.
+        rows: ids ``[n]``, or embeddings ``[n, hidden]``, for each row of the cache; not all of them empty.
 
     Returns:
-        The final hidden state of each row's last token, ``[batch, 1, hidden]``.
+        The final hidden state of each row's last token, ``[batch, 1, hidden]``; rows that are fed nothing have none.
     """
     n_rows, progress = len(rows), cache.progress.of_rows(len(rows))
     groups = alike([(len(row), *of_row) for row, of_row in zip(rows, progress, strict=True)])
-    if len(groups) == 1:
+    groups = [group for group in groups if len(rows[group[0]])]  # few models take a block without a token
+    if len(groups[0]) == n_rows:
         return feed(model, cache, torch.stack(list(rows)), block_size, forward)
     hidden: dict[int, Tensor] = {}
     for group in groups:
@@ -70,4 +71,4 @@ def feed_rows(
         cache.put_rows(group, part, n_rows)
         for index, state in zip(group, last, strict=True):
             hidden[index] = state
-    return torch.stack([hidden[index] for index in range(n_rows)])
+    return torch.stack([hidden[index] for index in sorted(hidden)])

@@ -47,6 +47,8 @@ class SaveableCache(CachedStream):
             "slots": [layer.keys.shape[2] if n_seen else 0 for layer in self.layers],
         }
         tensors = {f"{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.state().items()}
+        if self.progress.taken_back:
+            facts["taken_back"] = self.progress.taken_back
         if self.recurrent is not None:
             states = self.recurrent.value
             facts["recurrent"] = states.marks
@@ -84,6 +86,7 @@ class SaveableCache(CachedStream):
             own = {name: x.to(devices[0], dtype, copy=True) for name, x in own.items()}
             self.recurrent.value = States(own, state.facts.get("recurrent", {}))
         self.progress.set(state.seen, state.offset)
+        self.progress.taken_back = state.facts.get("taken_back", 0)
         self.set_pending(state.tensors.get("pending"))
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:

@@ -33,7 +33,7 @@ class OverwrittenSlots:
     """
 
     def __init__(self, cache: StreamingKVCache, n_tokens: int) -> None:
-        self._n_tokens = n_tokens
+        self._n_tokens, self._taken_back = n_tokens, cache.progress.taken_back
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # per layer: slots, keys, values
         self._start = [0]
         if cache.batch_size is None or not cache.n_seen:
@@ -77,3 +77,4 @@ class OverwrittenSlots:
             layer.keys[at[0], :, slots[at]] = keys[at]
             layer.values[at[0], :, slots[at]] = values[at]
         cache.take_back(n_tokens)
+        cache.progress.taken_back = self._taken_back  # their slots are as they were

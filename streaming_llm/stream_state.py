@@ -41,8 +41,8 @@ class StreamState:
         facts: JSON values. Of which cache: ``model`` (see ``MODEL_FACTS``), ``n_sink``, ``window_size``, ``rotary``
             (the rotations that occur), ``rotary_of_layer``; where layers differ ``windows`` (of each), and
             ``sliding_layers`` unless it is ``auto``. Where: ``n_seen`` and ``position_offset`` (a list of each row's
-            where rows are not equally far), ``dtype`` (of an empty stream ``None``), ``slots`` (allocated in each
-            layer; the first of them are stored).
+            where rows are not equally far), ``taken_back`` unless it is 0, ``dtype`` (of an empty stream ``None``),
+            ``slots`` (allocated in each layer; the first of them are stored).
         tensors: ``<layer>.keys`` and ``<layer>.values`` ``[batch, num_kv_heads, n_stored, head_dim]`` and, once the
             sinks have moved, ``<layer>.sink_keys`` ``[batch, num_kv_heads, n_sink, head_dim]``; ``pending``
             ``[batch]`` where :attr:`StreamingKVCache.pending` is known. Those of a cache's state are views.

@@ -29,21 +29,12 @@ def make_neox(dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed:
     torch.manual_seed(seed)
     config = GPTNeoXConfig(
         **{
-            "vocab_size": 101,
-            "hidden_size": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "intermediate_size": 128,
-            "max_position_embeddings": 128,
-            "rotary_pct": 0.5,
-            "initializer_range": 0.12,
-            "use_parallel_residual": True,
-            "bos_token_id": 0,
-            "eos_token_id": None,
-            "pad_token_id": None,
+            "vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "intermediate_size": 128, "max_position_embeddings": 128, "rotary_pct": 0.5, "initializer_range": 0.12,
+            "use_parallel_residual": True, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": None,
             **changes,
         }
-    )
+    )  # fmt: skip
     config._attn_implementation = attention
     model = GPTNeoXForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
@@ -63,6 +54,14 @@ def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("the shared data folder is not there")
     return SHARED / "data"
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A model folder, texts and an output folder, for tests of the evaluation."""
+    from evaluation_support import World
+
+    return World(tmp_path)
 
 
 @pytest.fixture

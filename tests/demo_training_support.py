@@ -15,15 +15,9 @@ SCRIPT = ROOT / "scripts" / "train_demo_model.py"
 sys.path.insert(0, str(SCRIPT.parent))  # as Python does when the script is run
 
 TINY = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "intermediate_size": 64,
-    "context_length": 32,
-    "batch_size": 4,
-    "steps": 40,
-}
+    "vocab_size": 300, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64,
+    "context_length": 32, "batch_size": 4, "steps": 40,
+}  # fmt: skip
 
 
 def make_text(words: int, seed: int = 0) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 from conftest import make_neox
@@ -40,6 +42,18 @@ def make_text(path: Path, text: str = TEXT) -> Path:
     return path
 
 
+def error_line(call: Callable[[], int], capsys) -> str:
+    """What a command line says that ends with exit code 2: one line, which begins with ``error: ``."""
+    capsys.readouterr()
+    try:
+        code = call()
+    except SystemExit as stopped:
+        code = stopped.code
+    message = capsys.readouterr().err
+    assert (code, message.count("\n"), message[:7]) == (2, 1, "error: "), message
+    return message
+
+
 class World:
     """A model folder, two texts and an output folder; runs configurations and keeps what was said."""
 
@@ -52,22 +66,11 @@ class World:
 
     def config(self, **changes) -> ExperimentConfig:
         options = {
-            "model": str(self.model),
-            "datasets": [str(self.texts[0])],
-            "methods": ["baseline", "streaming"],
-            "attn_backend_list": ["math"],
-            "n_sink": 2,
-            "window_size": 14,
-            "max_eval_tokens": 40,
-            "ablation_tokens": 60,
-            "ablation_window_sizes": [8, 80],
-            "ablation_n_sinks": [0, 2],
-            "decode_sample": 4,
-            "warmup_steps": 1,
-            "only": "main",
-            "output_dir": self.output,
-            "device": "cpu",
-        }
+            "model": str(self.model), "datasets": [str(self.texts[0])], "methods": ["baseline", "streaming"],
+            "attn_backend_list": ["math"], "n_sink": 2, "window_size": 14, "max_eval_tokens": 40,
+            "ablation_tokens": 60, "ablation_window_sizes": [8, 80], "ablation_n_sinks": [0, 2],
+            "decode_sample": 4, "warmup_steps": 1, "only": "main", "output_dir": self.output, "device": "cpu",
+        }  # fmt: skip
         return ExperimentConfig(**{**options, **changes})
 
     def run(self, **changes):
@@ -80,6 +83,9 @@ class World:
 
     def lines(self, start: str) -> list[str]:
         return [line for line in self.said if line.startswith(start)]
+
+    def result(self, name: str = "final/one_main_backend-math.json") -> dict:
+        return json.loads((self.root / name).read_text())
 
     def files(self, pattern: str = "**/*.json") -> list[str]:
         return sorted(p.relative_to(self.root).as_posix() for p in self.root.glob(pattern))

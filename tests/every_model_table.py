@@ -5,7 +5,6 @@ python tests/every_model_table.py
 
 from __future__ import annotations
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 import transformers
 from every_model import VOCAB, model_types, tiny_model
 from streamed_reference import streamed_logits
+from streams import forward_in_blocks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CONFIG_MAPPING
 
@@ -27,11 +27,8 @@ KERNELS = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
 OWN_REFERENCE = "against a reference of its own (tests/test_families.py)"
 
 
-@torch.no_grad()
 def in_blocks(model, cache: StreamingKVCache, cuts) -> torch.Tensor:
-    """Logits of the ids fed in blocks that end at ``cuts``."""
-    blocks = [IDS[:, a:b] for a, b in itertools.pairwise(cuts)]
-    return torch.cat([model(input_ids=x, past_key_values=cache, use_cache=True).logits for x in blocks], dim=1)
+    return forward_in_blocks(model, cache, IDS, cuts)
 
 
 def block_cuts(model) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from streaming_llm.families import supported_families
+
 VOCAB = 64
 LENGTH = 330
 POSITIONS = 160
@@ -18,18 +20,10 @@ SLIDING = 64
 """Sliding window of the model's own, where a family has one."""
 
 _COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": POSITIONS,
-    "initializer_range": 0.15,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": POSITIONS, "initializer_range": 0.15,
+    "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
 GQA = {"num_key_value_heads": 2}
 MQA = {"num_key_value_heads": 1}
 WIDE = {"head_dim": 12}
@@ -63,10 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-dynamic": ("Llama", {**GQA, **scaled("dynamic", factor=2.0)}),
     "mistral": ("Mistral", {**GQA, "sliding_window": SLIDING}),
     "qwen2": ("Qwen2", GQA),
-    "qwen2-sliding": (
-        "Qwen2",
-        {**GQA, "use_sliding_window": True, "sliding_window": SLIDING, "max_window_layers": 1},
-    ),
+    "qwen2-sliding": ("Qwen2", {**GQA, "use_sliding_window": True, "sliding_window": SLIDING, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {**GQA, **WIDE}),
     "olmo": ("Olmo", GQA),
     "olmo2": ("Olmo2", GQA),
@@ -75,13 +66,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {**GQA, "no_rope_layers": [1, 0]}),
     "granite": (
         "Granite",
-        {
-            **GQA,
-            "attention_multiplier": 0.2,
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.7,
-            "logits_scaling": 2.5,
-        },
+        {**GQA, "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.7}
+        | {"logits_scaling": 2.5},
     ),
     "stablelm": ("StableLm", {**GQA, "use_qkv_bias": True}),
     "stablelm-parallel": ("StableLm", {**GQA, "use_parallel_residual": True, "qk_layernorm": True}),
@@ -90,40 +76,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3", {**GQA, "sliding_window": SLIDING}),
     "phi3-longrope": (
         "Phi3",
-        {
-            **GQA,
-            "sliding_window": None,
-            "original_max_position_embeddings": ORIGINAL,
-            **LONGROPE,
-        },
+        {**GQA, "sliding_window": None, "original_max_position_embeddings": ORIGINAL, **LONGROPE},
     ),
     "gemma": ("Gemma", {**MQA, **WIDE}),
     "gemma2": (
         "Gemma2",
-        {
-            **GQA,
-            **WIDE,
-            **BOTH_LAYERS,
-            "query_pre_attn_scalar": 20,
-            "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 3.0,
-        },
+        {**GQA, **WIDE, **BOTH_LAYERS, "query_pre_attn_scalar": 20}
+        | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     ),
     "gemma2-uncapped": ("Gemma2", {**GQA, **WIDE, **BOTH_LAYERS, "attn_logit_softcapping": None}),
-    "gemma3": (
-        "Gemma3",
-        {**GQA, **WIDE, **BOTH_LAYERS, "query_pre_attn_scalar": 20, "initializer_range": 0.1},
-    ),
+    "gemma3": ("Gemma3", {**GQA, **WIDE, **BOTH_LAYERS, "query_pre_attn_scalar": 20, "initializer_range": 0.1}),
     "gptj": (
         "GPTJ",
-        {
-            "n_embd": 32,
-            "n_layer": 2,
-            "n_head": 4,
-            "n_inner": 48,
-            "rotary_dim": 4,
-            "n_positions": POSITIONS,
-        },
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "rotary_dim": 4, "n_positions": POSITIONS},
     ),
     "falcon": ("Falcon", {"multi_query": True, "parallel_attn": True, "bias": False}),
     "falcon-new": (
@@ -147,19 +112,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> prefix of the classes, and what differs from ``_COMMON``."""
 
 TEXT_CONFIGS = {"Gemma3": "Gemma3TextConfig"}
-NAMES_OF_GPTJ = {
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-}
+SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
+"""What GPT-J has by other names."""
 
 
 def make_config(case: str, attention: str = "sdpa", **changes: Any):
     """The configuration of a case."""
     prefix, differences = CASES[case]
-    common = {k: v for k, v in _COMMON.items() if prefix != "GPTJ" or k not in NAMES_OF_GPTJ}
+    common = {k: v for k, v in _COMMON.items() if prefix != "GPTJ" or k not in SIZES}
     config_class = getattr(transformers, TEXT_CONFIGS.get(prefix, f"{prefix}Config"))
     config = config_class(**{**common, **differences, **changes})
     config._attn_implementation = attention if takes_sdpa(case) else "eager"
@@ -212,3 +172,7 @@ def available(case: str) -> bool:
 def takes_sdpa(case: str) -> bool:
     """Whether Transformers offers the family of a case with SDPA: GPT-J never, Gemma 2 no longer."""
     return getattr(transformers, f"{CASES[case][0]}ForCausalLM")._supports_sdpa
+
+
+HERE = [case for case in CASES if available(case) and make_config(case).model_type in supported_families()]
+"""Cases that the installed Transformers has, in a form that streams."""

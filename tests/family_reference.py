@@ -251,8 +251,8 @@ FAMILIES: dict[str, Family] = {
 class _Attention:
     """One layer's cache of un-rotated keys, and attention of the next token over it."""
 
-    def __init__(self, block: Block, n_sink: int, window_size: int, keep: bool) -> None:
-        self.block, self.n_sink, self.kept = block, n_sink, n_sink + window_size
+    def __init__(self, block: Block, sizes: tuple[int, int], keep: bool, gapped: bool, given: Tensor | None) -> None:
+        self.block, self.n_sink, self.kept, self.gapped = block, sizes[0], sum(sizes), gapped
         config, family = block.config, block.family
         types = getattr(config, "layer_types", None) or ["full_attention"] * (block.index + 1)
         layer_type = types[block.index]
@@ -260,13 +260,12 @@ class _Attention:
             self.n_sink, self.kept = 0, config.sliding_window - 1
         dim = 0 if family.unrotated(config, block.index) else family.rotary_dim(config)
         if config.model_type == "gptj":
-            self.frequency, self.factor = (10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)), 1.0
-            self.frequency = self.frequency.float().double()
-        else:
-            self.frequency, self.factor = frequencies(config, layer_type, dim)
+            given = (10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)).float().double()
+        self.frequency, self.factor = frequencies(config, layer_type, dim) if given is None else (given, 1.0)
         self.turned = slice(0, dim)
         self.cap = getattr(config, "attn_logit_softcapping", None)
         self.cache: list[tuple[Tensor, Tensor]] = []
+        self.in_stream: list[int] = []
 
     def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
         x = rotated(x, positions, self.frequency, self.block.family.neighbours)
@@ -277,12 +276,13 @@ class _Attention:
     def __call__(self, x: Tensor) -> Tensor:
         block = self.block
         q, k, v = block.family.qkv(block, x)  # [batch, heads, head_dim]
+        self.in_stream.append(self.in_stream[-1] + 1 if self.in_stream else 0)
         if len(self.cache) > self.kept:
-            del self.cache[self.n_sink]
+            del self.cache[self.n_sink], self.in_stream[self.n_sink]
         self.cache.append((k, v))
         keys, values = (torch.stack(part, dim=2) for part in zip(*self.cache, strict=True))
-        n = len(self.cache)
-        keys, q = self.rotated(keys, torch.arange(n)), self.rotated(q.unsqueeze(2), torch.tensor([n - 1]))
+        positions = torch.tensor(self.in_stream) if self.gapped else torch.arange(len(self.cache))
+        keys, q = self.rotated(keys, positions), self.rotated(q.unsqueeze(2), positions[-1:])
         groups = q.shape[1] // keys.shape[1]
         keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
         scores = q @ keys.transpose(2, 3) * block.family.score_scale(block.config)
@@ -293,11 +293,16 @@ class _Attention:
 
 
 @torch.no_grad()
-def family_reference_logits(model, input_ids: Tensor, n_sink: int, window_size: int, keep: bool = True) -> Tensor:
+def family_reference_logits(
+    model, input_ids: Tensor, n_sink: int, window_size: int, keep: bool = True, *, gapped: bool = False,
+    frequency: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Float64 logits ``[batch, length, vocab]`` of ``input_ids`` ``[batch, length]`` fed one by one.
 
     Args:
         keep: layers with a window of their own stay as they are, where other layers see everything.
+        gapped: kept tokens stay at their positions in the stream.
+        frequency: in place of those that the configuration gives.
     """
     config = model.config.get_text_config(decoder=True)
     family = FAMILIES[config.model_type]
@@ -305,7 +310,7 @@ def family_reference_logits(model, input_ids: Tensor, n_sink: int, window_size: 
     top = Block(weights, config, family, "")
     output_layer = next(name for name in ("lm_head", "embed_out") if f"{name}.weight" in weights)
     blocks = [Block(weights, config, family, f"{family.layers}.{i}.", i) for i in range(config.num_hidden_layers)]
-    attentions = [_Attention(block, n_sink, window_size, keep) for block in blocks]
+    attentions = [_Attention(block, (n_sink, window_size), keep, gapped, frequency) for block in blocks]
     logits = []
     for token in input_ids.T:
         x = F.embedding(token, weights[f"{family.embed}.weight"]) * family.embed_scale(config)

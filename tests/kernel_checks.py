@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from called_recordings import Called, called  # noqa: F401 - a fixture
 from family_models import SLIDING, VOCAB, available, make_family
-from family_reference import family_reference_logits
+from family_reference import family_reference_logits, rotated
 from packed_weights import KINDS, quantise_, quantised
-from reference import rotated
 from transformers import DynamicCache
 
 from streaming_llm import StreamingDecoder, fused, score_stream
@@ -85,7 +84,7 @@ TILES = [(4, 32, 2), (2, 128, 8)]
 def tiles(request, monkeypatch) -> None:
     """Every kernel with a small tile in place of its own."""
     rows, columns, ahead = request.param
-    for tile in (*gemv.TILE_OF_NORM.values(), *gemv.TILE_OF_SUM.values()):
+    for tile in (*gemv.TILE_OF_NORM.values(), *gemv.TILE_OF_FEW_ROWS.values(), *gemv.TILE_OF_SUM.values()):
         for name, value in {"BLOCK_R": rows, "BLOCK_K": columns, "AHEAD": ahead}.items():
             monkeypatch.setitem(tile, name, value)
 
@@ -139,26 +138,49 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) ->
 
 
 NORMS = ["none", "layer", "bare", "rms", "rms+1"]
+PACKED = ["int8", "int4 by 16", "int4 by 64"]
+COLUMNS = {"plain": HIDDEN} | dict.fromkeys(PACKED, 192)
+"""By how weights are stored; 192 is no multiple of every tile, and three groups of 64."""
+
+
+def stored_as(kind: str, columns: int, rows: int, bias: bool = True) -> tuple[Linear, Linear]:
+    """A matrix, packed unless it is ``plain``; and what it stands for."""
+    if kind == "plain":
+        return (linear(columns, rows, bias),) * 2
+    weight, of_rows = (
+        quantised(randn(rows, columns) / columns**0.5 + 0.01, *KINDS[kind]),
+        randn(rows) if bias else None,
+    )
+    return Linear(stored(weight), of_rows), Linear(weight.exact, of_rows)
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("kind", NORMS)
-@pytest.mark.parametrize(("rows", "bias"), [((54,), True), ((33, 12, 9), False), ((20, 6, 6), True)])
-def test_norm_and_matrices(rows, bias, kind):
-    x, first, layers = randn(HIDDEN) * 3 + 1, norm(kind), tuple(linear(HIDDEN, n, bias) for n in rows)
-    expected = torch.cat([exact(layer, exact(first, x)) for layer in layers])
+@pytest.mark.parametrize(
+    ("kind", "rows", "bias", "given"),
+    [("plain", *rows, given) for rows in (((54,), True), ((33, 12, 9), False), ((20, 6, 6), True)) for given in NORMS]
+    + [(kind, (33, 12, 9), True, given) for kind in PACKED for given in ("none", "layer", "rms")],
+)
+def test_norm_and_matrices(kind, rows, bias, given):
+    x, first = randn(COLUMNS[kind]) * 3 + 1, norm(given, COLUMNS[kind])
+    layers, plain = zip(*(stored_as(kind, COLUMNS[kind], n, bias) for n in rows), strict=True)
     out = torch.full((sum(rows),), torch.nan, device=DEVICE)
     gemv.norm_gemv(x, first, layers, out)
-    close(out, expected)
+    close(out, torch.cat([exact(layer, exact(first, x)) for layer in plain]))
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("gated", [False, True])
-def test_the_first_half_of_an_mlp(gated, activation):
-    x, first = randn(HIDDEN) * 3 + 1, norm("rms")
-    layers = tuple(linear(HIDDEN, 13) for _ in range(1 + gated))
-    outputs, act = [exact(layer, exact(first, x)) for layer in layers], ACTIVATIONS[activation]
+@pytest.mark.parametrize(
+    ("kind", "gated", "together", "activation"),
+    [("plain", gated, False, activation) for gated in (False, True) for activation in ACTIVATIONS]
+    + [(kind, True, together, "silu") for kind in PACKED for together in (False, True)],
+)
+def test_the_first_half_of_an_mlp(kind, gated, together, activation):
+    x, first = randn(COLUMNS[kind]) * 3 + 1, norm("rms", COLUMNS[kind])
+    if together:
+        layers, plain = (both.halves() for both in stored_as(kind, COLUMNS[kind], 26))
+    else:
+        layers, plain = zip(*(stored_as(kind, COLUMNS[kind], 13) for _ in range(1 + gated)), strict=True)
+    outputs, act = [exact(layer, exact(first, x)) for layer in plain], ACTIVATIONS[activation]
     expected = act(outputs[0]) * outputs[1] if gated else act(outputs[0])
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 2e-2)):
         out = torch.full((13,), torch.nan, device=DEVICE, dtype=dtype)
@@ -194,69 +216,33 @@ def test_outputs_are_limited(how, change):
 
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("two", [True, False])
-@pytest.mark.parametrize(("residuals", "multiplier"), [(0, 1.0), (1, 1.0), (2, 1.0), (2, 0.22)])
-def test_sum_of_products(two, residuals, multiplier):
-    pairs = [(linear(40, 54), randn(40)), (linear(HIDDEN, 54, bias=residuals == 1), randn(HIDDEN))]
-    added, out = [randn(54) for _ in range(residuals)], torch.full((54,), torch.nan, device=DEVICE)
+@pytest.mark.parametrize(
+    ("kind", "residuals", "multiplier"),
+    [
+        ("plain", 0, 1.0),
+        ("plain", 1, 1.0),
+        ("plain", 2, 1.0),
+        ("plain", 2, 0.22),
+        *((kind, 1, 0.22) for kind in PACKED),
+    ],
+)
+def test_sum_of_products(kind, residuals, multiplier, two):
+    columns = (40 if kind == "plain" else 64, COLUMNS[kind])[: 1 + two]
+    made = [stored_as(kind, n, 54, i == 0 or residuals == 1) for i, n in enumerate(columns)]
+    given, added = [randn(n) for n in columns], [randn(54) for _ in range(residuals)]
+    pairs, out = [(layer, x) for (layer, _), x in zip(made, given, strict=True)], randn(54) * torch.nan
     gemv.gemv_sum(pairs[0], pairs[1] if two else None, out, *added, multiplier=multiplier)
-    used = pairs if two else pairs[:1]
-    close(out, multiplier * sum(exact(layer, x) for layer, x in used) + sum(x.double() for x in added))
+    products = sum(exact(plain, x) for (_, plain), x in zip(made, given, strict=True))
+    close(out, multiplier * products + sum(x.double() for x in added))
 
 
-PACKED_COLUMNS, SMALL_KINDS = 192, ["int8", "int4 by 16", "int4 by 64"]
-"""No multiple of every tile, and three groups of 64."""
-
-
-def packed(columns: int, rows: int, kind: str) -> tuple[Linear, Linear]:
-    """A matrix with a bias, packed; and what it stands for."""
-    weight = quantised(randn(rows, columns) / columns**0.5 + 0.01, *KINDS[kind])
-    bias = randn(rows)
-    return Linear(stored(weight), bias), Linear(weight.exact, bias)
-
-
-@pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("given", ["none", "layer", "rms"])
-@pytest.mark.parametrize("kind", SMALL_KINDS)
-def test_norm_and_packed_matrices(kind, given):
-    x, first = randn(PACKED_COLUMNS) * 3 + 1, norm(given, PACKED_COLUMNS)
-    layers, plain = zip(*(packed(PACKED_COLUMNS, rows, kind) for rows in (33, 12, 9)), strict=True)
-    out = torch.full((54,), torch.nan, device=DEVICE)
-    gemv.norm_gemv(x, first, layers, out)
-    close(out, torch.cat([exact(layer, exact(first, x)) for layer in plain]))
-
-
-@pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize("kind", SMALL_KINDS)
-def test_the_first_half_of_a_packed_mlp(kind, together):
-    x, first = randn(PACKED_COLUMNS), norm("rms", PACKED_COLUMNS)
-    if together:
-        both, plain = packed(PACKED_COLUMNS, 26, kind)
-        layers, expected = both.halves(), plain.halves()
-    else:
-        layers, expected = zip(*(packed(PACKED_COLUMNS, 13, kind) for _ in range(2)), strict=True)
-    out = torch.full((13,), torch.nan, device=DEVICE)
-    gemv.norm_gemv(x, first, layers, out, activation="silu", gated=True)
-    gate, up = (exact(layer, exact(first, x)) for layer in expected)
-    close(out, F.silu(gate) * up)
-
-
-@pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("two", [True, False])
-@pytest.mark.parametrize("kind", SMALL_KINDS)
-def test_sum_of_packed_products(kind, two):
-    given = [(packed(columns, 54, kind), randn(columns)) for columns in (64, PACKED_COLUMNS)[: 1 + two]]
-    residual, out = randn(54), torch.full((54,), torch.nan, device=DEVICE)
-    pairs = [(layer, x) for (layer, _), x in given]
-    gemv.gemv_sum(pairs[0], pairs[1] if two else None, out, residual, multiplier=0.22)
-    close(out, residual.double() + 0.22 * sum(exact(plain, x) for (_, plain), x in given))
-
-
+@pytest.mark.parametrize("few", [0, 12288])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["int8", "int4 by 128"])
-def test_packed_products_by_the_tiles_that_are_used(kind, dtype):
-    columns = 1152  # two tiles and a quarter, nine groups
-    (layer, plain), x, out = packed(columns, 20, kind), randn(columns, dtype=dtype), randn(20) * torch.nan
+def test_packed_products_by_the_tiles_that_are_used(monkeypatch, kind, dtype, few):
+    monkeypatch.setattr(gemv, "FEW_ROWS", few)
+    columns = 2176  # whole tiles and a part of one, seventeen groups
+    (layer, plain), x, out = stored_as(kind, columns, 20), randn(columns, dtype=dtype), randn(20) * torch.nan
     gemv.gemv_sum((layer, x), None, out)
     close(out, exact(plain, x))
     gemv.norm_gemv(x.float(), None, (layer,), out)
@@ -298,7 +284,7 @@ def test_activations(activation, gated):
 @pytest.mark.parametrize("vocab", [101, 5000])
 def test_cross_entropy(vocab):
     logits = randn(7, vocab) * 5
-    targets = torch.randint(vocab, (7,), device=DEVICE)
+    targets = torch.randint(vocab, (7, 3), device=DEVICE)[:, 1]  # the tokens at one place of seven streams
     expected = F.cross_entropy(logits.double(), targets, reduction="none")
     close(elementwise.cross_entropy(logits, targets), expected)
 
@@ -309,12 +295,7 @@ def frequencies(rotary_dim: int) -> torch.Tensor:
 
 def turned(x: torch.Tensor, positions: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """``x`` ``[batch, heads, n, head_dim]`` rotated to ``positions`` ``[n]``, in float64."""
-    rotary_dim, inv_freq = rotary.rotary_dim, rotary.inv_freq.to(x.device)
-    pairs = [*range(0, rotary_dim, 2), *range(1, rotary_dim, 2)] if rotary.interleaved else [*range(rotary_dim)]
-    order = [*pairs, *range(rotary_dim, x.shape[-1])]  # of neighbours, as halves
-    out = torch.empty_like(x, dtype=torch.float64)
-    out[..., order] = rotated(x[..., order].double(), positions, inv_freq)
-    return out
+    return rotated(x.double(), positions, rotary.inv_freq.to(x.device), rotary.interleaved)
 
 
 HEAD_NORMS = ["none", "rms", "rms+1", "layer of each head", "bare", "all"]
@@ -557,13 +538,9 @@ def begin(ring: Ring) -> None:
     assert ring.state.counters.tolist() == [[ring.now, ring.slot(ring.now)]] * ring.batch
 
 
-def tile_of(monkeypatch, attention: Attention, slots: int, parts: int | None = None) -> None:
-    """Have programs take ``slots`` slots at a time, and put ``parts`` parts together at a time."""
-    dim_p = triton.next_power_of_2(attention.head_dim)
-    warps = RingAttention.warps_for(attention.num_heads // attention.num_kv_heads)
-    monkeypatch.setattr(RingAttention, "TILE", slots * dim_p // warps)
-    if parts is not None:
-        monkeypatch.setattr(RingAttention, "PARTIAL", parts * dim_p // warps)
+def short_tiles(monkeypatch) -> None:
+    """Have programs take eight slots at a time, or as few as the matrix units do: small rings have several tiles."""
+    monkeypatch.setattr(RingAttention, "MOST_ROWS", 8)
 
 
 # head_dim, rotary_dim, heads, of keys; batch, n_sink, window_size
@@ -586,7 +563,8 @@ MOMENTS = {
 }
 
 
-def check_ring_attention(ring: Ring) -> None:
+def check_ring_attention(monkeypatch, ring: Ring) -> None:
+    short_tiles(monkeypatch)
     begin(ring)
     kernel = RingAttention(ring.attention, ring.layer.keys, ring.state)
     assert kernel.splits > 1
@@ -605,34 +583,33 @@ def check_ring_attention(ring: Ring) -> None:
 @pytest.mark.parametrize(("sizes", "layout"), SIZES, ids=str)
 def test_ring_attention(monkeypatch, sizes, layout, moment, offset):
     attention = attention_of(*sizes, together=True)
-    tile_of(monkeypatch, attention, 8)
-    check_ring_attention(Ring(attention, layout, moment(*layout[1:]), offset))
+    check_ring_attention(monkeypatch, Ring(attention, layout, moment(*layout[1:]), offset))
 
 
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("moment", ["among the sinks", "one to go", "turned"])
 @pytest.mark.parametrize("how", OTHERS, ids=str)
 def test_ring_attention_of_shared_keys(monkeypatch, how, moment):
-    layout, attention = (2, 10, 15), attention_of(20, 12, 4, 2, **how)  # sinks in more than one tile
-    tile_of(monkeypatch, attention, 8)
-    check_ring_attention(Ring(attention, layout, MOMENTS[moment](*layout[1:]), 5))
+    layout, attention = (2, 20, 29), attention_of(20, 12, 6, 2, **how)  # sinks in more than one tile
+    check_ring_attention(monkeypatch, Ring(attention, layout, MOMENTS[moment](*layout[1:]), 5))
 
 
 @pytest.mark.usefixtures("loops")
 def test_ring_attention_of_more_query_heads_than_a_program_takes(monkeypatch):
     monkeypatch.setattr(ring_attention, "MOST_SHARED", 2)
     attention = attention_of(16, 16, 5, 1)
-    tile_of(monkeypatch, attention, 8)
-    check_ring_attention(Ring(attention, (1, 4, 20), 57, 0))
+    check_ring_attention(monkeypatch, Ring(attention, (1, 4, 40), 97, 0))
 
 
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("moment", ["among the sinks", "one to go", "turned"])
-def test_ring_attention_over_scores_far_below_zero(monkeypatch, moment):
+@pytest.mark.parametrize("heads", [2, 6])
+def test_ring_attention_over_scores_far_below_zero(monkeypatch, heads, moment):
     """What has not been seen, by a part of the ring or by all of it, weighs nothing, not one."""
-    sizes, layout = SIZES[2]
-    attention = attention_of(*sizes, together=True)
-    tile_of(monkeypatch, attention, 8, parts=2)
+    _, layout = SIZES[2]
+    attention = attention_of(80, 20, heads, 2, together=True)
+    short_tiles(monkeypatch)
+    monkeypatch.setattr(RingAttention, "PARTIAL", 1)
     ring = Ring(attention, layout, MOMENTS[moment](*layout[1:]), 0, score=-150.0)
     begin(ring)
     kernel = RingAttention(attention, ring.layer.keys, ring.state)
@@ -641,8 +618,9 @@ def test_ring_attention_over_scores_far_below_zero(monkeypatch, moment):
 
 
 @pytest.mark.usefixtures("loops")
-def test_ring_attention_by_one_program_in_half_precision():
-    ring = Ring(attention_of(*SIZES[0][0]), SIZES[0][1], 60, 0, torch.float16)
+@pytest.mark.parametrize("heads", [4, 12])
+def test_ring_attention_by_one_program_in_half_precision(heads):
+    ring = Ring(attention_of(20, 6, heads, 4), SIZES[0][1], 60, 0, torch.float16)
     begin(ring)
     kernel = RingAttention(ring.attention, ring.layer.keys, ring.state)
     assert kernel.splits == 1

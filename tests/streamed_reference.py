@@ -2,7 +2,7 @@
 
 The model's own projections, norms, experts and recurrent layers run in float64, token by token; every token is put at
 position 0, where a rotation does nothing. What reaches attention is thus not rotated. It is cached in lists, and at
-every step rotated to its position in the cache, as the original implementation does, by a rotation written here.
+every step rotated to its position in the cache, as the original implementation does, by `family_reference.rotated`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 from dataclasses import dataclass, field
 
 import torch
+from family_reference import rotated
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -36,13 +37,8 @@ class _Layer:
 
     def turned(self, x: Tensor, positions: Tensor) -> Tensor:
         """``x`` ``[batch, heads, n, dim]`` rotated to ``positions`` ``[n]``."""
-        pairs = self.frequency.shape[0]
-        angle = positions.double()[:, None] * self.frequency
-        before, part, after = x.split([self.offset, 2 * pairs, x.shape[-1] - self.offset - 2 * pairs], dim=-1)
-        a, b = (part[..., ::2], part[..., 1::2]) if self.neighbours else (part[..., :pairs], part[..., pairs:])
-        a, b = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
-        part = torch.stack((a, b), dim=-1).flatten(-2) if self.neighbours else torch.cat((a, b), dim=-1)
-        return torch.cat((before, part, after), dim=-1)
+        turned = rotated(x[..., self.offset :], positions, self.frequency, self.neighbours)
+        return torch.cat((x[..., : self.offset], turned), dim=-1)
 
 
 _layers: dict[int, _Layer] = {}

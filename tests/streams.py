@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import torch
 from transformers import StoppingCriteria
 
+CONFIGS = [(4, 60), (0, 60), (1, 60), (4, 1), (0, 1), (4, 600)]
+"""Sinks and windows; the last never fills."""
+
+CUTS = (0, 3, 10, 40, 130, 131, 200, 300)
+
 
 @torch.no_grad()
+def forward_in_blocks(model, cache, ids: torch.Tensor, cuts=CUTS) -> torch.Tensor:
+    """Logits ``[batch, length, vocab]`` of the ids fed in blocks that end at ``cuts``."""
+    blocks = [ids[:, a:b] for a, b in itertools.pairwise(cuts)]
+    return torch.cat([model(input_ids=x, past_key_values=cache, use_cache=True).logits for x in blocks], dim=1)
+
+
 def decode(model, cache, ids: torch.Tensor) -> torch.Tensor:
     """Logits ``[batch, length, vocab]`` of the ids fed one by one."""
-    steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(ids.shape[1])]
-    return torch.cat(steps, dim=1)
+    return forward_in_blocks(model, cache, ids, range(ids.shape[1] + 1))
 
 
 def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,15 +47,6 @@ class Ends(StoppingCriteria):
         return torch.tensor([input_ids.shape[1] >= n for n in self.after], device=input_ids.device)
 
 
-CUTS = (0, 3, 10, 40, 130, 131, 200, 300)
-
-
-def forward_in_blocks(model, cache, ids, cuts=CUTS) -> torch.Tensor:
-    with torch.no_grad():
-        blocks = itertools.pairwise(cuts)
-        return torch.cat([model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in blocks], dim=1)
-
-
 def snapshot(model) -> dict:
     return {
         "attention": model.config._attn_implementation,
@@ -65,3 +67,13 @@ def kernels_run(call) -> set[str]:
         call()
     names = {event.key for event in profile.key_averages()}
     return {backend for backend, op in KERNEL_OPS.items() if op in names}
+
+
+@contextlib.contextmanager
+def nothing_waits():
+    """Whatever waits for a CUDA device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -42,18 +42,14 @@ def test_a_kernel_that_cannot_run_is_an_error_not_another_kernel():
         model(ids)
 
 
-def test_math_and_flash_agree():
+@pytest.mark.parametrize("backend", KERNEL_OPS)
+def test_every_backend_is_exact(backend):
     model, ids = make_neox(), make_ids(200)
-    logits = {}
-    for backend in KERNEL_OPS:
-        wrap_attention(model, backend)
-        with StreamingDecoder(model, 4, 60) as decoder:
-            decoder.prefill(ids[:, :64])
-            logits[backend] = torch.stack([decoder.step(ids[:, t]) for t in range(64, 200)], dim=1)
-    reference = reference_logits(model, ids, 4, 60)[:, 64:]
-    for backend in KERNEL_OPS:
-        assert (logits[backend] - reference).abs().max() < 5e-6
-    assert (logits["math"] - logits["flash"]).abs().max() < 1e-3
+    wrap_attention(model, backend)
+    with StreamingDecoder(model, 4, 60) as decoder:
+        decoder.prefill(ids[:, :64])
+        logits = torch.stack([decoder.step(ids[:, t]) for t in range(64, 200)], dim=1)
+    assert (logits - reference_logits(model, ids, 4, 60)[:, 64:]).abs().max() < 5e-6
 
 
 def test_math_and_flash_agree_in_bfloat16_within_what_it_costs():
@@ -134,16 +130,6 @@ def test_saving_and_loading_while_wrapped(tmp_path):
         torch.save(model.state_dict(), buffer)
         buffer.seek(0)
         make_neox(seed=5, rotary_pct=0.25).load_state_dict(torch.load(buffer))
-
-
-def test_gradients_flow_through_the_adapter():
-    model, ids = make_neox(), make_ids(30)
-    model(ids, labels=ids).loss.backward()
-    expected = model.gpt_neox.layers[0].attention.dense.weight.grad.clone()
-    model.zero_grad()
-    wrap_attention(model, "math")
-    model(ids, labels=ids).loss.backward()
-    torch.testing.assert_close(model.gpt_neox.layers[0].attention.dense.weight.grad, expected)
 
 
 def test_models_that_cannot_be_wrapped():

@@ -24,7 +24,6 @@ from experiments.benchmarks.floor import copy_bytes_per_sec, kv_token_nbytes, st
 from experiments.methods import METHODS, MethodSettings, Streaming
 from experiments.models import LoadedModel
 from experiments.plotting.decode_benchmark import figures
-from experiments.timing import measured
 
 import benchmark_decode  # isort: skip
 
@@ -236,39 +235,11 @@ def test_what_compiles_is_opened_once_and_says_that_it_took_no_turns(place, monk
     assert len(row["runs"]) == len(other["runs"]) == 3
 
 
-class Stub:
-    """A method that captures in its first runs."""
-
-    name, engine = "stub", "graph"
-
-    def __init__(self, captures: int):
-        self.captures, self.compile_sec, self.steps = captures, 0.0, 0
-
-    def step(self, token):
-        self.steps += 1
-        if self.steps % 5 == 0 and self.captures:
-            self.captures -= 1
-            self.compile_sec += 1.0
-
-
-def test_a_run_in_which_something_was_captured_does_not_count():
-    cpu, stub = [torch.device("cpu")], Stub(captures=2)
-
-    def run():
-        for _ in range(5):
-            stub.step(None)
-        return stub.steps
-
-    assert measured(stub, run, cpu)[0] == 3 * 5
-    stub = Stub(captures=9)
-    with pytest.raises(RuntimeError, match="captures or compiles anew"):
-        measured(stub, run, cpu)
-
-
 def test_slow_contenders_take_fewer_steps(monkeypatch):
     bench = Bench(loaded(make_neox()), Timing(steps=100, warmup=4, max_sec=6.0, seed=0), "math")
     monkeypatch.setattr(decode, "seconds", lambda call, device: 0.5 * len(call()))
-    assert bench._time_steps(Stub(0), [None] * 100) == {"tpot_ms": 500.0, "steps": 12}
+    method = SimpleNamespace(step=lambda token: None)
+    assert bench._time_steps(method, [None] * 100) == {"tpot_ms": 500.0, "steps": 12}
 
 
 def test_a_stopped_benchmark_goes_on_and_ends_as_if_it_had_not_been(place):

@@ -76,7 +76,7 @@ def test_on_a_gpu_it_costs_what_math_costs(n_sink, window_size, dtype):
         model.gpt_neox.rotary_emb = make_neox().gpt_neox.rotary_emb  # float32 frequencies, as when loaded
         model = model.to(GPU)
         wrap_attention(model, backend)
-        with StreamingDecoder(model, n_sink, window_size) as decoder:
+        with StreamingDecoder(model, n_sink, window_size, "eager") as decoder:
             rows = [decoder.prefill(ids[:, :257].to(GPU))]
             rows += [decoder.step(ids[:, t].to(GPU)) for t in range(257, ids.shape[1])]
         logits = torch.stack(rows, dim=1)

@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import pytest
 from conftest import make_ids, make_neox
-from evaluation_support import World
 
 from experiments import engines, measuring, method_base, methods
 from experiments.config import SetupError
@@ -68,8 +67,7 @@ def captured(monkeypatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def test_on_a_cpu_another_engine_is_refused_before_anything_is_computed(tmp_path):
-    world = World(tmp_path)
+def test_on_a_cpu_another_engine_is_refused_before_anything_is_computed(world):
     for names in (["baseline"], ["streaming"]):
         with pytest.raises(SetupError, match="graph"):
             world.run(engine="graph", methods=names)
@@ -80,13 +78,12 @@ def test_on_a_cpu_another_engine_is_refused_before_anything_is_computed(tmp_path
         engines.forward_of(make_neox(), "warp")
 
 
-def test_every_method_is_compared_with_the_baseline_of_its_own_engine(tmp_path, captured):
-    world = World(tmp_path)
+def test_every_method_is_compared_with_the_baseline_of_its_own_engine(world, tmp_path, captured):
     names = ["baseline", "streaming", "window", "dense"]
     world.run(methods=names, output_dir=tmp_path / "eager", engine="eager")
     summary = world.run(methods=names, engine="graph", repeats=2)
     assert summary.exit_code == 0
-    main = json.loads((world.root / "final" / "one_main_backend-math.json").read_text())
+    main = world.result()
     eager = json.loads((tmp_path / "eager" / "tiny" / "final" / "one_main_backend-math.json").read_text())
     assert {name: main[name]["engine"] for name in names} == {
         "baseline": "graph", "streaming": "graph", "window": "graph", "dense": "eager",
@@ -112,10 +109,9 @@ def test_every_method_is_compared_with_the_baseline_of_its_own_engine(tmp_path, 
     assert len(world.lines("reused: ")) == 10
 
 
-def test_the_ring_kernel_is_compared_with_the_fused_recomputation(tmp_path, captured):
-    world = World(tmp_path)
+def test_the_ring_kernel_is_compared_with_the_fused_recomputation(world, captured):
     assert world.run(engine="fused-triton").exit_code == 0
-    main = json.loads((world.root / "final" / "one_main_backend-math.json").read_text())
+    main = world.result()
     assert (main["streaming"]["engine"], main["baseline"]["engine"]) == ("fused-triton", "fused")
     assert main["streaming"]["speedup"] == main["baseline"]["runtime_sec"] / main["streaming"]["runtime_sec"]
 
@@ -136,7 +132,7 @@ def test_the_baseline_runs_with_each_engine_that_a_method_uses(engine, methods, 
     assert engines_of("baseline", engine, methods) == expected
 
 
-def test_a_baseline_that_fails_takes_away_the_speedups_of_its_engine_only(tmp_path, captured, monkeypatch):
+def test_a_baseline_that_fails_takes_away_the_speedups_of_its_engine_only(world, captured, monkeypatch):
     measure = measuring.Bench.measure
 
     def fail(self, task, display):
@@ -145,9 +141,8 @@ def test_a_baseline_that_fails_takes_away_the_speedups_of_its_engine_only(tmp_pa
         return measure(self, task, display)
 
     monkeypatch.setattr(measuring.Bench, "measure", fail)
-    world = World(tmp_path)
     assert world.run(methods=["baseline", "streaming", "dense"], engine="graph").exit_code == 1
-    main = json.loads((world.root / "final" / "one_main_backend-math.json").read_text())
+    main = world.result()
     assert main["status"] == "failed"
     assert main["reason"].startswith("baseline (eager): out of memory")
     assert main["streaming"]["speedup"] is not None
@@ -155,8 +150,7 @@ def test_a_baseline_that_fails_takes_away_the_speedups_of_its_engine_only(tmp_pa
     assert "no baseline" in main["dense"]["speedup_reason"]
 
 
-def test_figures_cope_with_two_engines_and_name_them(tmp_path, captured):
-    world = World(tmp_path)
+def test_figures_cope_with_two_engines_and_name_them(world, captured):
     world.run(methods=["baseline", "streaming", "dense"], engine="graph")
     results = read_results(world.root)
     (dense,) = results.cells[results.cells["method"] == "dense"].itertuples()
@@ -165,24 +159,23 @@ def test_figures_cope_with_two_engines_and_name_them(tmp_path, captured):
     assert draw_styled(draw, results)
 
 
-def test_auto_is_resolved_before_anything_is_named(tmp_path, captured):
-    world = World(tmp_path)
+def test_auto_is_resolved_before_anything_is_named(world, captured):
     world.run(engine="graph")
     world.run(engine="auto")
     assert len(world.lines("reused")) == 2
-    main = json.loads((world.root / "final" / "one_main_backend-math.json").read_text())
+    main = world.result()
     assert main["baseline"]["engine"] == main["streaming"]["engine"] == "graph"
     world.run(engine="eager")
     assert not world.lines("reused")
 
 
-def test_auto_that_cannot_be_resolved_says_so(tmp_path, monkeypatch):
+def test_auto_that_cannot_be_resolved_says_so(world, monkeypatch):
     def refuse(*args):
         raise ValueError("no engine at all")
 
     monkeypatch.setattr(measuring, "resolve_engine", refuse)
     with pytest.raises(SetupError, match=r"engine 'auto' cannot run .*: no engine at all"):
-        World(tmp_path).run(engine="auto")
+        world.run(engine="auto")
 
 
 @pytest.mark.parametrize("name", ["baseline", "streaming"])

@@ -14,17 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_support import World
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "experiments" / "run_final_experiments.py"
 
 pytestmark = pytest.mark.usefixtures("no_collection")
-
-
-@pytest.fixture
-def world(tmp_path):
-    return World(tmp_path)
 
 
 def command(world, output: Path, *options: str) -> list[str]:
@@ -146,7 +140,7 @@ def test_an_error_from_inside_a_layer_fails_that_cell_only(world, monkeypatch):
     assert world.run(attn_backend_list=backends).exit_code == 1
     states = {}
     for backend in backends:
-        value = json.loads((world.root / "final" / f"one_main_backend-{backend}.json").read_text())
+        value = world.result(f"final/one_main_backend-{backend}.json")
         states |= {(name, backend): value[name]["status"] for name in value["methods"]}
         for name in value["methods"]:
             if value[name]["status"] == "failed":
@@ -210,4 +204,4 @@ def test_a_disk_that_fills_up_while_running_is_fatal_and_leaves_whole_files(worl
         monkeypatch.setattr(KeptWork, "save", original)
         world.run()
         assert len(world.lines("reused: ")) == 1
-        assert json.loads((world.root / "final" / "one_main_backend-math.json").read_text())["status"] == "ok"
+        assert world.result()["status"] == "ok"

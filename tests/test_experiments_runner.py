@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from evaluation_support import TEXT, World, make_model_folder, make_text, make_tokenizer
+from evaluation_support import TEXT, make_model_folder, make_text, make_tokenizer
 
 from experiments.config import SetupError
 from experiments.measuring import Bench
@@ -21,19 +21,10 @@ ALL = [name for name, cls in METHODS.items() if cls.unavailable() is None]
 pytestmark = pytest.mark.usefixtures("no_collection")
 
 
-@pytest.fixture
-def world(tmp_path):
-    return World(tmp_path)
-
-
 def ran(world) -> list[str]:
     return [
         line.split("] ", 1)[1].split(":")[0] for line in world.lines("[") if "perplexity" in line or "prefill" in line
     ]
-
-
-def load(world, name: str) -> dict:
-    return json.loads((world.root / name).read_text())
 
 
 # --- what is written ---------------------------------------------------------------------------------------------
@@ -47,13 +38,12 @@ def test_main_files_hold_every_method_with_its_comparisons(world):
     assert sorted(path.name for path in (world.root / "final").glob("*.json")) == sorted(names)
     assert len(list((world.root / "fixed_eval").glob("*.json"))) == 4 * len(ALL)
     for name in names:
-        value = load(world, f"final/{name}")
+        value = world.result(f"final/{name}")
         assert (value["status"], value["num_tokens"], value["weights"]) == ("ok", 40, "trained")
         assert value["streaming_llm"] == {"n_sink": 2, "window_size": 14, "max_cache_size": 16}
         assert value["backend"] in name
-        assert {"torch", "transformers", "gpu", "commit", "dirty", "command", "seed", "threads"} <= set(
-            value["environment"]
-        )
+        known = {"torch", "transformers", "gpu", "commit", "dirty", "command", "seed", "threads"}
+        assert known <= set(value["environment"])
         base = value["baseline"]
         for method in ALL:
             block = value[method]
@@ -64,14 +54,14 @@ def test_main_files_hold_every_method_with_its_comparisons(world):
             assert block["ppl_increase_percent"] == pytest.approx(100 * (block["perplexity"] / base["perplexity"] - 1))
             assert block["compression_ratio"] == (0 if method == "dense" else pytest.approx(1 - 16 / 40))
             assert len(block["runs"]) == 1
-            own = load(world, f"fixed_eval/{name.replace('main', method)}")
+            own = world.result(f"fixed_eval/{name.replace('main', method)}")
             assert own["method"] == method
             assert own["perplexity"] == block["perplexity"]
             assert (own["total_time"], own["prefill_time"]) == (block["runtime_sec"], block["prefill_sec"])
         assert value["metrics"]["speedup"] == value["streaming"]["speedup"]
         if "kvpress" in ALL:
             assert value["kvpress"]["perplexity"] == pytest.approx(value["streaming"]["perplexity"], rel=1e-5)
-    math, flash = (load(world, f"final/one_main_backend-{b}.json") for b in ("math", "flash"))
+    math, flash = (world.result(f"final/one_main_backend-{b}.json") for b in ("math", "flash"))
     for method in ALL:
         assert math[method]["perplexity"] == pytest.approx(flash[method]["perplexity"], rel=1e-5)
 
@@ -81,11 +71,11 @@ def test_ablations_vary_one_size_each(world):
     assert world.files("final/*.json") == [
         f"final/ablation_{kind}_backend-{b}.json" for kind in ("n_sink", "window_size") for b in ("flash", "math")
     ]
-    windows = load(world, "final/ablation_window_size_backend-math.json")
+    windows = world.result("final/ablation_window_size_backend-math.json")
     assert windows["ablation_type"] == "window_size"
     assert [(e["n_sink"], e["window_size"], e["evicts"]) for e in windows["results"]] == [(2, 8, True), (2, 80, False)]
     assert windows["num_tokens"] == 60
-    sinks = load(world, "final/ablation_n_sink_backend-math.json")
+    sinks = world.result("final/ablation_n_sink_backend-math.json")
     assert [(e["n_sink"], e["window_size"]) for e in sinks["results"]] == [(0, 16), (2, 14)]
     for entry in windows["results"] + sinks["results"]:
         assert entry["perplexity"] > 1
@@ -98,7 +88,7 @@ def test_figures_are_medians_of_interleaved_runs(world):
     world.run(repeats=3, datasets=[str(path) for path in world.texts])
     order = ran(world)
     assert [line[-1] for line in order] == ["1"] * 4 + ["2"] * 4 + ["3"] * 4
-    value = load(world, "final/one_main_backend-math.json")
+    value = world.result()
     for method in ("baseline", "streaming"):
         block = value[method]
         assert len(block["runs"]) == 3
@@ -114,7 +104,7 @@ def test_token_losses_are_kept_on_request(world):
         assert arrays["nll"].dtype == np.float32
         assert arrays["position"].tolist() == list(range(1, 40))
         mean = arrays["nll"].astype(np.float64).mean()
-    value = load(world, "final/one_main_backend-math.json")
+    value = world.result()
     assert value["streaming"]["perplexity"] == pytest.approx(np.exp(mean))
     world.run(window_size=15)  # without them: those of the earlier result must not stay beside the new one
     assert not list((world.root / "final").glob("*.npz"))
@@ -123,9 +113,9 @@ def test_token_losses_are_kept_on_request(world):
 
 def test_parallel_scoring_keeps_the_perplexity_and_samples_the_speed(world):
     world.run()
-    looped = load(world, "final/one_main_backend-math.json")
+    looped = world.result()
     world.run(scoring="parallel")
-    value = load(world, "final/one_main_backend-math.json")
+    value = world.result()
     assert value["scoring"] == "parallel"
     for name in ("streaming", "baseline"):
         assert value[name]["perplexity"] == pytest.approx(looped[name]["perplexity"], rel=1e-5)
@@ -143,9 +133,9 @@ def test_what_stands_in_front_of_a_text_is_warned_of_and_recorded(world):
     values = {}
     for option in ("auto", "always", "never"):
         world.run(bos=option)
-        values[option] = load(world, "final/one_main_backend-math.json")
+        values[option] = world.result()
         assert bool(world.lines("warning: ")) == (option == "auto")
-        bos = load(world, "fixed_eval/one_streaming_backend-math.json")["bos"]
+        bos = world.result("fixed_eval/one_streaming_backend-math.json")["bos"]
         assert bos == values[option]["bos"]
         assert (bos["option"], bos["in_front"]) == (option, option == "always")
     assert values["auto"]["streaming"]["perplexity"] == values["never"]["streaming"]["perplexity"]
@@ -189,9 +179,9 @@ def test_random_tokens_are_not_for_trained_weights(world):
 def test_how_a_model_is_spread_is_recorded(world):
     pytest.importorskip("accelerate")
     world.run()
-    whole = load(world, "final/one_main_backend-math.json")
+    whole = world.result()
     world.run(device_map="auto")
-    value = load(world, "final/one_main_backend-math.json")
+    value = world.result()
     spread = value["environment"]["device_map"]
     assert (spread["asked"], list(spread["weights_mb"])) == ("auto", ["cpu"])
     assert "device_map" not in whole["environment"]
@@ -201,7 +191,7 @@ def test_how_a_model_is_spread_is_recorded(world):
 
 def test_a_sample_of_no_steps_times_nothing(world):
     assert world.run(scoring="parallel", decode_sample=0, methods=["baseline", "streaming", "window"]).exit_code == 0
-    value = load(world, "final/one_main_backend-math.json")
+    value = world.result()
     streaming = value["streaming"]
     assert streaming["perplexity"] > 1
     for name in ("runtime_sec", "prefill_sec", "tpot_ms", "decode_toks_per_sec", "speedup"):
@@ -214,9 +204,7 @@ def test_a_sample_of_no_steps_times_nothing(world):
 def test_several_models_have_folders_of_their_own(world, tmp_path):
     other = make_model_folder(tmp_path / "other", seed=5)
     world.run(model=[str(world.model), str(other)])
-    values = [
-        json.loads((world.output / n / "final/one_main_backend-math.json").read_text()) for n in ("tiny", "other")
-    ]
+    values = [world.result(f"../{name}/final/one_main_backend-math.json") for name in ("tiny", "other")]
     assert values[0]["streaming"]["perplexity"] != values[1]["streaming"]["perplexity"]
 
 
@@ -237,7 +225,7 @@ def test_a_new_method_joins_the_file_and_a_smaller_run_takes_none_away(world):
     world.run()
     world.run(methods=["baseline", "window"])
     assert [line.split(" | ")[2] for line in ran(world)] == ["window 2+14"]
-    assert load(world, "final/one_main_backend-math.json")["methods"] == ["baseline", "window", "streaming"]
+    assert world.result()["methods"] == ["baseline", "window", "streaming"]
     assert not (world.root / "final" / "superseded").exists()
 
 
@@ -247,29 +235,16 @@ def test_more_repeats_keep_those_there_are(world):
     assert len(ran(world)) == 4
     world.run(repeats=1)
     assert ran(world) == []
-    assert len(load(world, "final/one_main_backend-math.json")["streaming"]["runs"]) == 3
+    assert len(world.result()["streaming"]["runs"]) == 3
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "n_sink",
-        "window_size",
-        "max_eval_tokens",
-        "dtype",
-        "seed",
-        "warmup_steps",
-        "text",
-        "weights",
-        "sources",
-        "threads",
-    ],
-)
+SIZES = {"n_sink": 3, "window_size": 15, "max_eval_tokens": 41, "dtype": "float64", "seed": 1, "warmup_steps": 2}
+
+
+@pytest.mark.parametrize("change", [*SIZES, "text", "weights", "sources", "threads"])
 def test_a_change_of_anything_that_matters_runs_everything_again(world, monkeypatch, change):
     world.run()
-    first = load(world, "final/one_main_backend-math.json")
-    sizes = {"n_sink": 3, "window_size": 15, "max_eval_tokens": 41, "dtype": "float64", "seed": 1, "warmup_steps": 2}
-    options = {change: sizes[change]} if change in sizes else {}
+    first = world.result()
     if change == "text":
         make_text(world.texts[0], TEXT + "!")
     elif change == "weights":
@@ -278,9 +253,9 @@ def test_a_change_of_anything_that_matters_runs_everything_again(world, monkeypa
         monkeypatch.setattr("experiments.environment.sources_hash", lambda: "other")
     elif change == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    world.run(**options)
+    world.run(**({change: SIZES[change]} if change in SIZES else {}))
     assert len(ran(world)) == 2
-    second = load(world, "final/one_main_backend-math.json")
+    second = world.result()
     assert second["config_hash"] != first["config_hash"]
     aside = world.root / "final" / "superseded" / f"one_main_backend-math.{first['config_hash'][:8]}.json"
     assert json.loads(aside.read_text()) == first
@@ -309,11 +284,12 @@ def test_a_dry_run_says_what_there_is_and_touches_nothing(world):
 # --- what goes wrong ---------------------------------------------------------------------------------------------
 
 
-def break_measure(monkeypatch, breaks, error):
+def break_measure(monkeypatch, error):
+    """Have the cells of streaming fail."""
     original = Bench.measure
 
     def measure(self, task, display):
-        if breaks(task.cell):
+        if task.cell.method == "streaming":
             raise error
         return original(self, task, display)
 
@@ -322,12 +298,10 @@ def break_measure(monkeypatch, breaks, error):
 
 def test_a_failing_cell_is_named_and_the_others_go_on(world, monkeypatch):
     with monkeypatch.context() as patched:
-        break_measure(
-            patched, lambda cell: cell.method == "streaming", torch.OutOfMemoryError("CUDA out of memory. Tried")
-        )
+        break_measure(patched, torch.OutOfMemoryError("CUDA out of memory. Tried"))
         summary = world.run(repeats=2)
     assert summary.exit_code == 1
-    value = load(world, "final/one_main_backend-math.json")
+    value = world.result()
     assert value["status"] == "failed"
     assert "streaming" in value["reason"]
     assert value["streaming"]["status"] == "failed"
@@ -335,23 +309,23 @@ def test_a_failing_cell_is_named_and_the_others_go_on(world, monkeypatch):
     assert value["streaming"]["perplexity"] is value["metrics"]["speedup"] is None
     assert value["baseline"]["status"] == "ok"
     assert len(value["baseline"]["runs"]) == 2
-    assert load(world, "fixed_eval/one_streaming_backend-math.json")["status"] == "failed"
+    assert world.result("fixed_eval/one_streaming_backend-math.json")["status"] == "failed"
     assert any("FAILED" in line and "streaming" in line for line in world.said)
     assert world.run(repeats=2).exit_code == 0  # what failed is tried again, what is finished is kept
     assert len(ran(world)) == 2
-    assert load(world, "final/one_main_backend-math.json")["streaming"]["status"] == "ok"
+    assert world.result()["streaming"]["status"] == "ok"
 
 
 def test_without_a_baseline_there_is_no_speedup_but_a_reason(world):
     world.run(methods=["streaming"])
-    block = load(world, "final/one_main_backend-math.json")["streaming"]
+    block = world.result()["streaming"]
     assert block["speedup"] is None
     assert "baseline" in block["speedup_reason"]
 
 
 def test_an_interruption_says_what_is_left_and_the_rest_goes_on_later(world, monkeypatch):
     with monkeypatch.context() as patched:
-        break_measure(patched, lambda cell: cell.method == "streaming", KeyboardInterrupt())
+        break_measure(patched, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             world.run()
     assert any("1 of 2 cells are finished" in line for line in world.said)
@@ -379,7 +353,7 @@ def test_foreign_and_broken_files_are_named_never_used_never_overwritten(world):
     assert (folder / "notes.json").read_text() == '{"mine": true}'
     kept = folder / "superseded" / "one_main_backend-math.unreadable.json"
     assert kept.read_text() == '{"schema_version": 1, "config'
-    assert load(world, "final/one_main_backend-math.json")["status"] == "ok"
+    assert world.result()["status"] == "ok"
 
 
 def test_a_second_run_into_the_same_folder_is_refused(world):
@@ -400,7 +374,7 @@ def test_a_result_that_cannot_be_saved_is_fatal(world, monkeypatch):
 def test_kvpress_is_skipped_by_default_where_it_cannot_run_and_refused_where_named(world, monkeypatch):
     monkeypatch.setattr(METHODS["kvpress"], "unavailable", classmethod(lambda cls: "it is not installed"))
     assert world.run(methods=None).exit_code == 0
-    block = load(world, "final/one_main_backend-math.json")["kvpress"]
+    block = world.result()["kvpress"]
     assert (block["status"], block["reason"], block["perplexity"]) == ("skipped", "it is not installed", None)
     with pytest.raises(SetupError, match=r"kvpress.*not installed"):
         world.run(methods=["kvpress"])

@@ -11,6 +11,7 @@ from family_models import POSITIONS, VOCAB, make_family, takes_sdpa
 from transformers import AutoModelForCausalLM
 
 from experiments.config import ExperimentConfig, SetupError, settings_for, window_ladder
+from experiments.executors import InProcess
 from experiments.models import find_model
 from experiments.random_models import RANDOM_SIZES, pythia, random_config, random_model
 from experiments.texts import load_texts
@@ -161,16 +162,6 @@ def test_where_the_hub_is_out_of_reach_one_line_says_what_was_tried(monkeypatch)
         load_texts(["wikitext"])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "mpt"])
-def test_a_model_without_rotary_positions_is_refused_before_its_weights_are_read(tmp_path, family):
-    from transformers import AutoConfig
-
-    AutoConfig.for_model(family).save_pretrained(tmp_path / family)
-    source = find_model(str(tmp_path / family))
-    with pytest.raises(SetupError, match=r"cannot stream: it has (learned|ALiBi)"):
-        source.load(torch.float32, CPU)
-
-
 def test_a_folder_that_holds_no_model_is_refused(tmp_path):
     with pytest.raises(SetupError, match=r"config\.json"):
         find_model(str(tmp_path))
@@ -197,3 +188,11 @@ def test_a_model_with_weights_missing_is_refused(tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(SetupError, match=r"weights are missing \((embed_out|lm_head)\.weight"):
         find_model(str(folder)).load(torch.float32, CPU)
+
+
+def test_a_busy_machine_is_warned_of_since_times_on_it_mean_little(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (2.9, 0.0, 0.0))
+    assert "\n" not in InProcess(ExperimentConfig(device="cpu")).description
+    monkeypatch.setattr("os.getloadavg", lambda: (3.8, 0.0, 0.0))
+    assert "warning: other programs keep 3.8 of 4 cores busy" in InProcess(ExperimentConfig(device="cpu")).description

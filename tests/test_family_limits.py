@@ -8,8 +8,9 @@ import pickle
 import pytest
 import torch
 import transformers
-from family_models import CASES, SLIDING, VOCAB, available, make_config, make_family
+from family_models import HERE, SLIDING, VOCAB, make_config, make_family
 from family_reference import family_reference_logits
+from streams import decode, forward_in_blocks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
@@ -22,39 +23,26 @@ from streaming_llm.families import (
     rotaries_from_config,
     rotaries_from_model,
     rotary_from_model,
-    supported_families,
 )
 
 IDS = torch.randint(VOCAB, (1, 200), generator=torch.Generator().manual_seed(1))
-HERE = [case for case in CASES if available(case) and make_config(case).model_type in supported_families()]
 MIXED = [case for case in HERE if None in (windows := layer_windows(make_config(case))) and any(windows)]
 SLIDING_CASES = [case for case in HERE if any(layer_windows(make_config(case)))]
-IN_BLOCKS = ((0, 70), (70, 71), (71, 72), (72, 150), (150, 151), (151, 200))
+IN_BLOCKS = (0, 70, 71, 72, 150, 151, 200)
 
 
-@torch.no_grad()
 def in_blocks(model, cache, cuts=IN_BLOCKS) -> torch.Tensor:
-    return torch.cat([model(IDS[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in cuts], dim=1)
-
-
-@torch.no_grad()
-def decode(model, cache, length: int) -> torch.Tensor:
-    return in_blocks(model, cache, [(t, t + 1) for t in range(length)])
+    return forward_in_blocks(model, cache, IDS, cuts)
 
 
 # Refusals
 
 
-def test_a_model_that_is_no_decoder_is_refused():
-    config = transformers.AutoConfig.for_model("bert")
-    with pytest.raises(ValueError, match=r"'bert' cannot stream: .*python -m streaming_llm"):
-        StreamingKVCache(config, 4, 60)
-
-
 @pytest.mark.parametrize(
     ("model_type", "reason"),
-    [("bloom", "ALiBi"), ("mpt", "ALiBi"), ("gpt2", "learned"), ("mamba", "recurrent")],
-)
+    [("bloom", "ALiBi"), ("mpt", "ALiBi"), ("gpt2", "learned absolute positions"), ("opt", "learned absolute"),
+     ("mamba", "recurrent"), ("bert", "python -m streaming_llm")],
+)  # fmt: skip
 def test_models_that_cannot_stream_are_refused_with_the_reason(model_type, reason):
     with pytest.raises(ValueError, match=f"'{model_type}' cannot stream: .*{reason}"):
         StreamingKVCache(transformers.AutoConfig.for_model(model_type), 4, 60)
@@ -116,9 +104,9 @@ def test_the_largest_window_in_the_wrapper(case):
     reference = family_reference_logits(model, IDS, 4, SLIDING, keep=False)
     with StreamingLLMWrapper(model, config=config) as stream:
         assert (in_blocks(model, stream.new_cache()) - reference).abs().max() < 2e-5
-        assert (decode(model, stream.new_cache(), 200) - reference).abs().max() < 2e-5
+        assert (decode(model, stream.new_cache(), IDS[:, :200]) - reference).abs().max() < 2e-5
     with pytest.raises(ValueError, match="StreamingLLMWrapper"):  # the model's own masks would hide the rest
-        decode(model, StreamingKVCache(model.config, config=config), 1)
+        decode(model, StreamingKVCache(model.config, config=config), IDS[:, :1])
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -127,10 +115,10 @@ def test_the_largest_window_on_a_bare_cache(case, attention):
     if case == "gemma2":
         attention = "eager"
     model = make_family(case, attention=attention)
-    logits = decode(model, StreamingKVCache(model.config, config=everywhere(SLIDING - 5)), 150)
+    logits = decode(model, StreamingKVCache(model.config, config=everywhere(SLIDING - 5)), IDS[:, :150])
     assert (logits - family_reference_logits(model, IDS[:, :150], 4, SLIDING - 5, keep=False)).abs().max() < 2e-5
     with pytest.raises(ValueError, match="StreamingLLMWrapper"):
-        decode(model, StreamingKVCache(model.config, config=everywhere(SLIDING - 4)), 1)
+        decode(model, StreamingKVCache(model.config, config=everywhere(SLIDING - 4)), IDS[:, :1])
 
 
 @pytest.mark.parametrize("window_size", [SLIDING - 30, SLIDING + 40])
@@ -146,16 +134,14 @@ def test_layers_with_a_window_of_their_own_keep_it(case, window_size, tmp_path):
         assert sorted({layer.keys.shape[2] for layer in cache.layers}) == sorted({SLIDING, 4 + window_size + 1})
         assert (score_stream(model, IDS, 4, window_size) - losses(reference)).abs().max() < 2e-5
         cache = stream.new_cache()
-        decode(model, cache, 120)
+        decode(model, cache, IDS[:, :120])
         cache.save(tmp_path / "stream.safetensors")
         cache = StreamingKVCache.load(tmp_path / "stream.safetensors", model)
-        logits = torch.cat([model(IDS[:, t : t + 1], past_key_values=cache).logits for t in range(120, 200)], dim=1)
+        logits = decode(model, cache, IDS[:, 120:])
         assert (logits - reference[:, 120:]).abs().max() < 2e-5
     bare, first = StreamingKVCache(model.config, 4, window_size), 4 + window_size
-    with torch.no_grad():  # a first block longer than the model's own window, where the stream's allows for it
-        block = model(IDS[:, :first], past_key_values=bare, use_cache=True).logits
-        rest = [model(IDS[:, t : t + 1], past_key_values=bare, use_cache=True).logits for t in range(first, 200)]
-    assert (torch.cat((block, *rest), dim=1) - reference).abs().max() < 2e-5
+    # A first block longer than the model's own window, where the stream's allows for it.
+    assert (in_blocks(model, bare, (0, *range(first, 201))) - reference).abs().max() < 2e-5
 
 
 def losses(logits: torch.Tensor) -> torch.Tensor:
@@ -166,7 +152,7 @@ def losses(logits: torch.Tensor) -> torch.Tensor:
 def test_without_masks_a_dense_model_stays_itself(case):
     """Sliding windows, soft-capping and layers with attention of their own, with and without a dense cache."""
     model, ids = make_family(case), IDS[:, :150]
-    cuts = ((0, 100), (100, 101), (101, 102), (102, 150))
+    cuts = (0, 100, 101, 102, 150)
     with torch.no_grad():
         expected = make_family(case, attention="eager")(ids).logits
         with maskless_attention(model):
@@ -214,12 +200,12 @@ def test_a_rotation_that_ends_or_changes_does_so_for_a_bare_stream_alone(case):
     model = make_family(case)
     cache = StreamingKVCache(model.config, 4, 48)
     length = bare_length(model.config)
-    decode(model, cache, length)
+    decode(model, cache, IDS[:, :length])
     with pytest.raises((ValueError, RuntimeError), match=rf"beyond the {length} |out of bounds"):
         model(IDS[:, :1], past_key_values=cache, use_cache=True)
     with StreamingLLMWrapper(model, 4, 48) as stream:
         reference = family_reference_logits(model, IDS, 4, 48)
-        assert (decode(model, stream.new_cache(), 200) - reference).abs().max() < 1e-5
+        assert (decode(model, stream.new_cache(), IDS[:, :200]) - reference).abs().max() < 1e-5
 
 
 # Soft-capping
@@ -240,7 +226,7 @@ def test_a_bare_cache_does_not_leave_soft_capping_out():
     if model.config._attn_implementation != "sdpa":
         pytest.skip("this Transformers does not offer it")
     with pytest.raises(ValueError, match="leaves out the soft-capping"):
-        decode(model, StreamingKVCache(model.config, 4, 48), 1)
+        decode(model, StreamingKVCache(model.config, 4, 48), IDS[:, :1])
 
 
 # Models as they come
@@ -262,10 +248,8 @@ def test_gemma3_with_a_vision_tower_streams_text():
     reference = family_reference_logits(inner, text_ids, 4, 48)
     implementations = {id(c): c._attn_implementation for c in (config, config.text_config, config.vision_config)}
     with StreamingLLMWrapper(model, 4, 48) as stream, torch.no_grad():
-        cache = stream.new_cache()
-        blocks = [text_ids[:, a:b] for a, b in IN_BLOCKS]
-        logits = [model(input_ids=block, past_key_values=cache, use_cache=True).logits for block in blocks]
-        assert (torch.cat(logits, dim=1) - reference).abs().max() < 1e-5
+        logits = forward_in_blocks(model, stream.new_cache(), text_ids, IN_BLOCKS)
+        assert (logits - reference).abs().max() < 1e-5
     assert {
         id(c): c._attn_implementation for c in (config, config.text_config, config.vision_config)
     } == implementations
@@ -313,7 +297,7 @@ def test_a_copied_cache_goes_on_alone(case):
     model = make_family(case)
     with StreamingLLMWrapper(model, 4, 48) as stream:
         cache = stream.new_cache()
-        in_blocks(model, cache, ((0, 100), (100, 101)))
+        in_blocks(model, cache, (0, 100, 101))
         other = copy.deepcopy(cache)
-        expected = in_blocks(model, cache, ((101, 102), (102, 110)))
-        assert torch.equal(in_blocks(model, other, ((101, 102), (102, 110))), expected)
+        expected = in_blocks(model, cache, (101, 102, 110))
+        assert torch.equal(in_blocks(model, other, (101, 102, 110)), expected)

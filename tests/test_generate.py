@@ -10,7 +10,7 @@ import transformers
 from conftest import GPU, make_ids, make_neox
 from reference import reference_logits
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from personal_adapters.neox_flash import wrap_attention
@@ -339,6 +339,8 @@ REFUSED = {
     "position_ids": ({"position_ids": torch.arange(50)[None]}, "position_ids"),
     "chunks": ({"prefill_chunk_size": 10}, "prefill_chunk_size=10"),
     "no cache": ({"generation_config": GenerationConfig(use_cache=False)}, "use_cache=False"),
+    "no cache here": ({"use_cache": False}, "use_cache"),
+    "a cache that forgets nothing": ({"past_key_values": DynamicCache()}, "DynamicCache"),
     "a longer mask": ({"attention_mask": torch.ones(1, 90)}, "covers 90 tokens"),
     "sequences": ({"continues": True, "num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
     "contrastive search": ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
@@ -364,6 +366,8 @@ def test_ids_that_do_not_go_on_are_refused(stream):
         stream.generate(out[:, -1:], past_key_values=cache)
     with pytest.raises(ValueError, match="at least one"):
         stream.generate(ids[:, :0], past_key_values=cache, continues=True)
+    with pytest.raises(ValueError, match="at least one more"):
+        stream.generate(out[:, :-1], past_key_values=cache)
     with pytest.raises(ValueError, match="1 streams"):
         stream.generate(make_ids(5, batch=2), past_key_values=cache, continues=True, **GREEDY)
 

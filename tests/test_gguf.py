@@ -157,7 +157,7 @@ def test_an_architecture_that_cannot_stream_is_refused(tmp_path, architecture):
 
 def test_several_files_in_a_folder_and_a_missing_package_are_named(file, monkeypatch):
     monkeypatch.setattr(gguf_files.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SetupError, match=r"pip install '\.\[gguf\]' in the checkout"):
+    with pytest.raises(SetupError, match=r"pip install -e '\.\[gguf\]' in the checkout"):
         find_model(str(file))
     file.with_name("second.gguf").write_bytes(b"")
     with pytest.raises(SetupError, match=r"several GGUF files \(second.gguf, tiny-q.gguf\): name one of them"):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import GPU, make_ids, make_neox
 from reference import reference_logits
+from streams import nothing_waits
 
 from personal_adapters.neox_flash import wrap_attention
 from personal_adapters.sdpa import check_sdpa_flash_available, resolve_attn_backend, select_dtype
@@ -112,12 +113,9 @@ def test_a_step_never_waits_for_the_device():
     with StreamingDecoder(model, 4, 60) as decoder:
         decoder.prefill(ids[:, :100])
         decoder.step(ids[:, 100])
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nothing_waits():
             for t in range(101, 200):
                 decoder.step(ids[:, t])
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_outputs_do_not_depend_on_the_position():

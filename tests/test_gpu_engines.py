@@ -5,6 +5,7 @@ One small model in three dtypes serves all tests, since each new shape costs the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from conftest import GPU, make_ids, make_neox
 from family_models import VOCAB, available, make_family
 from family_reference import family_reference_logits
 from reference import reference_logits
-from streams import padded
+from streams import nothing_waits, padded
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from personal_adapters.neox_flash import unwrap_attention, wrap_attention
@@ -497,11 +498,8 @@ def test_nothing_recorded_waits_for_the_device(variant):
             decoder.generate(50)
 
         use()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nothing_waits():
             use()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("variant", RECORDED)
@@ -515,13 +513,10 @@ def test_nothing_recorded_before_the_cache_is_full_waits_for_the_device(variant)
             decoder.score(ids[:, 30:40])
             decoder.generate(10)
 
-        for mode in ("default", "error"):
+        for watched in (contextlib.nullcontext, nothing_waits):
             decoder.reset()
             decoder.prefill(ids[:, :19])
             decoder.step(ids[:, 19])
-            torch.cuda.set_sync_debug_mode(mode)
-            try:
+            with watched():
                 use()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
         assert not decoder.cache.is_full

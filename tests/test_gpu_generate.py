@@ -7,22 +7,20 @@ import gc
 
 import pytest
 import torch
+import unequal_prompts
 from conftest import GPU
-from family_models import VOCAB, available, make_family
-from streams import Ends, padded
+from family_models import make_family
+from streams import Ends
 from transformers import StoppingCriteriaList
+from unequal_prompts import CASES, GREEDY, LENGTHS, LOGITS, SIDES, S, W, batch, check_ended_rows, each_alone
 
 from streaming_llm import ENGINES, StreamingDecoder, StreamingKVCache, StreamingLLMWrapper
 from streaming_llm.engines import why_not_engine
 
 pytestmark = pytest.mark.gpu
 
-S, W, NEW = 4, 60, 150
-LENGTHS = (7, 61, 300)
-CASES = [case for case in ("gpt_neox", "llama", "qwen3", "gemma3", "phi") if available(case)]
+NEW, TOLERANCE = 150, 1e-4
 RECORDED = [name for name in ENGINES if name not in ("eager", "graph+compile")]
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-TOLERANCE = 1e-4
 
 
 @functools.cache
@@ -31,21 +29,12 @@ def model_of(case: str):
 
 
 def prompt(row: int) -> torch.Tensor:
-    return torch.randint(VOCAB, (1, LENGTHS[row]), generator=torch.Generator().manual_seed(row)).to(GPU)
+    return unequal_prompts.prompt(row, GPU)
 
 
 @functools.cache
 def alone(case: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """For each prompt by itself, by the plain call: greedy tokens and the logits that each was chosen from."""
-    tokens, logits = [], []
-    for row in range(3):
-        with StreamingDecoder(model_of(case), S, W, "eager") as decoder:
-            steps = [decoder.prefill(prompt(row))]
-            for _ in range(NEW - 1):
-                steps.append(decoder.step(steps[-1].argmax(-1)))
-        logits.append(torch.cat(steps))
-        tokens.append(logits[-1].argmax(-1))
-    return tokens, logits
+    return each_alone(model_of(case), NEW, GPU)
 
 
 @pytest.fixture(params=[(case, engine) for case in CASES for engine in RECORDED], ids=str)
@@ -61,24 +50,22 @@ def setting(request):
 def test_the_tokens_of_the_plain_call(setting, row):
     case, engine, model = setting
     tokens, logits = alone(case)
-    asked = {"max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
     with StreamingLLMWrapper(model, S, W, engine) as stream:
         for _ in range(2):  # recorded, and again
-            out = stream.generate(prompt(row), **asked, **GREEDY)
+            out = stream.generate(prompt(row), max_new_tokens=NEW, **LOGITS, **GREEDY)
             assert stream.engine_of_last_generate == engine
             assert torch.equal(out.sequences[0, LENGTHS[row] :], tokens[row])
             assert (torch.cat(out.logits) - logits[row]).abs().max() < TOLERANCE
             assert out.past_key_values.n_seen == LENGTHS[row] + NEW - 1
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", SIDES)
 def test_unequal_prompts(setting, side):
     case, engine, model = setting
     tokens, logits = alone(case)
-    ids, mask = (x.to(GPU) for x in padded([prompt(row).cpu() for row in range(3)], side))
-    asked = {"max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
+    ids, mask = batch(side, GPU)
     with StreamingLLMWrapper(model, S, W, engine) as stream:
-        out = stream.generate(ids, attention_mask=mask, **asked, **GREEDY)
+        out = stream.generate(ids, attention_mask=mask, max_new_tokens=NEW, **LOGITS, **GREEDY)
     with StreamingDecoder(model, S, W, engine) as decoder:
         decoder.prefill(ids, attention_mask=mask)
         decoder.move_to(10_000_000)
@@ -91,8 +78,8 @@ def test_unequal_prompts(setting, side):
 
 def test_rows_that_end_early_stay_where_they_ended(setting):
     case, engine, model = setting
-    tokens, logits = alone(case)
-    ids, mask = (x.to(GPU) for x in padded([prompt(row).cpu() for row in range(3)], "left"))
+    tokens, _ = alone(case)
+    ids, mask = batch("left", GPU)
     eos, stops = tokens[0][60].item(), [100, 70, 90]
     first = [row.tolist().index(eos) + 1 if eos in row.tolist() else NEW for row in tokens]
     for criteria in (None, StoppingCriteriaList([Ends(stops)])):
@@ -105,14 +92,7 @@ def test_rows_that_end_early_stay_where_they_ended(setting):
             out = decoder.generate(NEW - 5, **controls)
             ends = [min(end, NEW - 5) for end in ends]
             assert out.shape[1] == max(ends)
-            for row, end in enumerate(ends):
-                assert torch.equal(out[row, :end], tokens[row][:end])
-                assert (out[row, end:] == 1).all()
-                assert decoder.cache.progress.of_rows(3)[row][0] == LENGTHS[row] + end
-                assert (decoder.logits[row] - logits[row][end]).abs().max() < TOLERANCE
-            given = decoder.step(torch.stack([row[end] for row, end in zip(tokens, ends, strict=True)]))
-            for row, end in enumerate(ends):
-                assert (given[row] - logits[row][end + 1]).abs().max() < TOLERANCE
+            check_ended_rows(decoder, out, ends, alone(case), TOLERANCE)
 
 
 def test_beams(setting):

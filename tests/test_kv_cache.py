@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from inspect import signature
 
 import pytest
 import torch
 from conftest import make_ids, make_neox
 from reference import reference_logits
-from streams import decode
-from transformers import Cache, GPT2Config, OPTConfig
+from streams import CONFIGS, decode, forward_in_blocks
 
-from streaming_llm import StreamingConfig, StreamingKVCache, StreamingLLMWrapper
+from streaming_llm import StreamingConfig, StreamingDecoder, StreamingKVCache, StreamingLLMWrapper
 from streaming_llm.positions import Progress, StreamLayout
 from streaming_llm.rope_utils import Rotary
 from streaming_llm.sinks import MovingSinks, SinkRotation
 from streaming_llm.speculative import OverwrittenSlots
 
-CONFIGS = [(4, 60), (0, 60), (1, 60), (4, 1), (0, 1), (4, 600)]  # the last never fills
-
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("n_sink", "window_size"), CONFIGS)
-def test_token_by_token_in_float32(n_sink, window_size, attention):
-    model, ids = make_neox(attention=attention), make_ids(300)
+@pytest.mark.parametrize(("dtype", "spread", "tolerance"), [(torch.float32, 0.12, 5e-6), (torch.float64, 0.08, 1e-6)])
+def test_token_by_token(dtype, spread, tolerance, n_sink, window_size, attention):
+    # In float64, Transformers' float32 angles remain, which weigh more the larger the scores are.
+    model, ids = make_neox(dtype, attention, initializer_range=spread), make_ids(300)
     logits = decode(model, StreamingKVCache(model.config, n_sink, window_size), ids)
-    reference = reference_logits(model, ids, n_sink, window_size)
-    assert (logits - reference).abs().max() < 5e-6
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("n_sink", "window_size"), CONFIGS)
-def test_token_by_token_in_float64(n_sink, window_size, attention):
-    # Transformers' float32 angles remain, which weigh more the larger the scores are.
-    model, ids = make_neox(torch.float64, attention, initializer_range=0.08), make_ids(300)
-    logits = decode(model, StreamingKVCache(model.config, n_sink, window_size), ids)
-    reference = reference_logits(model, ids, n_sink, window_size)
-    assert (logits - reference).abs().max() < 1e-6
+    assert (logits - reference_logits(model, ids, n_sink, window_size)).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("parallel", [True, False])
@@ -48,23 +35,12 @@ def test_batch_partial_rotary_and_sequential_residual(parallel):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("length", [2, 40, 65])
-def test_a_first_block_that_fits_is_exact(length, attention):
+@pytest.mark.parametrize("ends", [(2,), (40,), (65,), (20, 65)])
+def test_blocks_that_fit_are_exact(ends, attention):
     model, ids = make_neox(attention=attention), make_ids(200)
-    cache = StreamingKVCache(model.config, 4, 60)
-    with torch.no_grad():
-        first = model(ids[:, :length], past_key_values=cache, use_cache=True).logits
-    logits = torch.cat((first, decode(model, cache, ids[:, length:])), dim=1)
+    cuts = (0, *ends, *range(ends[-1] + 1, 201))
+    logits = forward_in_blocks(model, StreamingKVCache(model.config, 4, 60), ids, cuts)
     assert (logits - reference_logits(model, ids, 4, 60)).abs().max() < 5e-6
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_second_block_that_fits_is_exact(attention):
-    model, ids = make_neox(attention=attention), make_ids(65)
-    cache = StreamingKVCache(model.config, 4, 60)
-    with torch.no_grad():
-        parts = [model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 20), (20, 65))]
-    assert (torch.cat(parts, dim=1) - reference_logits(model, ids, 4, 60)).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize(("seen", "block"), [(0, 66), (64, 2), (65, 2), (100, 2)])
@@ -145,14 +121,52 @@ def test_crop_before_and_after_eviction():
 def test_one_token_back_is_exact_after_any_number(seen, next_tokens):
     model, ids = make_neox(torch.float64), make_ids(200)
     wrong = make_ids(1, seed=7)
-    with StreamingLLMWrapper(model, 4, 60) as stream, torch.no_grad():
+    with StreamingLLMWrapper(model, 4, 60) as stream:
         cache = stream.new_cache()
-        for part in (ids[:, :seen], wrong):
-            model(part, past_key_values=cache, use_cache=True)
+        forward_in_blocks(model, cache, ids, (0, seen))
+        decode(model, cache, wrong)
         cache.crop(-1)
-        parts = ids[:, seen:].split(next_tokens, dim=1)
-        logits = torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in parts], dim=1)
+        logits = forward_in_blocks(model, cache, ids, (*range(seen, 200, next_tokens), 200))
     assert (logits - reference_logits(model, ids, 4, 60)[:, seen:]).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("how", ["directly", "after selecting rows", "after saving", "after a move"])
+def test_a_second_token_back_is_refused_until_one_has_been_fed(how, tmp_path):
+    """One behind the other as well as both at once: the second would need a token that the first has overwritten."""
+    model, ids = make_neox(), make_ids(80)
+    cache = StreamingKVCache(model.config, 4, 60)
+    decode(model, cache, ids[:, :70])
+    cache.crop(-1)
+    if how == "after selecting rows":
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([1]))
+    elif how == "after saving":
+        cache.save(tmp_path / "stream.safetensors")
+        cache = StreamingKVCache.load(tmp_path / "stream.safetensors", model.config)
+    elif how == "after a move":
+        cache.move_to(69)
+    with pytest.raises(ValueError, match="evicted"):
+        cache.crop(-1)
+    decode(model, cache, ids[:, 69:72])
+    cache.crop(-1)
+    logits = decode(model, cache, ids[:, 71:])
+    assert (logits - reference_logits(model, ids, 4, 60)[:, 71:]).abs().max() < 5e-6
+    cache.reset()
+    decode(model, cache, ids[:, :20])
+    cache.crop(-9)
+    cache.crop(-9)
+    assert cache.get_seq_length() == 2
+
+
+def test_padding_behind_an_end_counts_as_a_token_taken_back():
+    model, ids = make_neox(), make_ids(80, batch=2)
+    with StreamingDecoder(model, 4, 60) as decoder:
+        decoder.prefill(ids)
+        stop = lambda given, scores: torch.tensor([given.shape[1] >= n for n in (3, 5)])  # noqa: E731
+        decoder.generate(9, temperature=0, stopping_criteria=stop, pad_token_id=0)
+        decoder.cache.batch_select_indices(torch.tensor([0]))
+        with pytest.raises(ValueError, match="evicted"):
+            decoder.cache.crop(-1)
 
 
 def test_crop_takes_a_length_or_a_number_to_remove():
@@ -232,14 +246,6 @@ def test_sinks_worked_out_ahead_are_those_of_each_position(rows):
         assert all(map(torch.equal, moved, [layer.keys for layer in layers]))
 
 
-def test_generate_on_a_bare_cache():
-    model, ids = make_neox(), make_ids(20)
-    cache = StreamingKVCache(model.config, 4, 60)
-    out = model.generate(ids, past_key_values=cache, max_new_tokens=100, do_sample=False)
-    reference = reference_logits(model, out, 4, 60).argmax(-1)
-    assert torch.equal(out[0, 20:], reference[0, 19:-1])
-
-
 def test_frequencies_cast_with_the_weights_are_noticed():
     model = make_neox().bfloat16()  # casts inv_freq as well
     cache, states = StreamingKVCache(model.config, 4, 60), torch.zeros(1, 4, 1, 16, dtype=torch.bfloat16)
@@ -254,15 +260,6 @@ def test_frequencies_cast_with_the_weights_are_noticed():
         feed(400)
 
 
-@pytest.mark.skipif(
-    "cache_kwargs" not in signature(Cache.update).parameters, reason="this Transformers shows a cache no angles"
-)
-def test_a_cast_model_is_refused_by_a_bare_cache():
-    model = make_neox().bfloat16()
-    with pytest.raises(ValueError, match="half precision"):
-        decode(model, StreamingKVCache(model.config, 4, 60), make_ids(400))
-
-
 def test_the_wrapper_takes_the_frequencies_of_a_cast_model():
     model, ids = make_neox().bfloat16(), make_ids(300)
     with StreamingLLMWrapper(model, 4, 60) as stream:
@@ -271,12 +268,6 @@ def test_the_wrapper_takes_the_frequencies_of_a_cast_model():
     with StreamingLLMWrapper(model, 4, 60) as stream:
         logits = decode(model, stream.new_cache(), ids)
     assert (logits - reference_logits(model, ids, 4, 60)).abs().max() < 5e-6
-
-
-@pytest.mark.parametrize("config", [GPT2Config(), OPTConfig()])
-def test_models_without_rotary_positions_are_refused(config):
-    with pytest.raises(ValueError, match="learned absolute positions"):
-        StreamingKVCache(config, 4, 60)
 
 
 def test_scaling_that_depends_on_the_length_is_refused():

@@ -250,5 +250,5 @@ def test_a_missing_harness_is_one_line(tmp_path):
     done = command("--tasks", "wikitext", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: lm-evaluation-harness cannot be imported (hidden): pip install '.[lm-eval]' in the checkout"
+        "error: lm-evaluation-harness cannot be imported (hidden): pip install -e '.[lm-eval]' in the checkout"
     ]

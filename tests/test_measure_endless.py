@@ -20,22 +20,8 @@ import measure_endless  # isort: skip
 def test_measuring_endless_generation(tmp_path, capsys):
     folder = make_model_folder(tmp_path / "tiny")
     output = tmp_path / "endless.json"
-    given = [
-        "--model",
-        str(folder),
-        "--n-sink",
-        "2",
-        "--window-size",
-        "14",
-        "--device",
-        "cpu",
-        "--tokens",
-        "2000",
-        "--streams",
-        "2",
-        "--output",
-        str(output),
-    ]
+    given = ["--n-sink", "2", "--window-size", "14", "--device", "cpu", "--tokens", "2000", "--streams", "2"]
+    given += ["--model", str(folder), "--output", str(output)]
     assert measure_endless.main(given) == 0
     assert "2 x 2,000 tokens" in capsys.readouterr().out
     value = json.loads(output.read_text())

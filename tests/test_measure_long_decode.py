@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from demo_training_support import ROOT  # noqa: F401 - puts scripts/ on the module path
-from evaluation_support import make_model_folder
+from evaluation_support import error_line, make_model_folder
 
 import measure_long_decode  # isort: skip
 
@@ -54,14 +54,7 @@ def test_losses_that_are_not_finite_are_not_written(tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        ["--tokens", "1000"],
-        ["--tokens", "2500"],
-        ["--decode-engine", "graph"],
-        ["--model", "random:pythia-70m"],
-        ["--text", "nowhere.txt"],
-    ],
+    ["--tokens 1000", "--tokens 2500", "--decode-engine graph", "--model random:pythia-70m", "--text nowhere.txt"],
 )
 def test_what_cannot_be_measured_is_refused(wrong, capsys):
-    assert measure_long_decode.main([*SHORT, *wrong]) == 2
-    assert capsys.readouterr().err
+    assert error_line(lambda: measure_long_decode.main([*SHORT, *wrong.split()]), capsys)

@@ -11,7 +11,7 @@ from conftest import make_ids, make_neox
 from reference import reference_logits
 from streams import decode, forward_in_blocks, snapshot
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 
 from streaming_llm import StreamingDecoder, StreamingKVCache, StreamingLLMWrapper
 from streaming_llm.attachment import maskless_attention
@@ -116,19 +116,6 @@ def test_maskless_forwards_never_look_at_values():
     assert not {event.key for event in profile.key_averages()} & {"aten::is_nonzero", "aten::item"}
 
 
-def test_generate_refuses_what_would_not_stream():
-    model, ids = make_neox(), make_ids(100)
-    with StreamingLLMWrapper(model, 4, 60) as stream:
-        with pytest.raises(ValueError, match="DynamicCache"):
-            stream.generate(ids, past_key_values=DynamicCache(config=model.config))
-        with pytest.raises(ValueError, match="use_cache"):
-            stream.generate(ids, use_cache=False)
-        cache = stream.new_cache()
-        stream.prefill(ids, cache)
-        with pytest.raises(ValueError, match="at least one more"):
-            stream.generate(ids, past_key_values=cache)
-
-
 def test_a_bare_cache_inside_the_wrapper_is_exact_and_takes_blocks():
     model, ids = make_neox(), make_ids(500)
     reference = reference_logits(model, ids, 4, 60)
@@ -214,17 +201,6 @@ def test_a_reset_decoder_takes_another_batch_size():
         assert decoder.prefill(make_ids(100, batch=3)).shape == (3, 101)
         with pytest.raises(ValueError, match=r"\[batch\]"):
             decoder.step(make_ids(1))
-
-
-@pytest.mark.parametrize("turn", [20, 100])
-def test_beams_go_on_from_one_stream(turn):
-    model, ids = make_neox(), make_ids(100)
-    with StreamingLLMWrapper(model, 4, 60) as stream:
-        cache = stream.new_cache()
-        first = stream.generate(ids, past_key_values=cache, max_new_tokens=10, do_sample=False)
-        longer = torch.cat((first, make_ids(turn, seed=4)), dim=1)
-        out = stream.generate(longer, past_key_values=cache, num_beams=2, max_new_tokens=10, do_sample=False)
-    assert out.shape == (1, 120 + turn)
 
 
 def test_the_switch_of_angles_is_noticed_again_and_again():

@@ -8,20 +8,13 @@ import threading
 import pytest
 import torch
 from conftest import make_ids, make_neox
-from family_models import CASES, POSITIONS, VOCAB, available, make_config, make_family
+from family_models import HERE, POSITIONS, VOCAB, make_family
 from reference import reference_logits
 from transformers import AutoModelForCausalLM, Phi3Config
 
 from personal_adapters.neox_flash import wrap_attention
-from streaming_llm import (
-    StreamingDecoder,
-    StreamingKVCache,
-    StreamingLLMWrapper,
-    score_stream,
-    supported_families,
-)
+from streaming_llm import StreamingDecoder, StreamingKVCache, StreamingLLMWrapper, score_stream
 
-HERE = [case for case in CASES if available(case) and make_config(case).model_type in supported_families()]
 GREEDY = {"do_sample": False, "eos_token_id": None}
 
 

@@ -8,10 +8,9 @@ from family_models import make_family
 from packed_weights import KINDS, Int4Tensor, Int8Tensor, quantise_, quantised, unpacked
 from torch import Tensor, nn
 
-from streaming_llm import resolve_block_engine
 from streaming_llm.fused.family_recipes import recipe_of
 from streaming_llm.fused.refusals import why_not
-from streaming_llm.fused.weights import NotCoveredError, holds_packed, stored
+from streaming_llm.fused.weights import NotCoveredError, stored
 
 
 def weight(rows: int = 6, columns: int = 128) -> Tensor:
@@ -95,14 +94,6 @@ def test_a_quantised_model_has_a_recipe(kind):
     quantise_(model, kind)
     assert why_not(model) is None
     assert {linear.bits for linear in recipe_of(model).linears} == {KINDS[kind][0]}
-
-
-def test_auto_takes_no_kernel_that_no_gpu_has_run():
-    model = make_family("llama")
-    assert not holds_packed(model)
-    quantise_(model, "int8")
-    assert holds_packed(model)
-    assert resolve_block_engine(model) == "eager"
 
 
 def test_models_that_are_quantised_in_part():

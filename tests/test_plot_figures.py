@@ -179,11 +179,8 @@ def test_the_decode_loop_takes_new_files_and_older_ones_that_say_so(tmp_path):
     write_older(tmp_path / "fixed_eval", ["wikitext"])
     figure = draw(decode_loop, read_results(tmp_path))["decode_loop_comparison"].figure
     assert set(legend_labels(figure)) == {
-        "Baseline (math)",
-        "StreamingLLM (math)",
-        "Baseline, decode loop",
-        "StreamingLLM, decode loop",
-    }
+        "Baseline (math)", "StreamingLLM (math)", "Baseline, decode loop", "StreamingLLM, decode loop",
+    }  # fmt: skip
     titles = [ax.get_title(loc="left").split(" (")[0] for ax in figure.axes]
     assert titles == ["decode", "time per token", "first step", "perplexity ↓", "runtime"]
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +12,7 @@ import pytest
 from plot_fixtures.synthetic import write_json, write_older, write_set
 
 from experiments import make_report, plot_ablation_results, plot_all, plot_fixed_eval_results
+from experiments.plotting.paper_page import write_pages
 from experiments.plotting.script import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +84,14 @@ def test_an_unknown_format_is_refused(results, capsys):
         run_script(plot_fixed_eval_results.draw, "--results-dir", results, "--format", "gif")
     assert caught.value.code == 2
     assert "'png', 'pdf', 'svg'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["plot_all", "make_report", "plot_ablation_results"])
+def test_help_has_the_examples_and_what_is_written(name):
+    command = [sys.executable, EXPERIMENTS / f"{name}.py", "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"    python experiments/{name}.py\n" in said
+    assert "report.html" in said or "Writes" in said
 
 
 def test_drawing_everything_fills_a_folder_per_root_and_is_reproducible(tmp_path, capsys):
@@ -158,3 +168,13 @@ def test_a_script_runs_where_the_project_is_not_installed(results, tmp_path):
     command = [sys.executable, "-S", EXPERIMENTS / "plot_ablation_results.py", "--results-dir", results]
     subprocess.run([*command, "--output-dir", tmp_path], cwd=tmp_path, env=environment, check=True)
     assert (tmp_path / "ablation_n_sink.png").exists()
+
+
+def test_figures_of_several_models_share_no_id_on_the_paper_s_page(tmp_path):
+    (results,) = (path for path in (ROOT / "results" / "h100" / "paper").iterdir() if path.is_dir())
+    for model in ("one", "two"):
+        shutil.copytree(results, tmp_path / model, ignore=shutil.ignore_patterns("*.png"))
+    assert {"long.png", "index.html"} <= {path.name for path in write_pages(tmp_path)}
+    ids = re.findall(r'\bid="([^"]+)"', (tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert len(ids) > 100
+    assert len(ids) == len(set(ids))

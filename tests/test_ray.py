@@ -122,7 +122,7 @@ def test_two_workers_give_what_one_process_gives(world, tmp_path):
     for name in ("tiny", "other"):
         assert perplexities(world.output / name) == perplexities(tmp_path / "local" / name)
         assert len(perplexities(world.output / name)) == 2 * 2 * 2 + 2 * 2
-    value = json.loads((world.root / "final" / "one_main_backend-math.json").read_text())
+    value = world.result()
     assert value["environment"]["launcher"] == "ray"
     assert value["environment"]["commit"]
     world.run(**options)

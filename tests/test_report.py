@@ -14,24 +14,13 @@ from experiments.plotting.report import build_page, format_value, glance
 from experiments.plotting.table import read_results
 
 BROWSERS = (
-    "chromium",
-    "chromium-headless-shell",
-    "chromium-browser",
-    "google-chrome",
-    "google-chrome-stable",
-    "chrome",
-)
+    "chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome",
+)  # fmt: skip
 FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--virtual-time-budget=2000",
-)
+)  # fmt: skip
 needs_browser = pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium or Chrome installed")
 
 

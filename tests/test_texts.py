@@ -108,6 +108,8 @@ def test_a_folder_is_read_with_all_that_is_below_it_and_what_is_skipped_is_named
     assert (text.key, text.num_documents) == ("shelf", 5)
     assert "picture.png" in text.warning
     (tmp_path / "empty").mkdir()
+    with pytest.raises(SetupError, match="empty: the folder holds no text"):
+        load_texts([str(tmp_path / "empty")])
     make_text(tmp_path / "empty" / "notes.pdf", "")
     with pytest.raises(SetupError, match=r"empty: the folder holds no text: none of its 1 files"):
         load_texts([str(tmp_path / "empty")])
@@ -179,7 +181,9 @@ def test_the_bundled_texts_are_there():
     [
         ("empty.txt", b"", "empty"),
         ("blank.txt", b" \n \n", "empty"),
+        ("blanks.txt", b" \n\x1c\n ", "empty"),
         ("binary.txt", bytes(range(256)), "not UTF-8"),
+        ("late.txt", b"a" * (1 << 20) + b"abc\xe4bc" + b"a" * 99, r"not UTF-8 text \(byte 1048579\)"),
         ("nul.txt", b"a\x00b", "NUL"),
         ("book.pdf", b"%PDF", "not one of"),
         ("broken.json", b'{"text": "a', "JSON parse error"),
@@ -189,6 +193,7 @@ def test_the_bundled_texts_are_there():
         ("kind.jsonl", b'{"text": "a"}\n{"text": 3}\n', "record 2: .*'text' is int"),
         ("broken.jsonl", b'{"text": "a"}\n{\n', "line 2 is not valid JSON"),
         ("broken.jsonl.gz", gzip.compress(b'{"text": "a"}\n{\n', mtime=0), "line 2 is not valid JSON"),
+        ("cut.txt.xz", lzma.compress(TEXT.encode())[:-40], "cut.txt.xz: cannot be read: Compressed file ended"),
         ("cut.txt.gz", gzip.compress(TEXT.encode(), mtime=0)[:-20], "cannot be read: Compressed file ended"),
         ("broken.parquet", b"PAR1", "broken.parquet: cannot be read"),
         ("column.csv", b"body\na\n", "record 1: .*'text' is missing"),

@@ -6,43 +6,21 @@ import functools
 
 import pytest
 import torch
-from family_models import VOCAB, available, make_family
+from family_models import VOCAB, make_family
 from family_reference import family_reference_logits
 from streams import Ends, padded
 from transformers import StoppingCriteriaList
+from unequal_prompts import CASES, GREEDY, LENGTHS, LOGITS, SIDES, S, W, batch, check_ended_rows, each_alone, prompt
 
 from streaming_llm import StreamingDecoder, StreamingKVCache, StreamingLLMWrapper, score_stream
 
-S, W = 4, 60
-LENGTHS = (7, 61, 300)
 NEW = 200
-CASES = [case for case in ("gpt_neox", "llama", "qwen3", "gemma3", "phi") if available(case)]
-SIDES = ["left", "right"]
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TOLERANCE = 2e-5
 
 
 @functools.cache
-def prompt(row: int) -> torch.Tensor:
-    return torch.randint(VOCAB, (1, LENGTHS[row]), generator=torch.Generator().manual_seed(row))
-
-
-def batch(side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return padded([prompt(row) for row in range(len(LENGTHS))], side)
-
-
-@functools.cache
 def alone(case: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """For each prompt by itself: greedy tokens ``[NEW]`` and the logits that each was chosen from ``[NEW, vocab]``."""
-    model, tokens, logits = make_family(case), [], []
-    for row in range(len(LENGTHS)):
-        with StreamingDecoder(model, S, W) as decoder:
-            steps = [decoder.prefill(prompt(row))]
-            for _ in range(NEW - 1):
-                steps.append(decoder.step(steps[-1].argmax(-1)))
-        logits.append(torch.cat(steps))
-        tokens.append(logits[-1].argmax(-1))
-    return tokens, logits
+    return each_alone(make_family(case), NEW)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,9 +49,8 @@ def test_a_prompt_shorter_than_the_sinks_beside_one_longer_than_the_cache():
 @pytest.mark.parametrize("case", CASES)
 def test_generate(case, side):
     model, (ids, mask) = make_family(case), batch(side)
-    asked = {"max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
     with StreamingLLMWrapper(model, S, W) as stream:
-        out = stream.generate(ids, attention_mask=mask, **asked, **GREEDY)
+        out = stream.generate(ids, attention_mask=mask, max_new_tokens=NEW, **LOGITS, **GREEDY)
     tokens, logits = alone(case)
     for row in range(len(LENGTHS)):
         given = torch.stack([step[row] for step in out.logits])
@@ -171,10 +148,40 @@ def test_beams_of_unequal_prompts():
             assert torch.equal(together[row, ids.shape[1] :], single[0, LENGTHS[row] :])
 
 
+def test_streams_that_are_not_equally_far_go_on_with_their_best_beams():
+    model, rows = make_family("llama"), [prompt(0), prompt(1)]
+    ids, mask = padded(rows, "left")
+    asked = {**GREEDY, "max_new_tokens": 20, "num_beams": 3}
+    with StreamingLLMWrapper(model, S, W) as stream:
+        cache = stream.new_cache()
+        out = stream.generate(ids, attention_mask=mask, past_key_values=cache, continues=True, **asked)
+        out = stream.generate(out[:, -1:], past_key_values=cache, continues=True, **asked)
+        for index, row in enumerate(rows):
+            single = stream.new_cache()
+            alone = stream.generate(row, past_key_values=single, continues=True, **asked)
+            alone = stream.generate(alone[:, -1:], past_key_values=single, continues=True, **asked)
+            assert torch.equal(out[index], alone[0])
+            assert cache.progress.of_rows(2)[index] == single.progress.of_rows(1)[0]
+
+
+@pytest.mark.parametrize("case", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("asked", [{"num_beams": 3}, {"output_hidden_states": True}], ids=str)
+def test_a_prompt_of_one_token_among_longer_ones(case, asked):
+    """Nothing of it is fed ahead of the forward that gives what is asked for; LLaMA takes no block without a token."""
+    model, rows = make_family(case), [prompt(0), prompt(0)[:, :1], prompt(1)]
+    ids, mask = padded(rows, "left")
+    asked = {**GREEDY, "max_new_tokens": 70, "return_dict_in_generate": True, **asked}
+    with StreamingLLMWrapper(model, S, W) as stream:
+        together = stream.generate(ids, attention_mask=mask, **asked).sequences
+        for row, given in zip(rows, together, strict=True):
+            expected = stream.generate(row, **asked).sequences[0, row.shape[1] :]
+            assert torch.equal(given[ids.shape[1] :], expected)
+
+
 @pytest.mark.parametrize("how", ["eos", "criteria", "both"])
 def test_rows_that_end_early_stay_where_they_ended(how):
     model, (ids, mask) = make_family("llama"), batch("right")
-    tokens, logits = alone("llama")
+    tokens, _ = alone("llama")
     ends = [tokens[row].tolist().index(tokens[0][40].item()) + 1 if how != "criteria" else n
             for row, n in enumerate((33, 64, 70))]  # fmt: skip
     controls = {"pad_token_id": 1, "temperature": 0}
@@ -188,14 +195,7 @@ def test_rows_that_end_early_stay_where_they_ended(how):
         decoder.prefill(ids, attention_mask=mask)
         out = decoder.generate(150, **controls)
         assert out.shape[1] == min(150, max(ends))
-        for row, end in enumerate(ends):
-            assert torch.equal(out[row, :end], tokens[row][:end])
-            assert (out[row, end:] == 1).all()
-            assert decoder.cache.progress.of_rows(3)[row][0] == LENGTHS[row] + end
-            assert (decoder.logits[row] - logits[row][end]).abs().max() < TOLERANCE
-        given = decoder.step(torch.stack([row[end] for row, end in zip(tokens, ends, strict=True)]))
-        for row, end in enumerate(ends):
-            assert (given[row] - logits[row][end + 1]).abs().max() < TOLERANCE
+        check_ended_rows(decoder, out, ends, alone("llama"), TOLERANCE)
 
 
 def test_what_cannot_be_right_is_named():

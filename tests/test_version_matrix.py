@@ -26,14 +26,8 @@ REPORT = """<testsuites><testsuite>
 def test_the_oldest_and_newest_of_each_series():
     versions = ["5.10.0", "5.2.0", "4.57.1", "4.56.2", "4.56.0", "4.57.0rc1", "4.56.1", "4.55.4", "5.2.1", "5.10.3"]
     assert matrix.oldest_and_newest(versions, "4.56") == [
-        "4.56.0",
-        "4.56.2",
-        "4.57.1",
-        "5.2.0",
-        "5.2.1",
-        "5.10.0",
-        "5.10.3",
-    ]
+        "4.56.0", "4.56.2", "4.57.1", "5.2.0", "5.2.1", "5.10.0", "5.10.3",
+    ]  # fmt: skip
     assert matrix.claimed_minimum("transformers") == "4.56"
 
 

@@ -63,6 +63,32 @@ def test_the_hook_does_what_the_wrapper_does(asked):
     assert torch.equal(by_hook, by_wrapper)
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive"),
+        ({"prompt_lookup_num_tokens": 2}, "assisted"),
+        ({"guidance_scale": 2.0}, "guidance_scale"),
+        ({"use_cache": False}, "use_cache"),
+        ({"attention_mask": torch.ones(1, 60)}, "attention_mask covers 60 tokens"),
+    ],
+    ids=lambda asked: next(iter(asked)) if isinstance(asked, dict) else "",
+)
+def test_the_hook_refuses_what_it_would_not_do(asked, says):
+    model = make_neox()
+    with pytest.raises(ValueError, match=says):
+        model.generate(make_ids(50), custom_generate=streaming_generate, max_new_tokens=5, **SIZES, **GREEDY, **asked)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_hook_refuses_a_stream_to_go_on_with():
+    model = make_neox()
+    with StreamingLLMWrapper(model, 4, 30) as stream:
+        asked = {"past_key_values": stream.new_cache(), "max_new_tokens": 5, **SIZES, **GREEDY}
+    with pytest.raises(ValueError, match="past_key_values"):
+        model.generate(make_ids(50), custom_generate=streaming_generate, **asked)
+
+
 def test_a_text_generation_pipeline(demo):
     model, tokenizer = demo
     prompts = ["The lighthouse", "In the middle of the night, when nobody was awake,"]
@@ -96,17 +122,6 @@ def test_a_chat_template_and_a_streamer_in_a_thread(demo):
         thread.join()
     assert len(said) > 10
     assert "".join(said) == tokenizer.decode(expected[0, inputs["input_ids"].shape[1] :])
-
-
-def test_a_peft_model():
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    config = peft.LoraConfig(target_modules=["query_key_value"], init_lora_weights=False, r=4)
-    adapted, ids = peft.get_peft_model(make_neox(), config).eval(), make_ids(50)
-    with StreamingLLMWrapper(adapted, 4, 30) as stream:
-        out = stream.generate(ids, max_new_tokens=40, **GREEDY)
-    merged = adapted.merge_and_unload()
-    assert torch.equal(out[:, 50:], reference_logits(merged, out, 4, 30).argmax(-1)[:, 49:-1])
 
 
 class Suppressed(LogitsProcessor):

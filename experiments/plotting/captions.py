@@ -39,9 +39,9 @@ def caption(rows: pd.DataFrame, without: Sequence[str] = ()) -> str:
 
 
 def memory_note(rows: pd.DataFrame) -> str:
-    """What the files mean by peak memory: it is not the same thing on a GPU and on a CPU."""
+    """What the figures of memory mean: peak memory is not the same thing on a GPU and on a CPU."""
     kinds = _distinct(rows["peak_memory_kind"])
-    return f"peak memory: {kinds}" if kinds else ""
+    return f"KV cache: held between steps; peak memory: {kinds}" if kinds else ""
 
 
 def findings(cells: pd.DataFrame) -> str:

@@ -41,7 +41,7 @@ METRICS = {
             "ppl_increase_percent", "Perplexity increase over the baseline", "increase", "%", reference=0, signed=True
         ),
         Metric("runtime_sec", "Runtime: prefill and decode", "runtime", "s"),
-        Metric("speedup", "Speedup over the baseline", "speedup", TIMES, "higher", reference=1),
+        Metric("speedup", "Speedup over the baseline, whole run", "speedup", TIMES, "higher", reference=1),
         Metric("prefill_sec", "Prefill: until the prompt is in", "prefill", "s"),
         Metric("ttft_sec", "Time to first token: prefill and one step", "TTFT", "s"),
         Metric("first_token_latency_sec", "First decode step", "first step", "s"),

@@ -5,6 +5,7 @@ room for outside the axes. Only the page's height and the wrapping of text are w
 """
 
 import io
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from jinja2 import Environment, FileSystemLoader
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -113,6 +115,22 @@ def render(figure: Figure, suffix: str, **rc: object) -> bytes:
         fast = {"pil_kwargs": {"compress_level": 3}} if suffix == "png" else {}
         figure.savefig(buffer, format=suffix, metadata=_METADATA[suffix], **fast)
     return buffer.getvalue()
+
+
+def embedded(figure: Figure, name: str, group: str) -> str:
+    """A figure as an ``<svg>`` of a page that holds several, with ids of its own; text stays text."""
+    svg = render(figure, "svg", **{"svg.fonttype": "none", "savefig.transparent": True}).decode("utf-8")
+    svg = re.sub(r"\s*<metadata>.*?</metadata>|\s*<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{safe_name(group)}-{name}-", svg)
+    role = f' role="img" aria-label="{name.replace("_", " ")}"'
+    return re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', role, svg, count=1)
+
+
+def fill_template(template: str, **values: object) -> str:
+    """A page from a template of this folder."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(**values)
 
 
 def tag(artist: Artist, method: str, backend: str) -> None:

@@ -120,6 +120,7 @@ def sizes(result: dict) -> Figure:
     _write_values(ax, enumerate(y), y, (0, 5))
     ax.set_xticks(range(len(y)), [f"{row[key]}" for row in result["rows"]])
     number_axis(ax, "y", y, log_ratio=20, room=0.12)
+    ax.margins(y=0.2)  # room for the values
     ax.set_xlabel(label)
     ax.set_title("perplexity")
     return figure

@@ -5,10 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib as mpl
-from jinja2 import Environment, PackageLoader, select_autoescape
 
 from . import style
-from .page import render, save
+from .page import embedded, fill_template, save
 from .paper_facts import CITATION, REPORTED
 from .paper_figures import DRAW, models
 
@@ -70,42 +69,32 @@ def _conditions(result: dict) -> str:
     return "; ".join([*facts, f"weights {result['model_fingerprint']}"])
 
 
-def _svg(figure) -> str:
-    """A figure as part of a page."""
-    text = render(figure, "svg", **{"svg.fonttype": "none"}).decode()
-    return text[text.find("<svg") :]
-
-
 def write_pages(root: Path) -> Iterable[Path]:
     """Write a PNG of each experiment beside its file, one of all models' long streams, and `index.html`."""
     sections, written = [], []
     with mpl.rc_context(style.RC):
         for name, results in read_paper_results(root).items():
-            drawn = [result for result in results if result["rows"] and result["status"] == "ok"]
-            for result in drawn:
-                written += save(DRAW[name](result), name, result["folder"], ["png"])
-            together = models(drawn) if name == "long" and len(drawn) > 1 else None
-            if together is not None:
-                written += save(together, name, root, ["png"])
-            found = [
-                {
-                    "name": result["model"].rsplit("/", 1)[-1],
-                    "table": _table(result),
-                    "failed": result["failed"],
-                    "conditions": _conditions(result),
-                    "svg": _svg(DRAW[name](result)) if result in drawn else "",
-                }
-                for result in results
-            ]
+            found, drawn = [], []
+            for number, result in enumerate(results):
+                svg = ""
+                if result["rows"] and result["status"] == "ok":
+                    drawn.append(result)
+                    figure = DRAW[name](result)
+                    written += save(figure, name, result["folder"], ["png"])
+                    svg = embedded(figure, name, str(number))
+                about = {"name": result["model"].rsplit("/", 1)[-1], "table": _table(result), "svg": svg}
+                found.append(about | {"failed": result["failed"], "conditions": _conditions(result)})
+            together = ""
+            if name == "long" and len(drawn) > 1:
+                figure = models(drawn)
+                written += save(figure, name, root, ["png"])
+                together = embedded(figure, name, "all")
             if found:
                 about = {"name": name, "title": results[0]["title"], "reported": REPORTED[name]}
-                sections.append(about | {"models": found, "together": _svg(together) if together else ""})
+                sections.append(about | {"models": found, "together": together})
     if sections:
-        page = Environment(
-            loader=PackageLoader(__package__, ""), autoescape=select_autoescape(["j2"]), trim_blocks=True
-        )
         path = root / "index.html"
-        text = page.get_template("paper.html.j2").render(sections=sections, citation=CITATION)
+        text = fill_template("paper.html.j2", sections=sections, citation=CITATION)
         path.write_text(text, encoding="utf-8", newline="\n")
         written.append(path)
     return written

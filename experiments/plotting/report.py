@@ -1,19 +1,16 @@
 """The report: one page that needs nothing else, made by ``report.html.j2`` of the table of results and of figures."""
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader
 
 from . import style
 from .captions import caption, memory_note
 from .metrics import MINUS, TIMES, short_number
-from .page import render, safe_name
+from .page import embedded, fill_template, safe_name
 from .script import Drawing
 from .table import Results, series_of, why_missing
 
@@ -49,14 +46,8 @@ class Picture:
 
     @classmethod
     def of(cls, drawing: Drawing, run: str, datasets: Iterable[str]) -> "Picture":
-        """Render a drawing as an ``<svg>`` with ids of its own, as several stand in a page; text stays text."""
-        svg = render(drawing.figure, "svg", **{"svg.fonttype": "none", "savefig.transparent": True}).decode("utf-8")
-        svg = re.sub(
-            r"\s*<metadata>.*?</metadata>|\s*<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL
-        )
-        svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{safe_name(run)}-{drawing.name}-", svg)
-        role = f' role="img" aria-label="{drawing.name.replace("_", " ")}"'
-        svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', role, svg, count=1)
+        """A drawing of a run as it stands in the page."""
+        svg = embedded(drawing.figure, drawing.name, run)
         dataset = next((d for d in datasets if drawing.name == f"comprehensive_{d}"), "")
         return cls(drawing.name, svg, safe_name(dataset), drawing.figure.get_size_inches()[0] > style.HALF_PAGE_IN)
 
@@ -85,10 +76,8 @@ def build_page(runs: Sequence[Run]) -> str:
     rows = rows.assign(conditions=pd.factorize(conditions)[0] + 1)
     where = ["Data set", "Run"] if len(runs) > 1 else ["Data set"]
     cells, ablations = rows[rows["ablation"] == ""], rows[rows["ablation"] != ""]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("report.html.j2").render(
+    return fill_template(
+        "report.html.j2",
         several=len(runs) > 1,
         colours={method: look.colour for method, look in style.METHODS.items()},
         runs=runs,

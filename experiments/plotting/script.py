@@ -37,10 +37,9 @@ def draw_styled(draw: Draw, results: Results) -> list[Drawing]:
         return draw(results)
 
 
-def main(draw: Draw, description: str, argv: Sequence[str] | None = None) -> int:
-    """Run a plot script; -> its exit code."""
-    parser = argparse.ArgumentParser(description=description)
-    add_arguments(parser, "the folder that holds the result files, or the root above final/ and fixed_eval/")
+def main(draw: Draw, about: str, argv: Sequence[str] | None = None) -> int:
+    """Run a plot script, whose docstring is ``about``; -> its exit code."""
+    parser = make_parser(about, "the folder that holds the result files, or the root above final/ and fixed_eval/")
     args = parser.parse_args(argv)
     found, code = read_or_explain(args.results_dir, [args.results_dir])
     for results in found:
@@ -78,9 +77,17 @@ def read_or_explain(top: Path, roots: Sequence[Path]) -> tuple[list[Results], in
     return [], 2
 
 
-def add_arguments(parser: argparse.ArgumentParser, results_help: str, formats: bool = True) -> None:
-    """``--results-dir``, ``--output-dir`` and, where figures are written, ``--format``."""
+def make_parser(about: str, results_help: str, formats: bool = True) -> argparse.ArgumentParser:
+    """A parser that takes ``--results-dir``, ``--output-dir`` and, where figures are written, ``--format``.
+
+    Args:
+        about: The script's docstring: its first line stands above the options, the rest below them.
+    """
+    first, _, rest = about.partition("\n\n")
+    look = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=first, epilog=rest.rstrip(), formatter_class=look)
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help=f"{results_help}; default: results")
     parser.add_argument("--output-dir", type=Path, default=Path("figures"), help="default: %(default)s")
     if formats:
         parser.add_argument("--format", nargs="+", choices=FORMATS, default=["png"], help="one or more; default: png")
+    return parser

@@ -14,7 +14,6 @@ from torch import nn
 from ..attention.kernel_choice import adapters
 from ..families import family_of_model, scaled_from, transformers_model
 from ..fused import why_not_fused
-from ..fused.weights import holds_packed
 from ..kv_cache import StreamingKVCache
 from ..placement import why_not_one_cuda_device
 from .base import EagerEngine, Engine
@@ -97,14 +96,13 @@ def resolve_engine(model: nn.Module, name: str = "auto") -> str:
     """The engine that runs ``model`` here: ``name`` itself, or for ``auto`` the fastest.
 
     Where the model's attention is wrapped in adapters, these name the kernel: ``auto`` is then none that has another.
-    With packed weights it is none that is fused, until such kernels have been checked on a GPU: they run by name.
 
     Raises:
         ValueError: there is no engine of this name, or it cannot run this model; says why.
     """
     if name == "auto":
-        fused = () if holds_packed(model) else ("fused" if adapters(model) else "fused-triton",)
-        return next(engine for engine in (*fused, "graph", "eager") if why_not_engine(model, engine) is None)
+        fused = "fused" if adapters(model) else "fused-triton"
+        return next(engine for engine in (fused, "graph", "eager") if why_not_engine(model, engine) is None)
     reason = why_not_engine(model, name)
     if reason is not None:
         raise ValueError(f"engine {name!r} cannot run: {reason}. 'auto' takes the fastest that can")
@@ -118,7 +116,7 @@ def resolve_block_engine(model: nn.Module, name: str = "auto") -> str:
         ValueError: as :func:`resolve_engine`, but that blocks need no recording.
     """
     if name == "auto":
-        return "eager" if holds_packed(model) or why_not_fused(transformers_model(model)) else "fused"
+        return "eager" if why_not_fused(transformers_model(model)) else "fused"
     kind = _kind(name)
     return kind.blocks if kind.blocks == "eager" else ENGINES[resolve_engine(model, name)].blocks
 

@@ -148,7 +148,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """
     nll = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
     launch(
-        _cross_entropy, (logits.shape[0],), logits, targets, nll, logits.shape[1], logits.stride(0),
+        _cross_entropy, (logits.shape[0],), logits, targets.contiguous(), nll, logits.shape[1], logits.stride(0),
         BLOCK=4096, num_warps=8,
     )  # fmt: skip
     return nll

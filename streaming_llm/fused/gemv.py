@@ -16,19 +16,26 @@ from ..launch import launch, wait_for_input
 from .activations import activate, capped
 from .norms import any_plus_one, meta_of, norm_weight, or_other, pointers_of, residual, rstd_of
 from .recipe import Linear, Norm
-from .tiles import add_product, first_tiles, next_tile, row_factors, row_sums
+from .tiles import add_product, first_tiles, next_tile, no_products, row_factors, row_sums
 
 TILE_OF_NORM = {
-    False: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 1, "num_warps": 2},
-    True: {"BLOCK_R": 8, "BLOCK_K": 512, "AHEAD": 2, "num_warps": 2},
+    0: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 1, "num_warps": 2},
+    8: {"BLOCK_R": 8, "BLOCK_K": 2048, "AHEAD": 3, "num_warps": 4},
+    4: {"BLOCK_R": 16, "BLOCK_K": 1024, "AHEAD": 5, "num_warps": 4},
 }
+TILE_OF_FEW_ROWS = TILE_OF_NORM | {
+    8: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 2, "num_warps": 1},
+    4: {"BLOCK_R": 8, "BLOCK_K": 1024, "AHEAD": 1, "num_warps": 2},
+}
+FEW_ROWS = 12288
 TILE_OF_SUM = {
-    False: {"BLOCK_R": 2, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
-    True: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
+    0: {"BLOCK_R": 2, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
+    8: {"BLOCK_R": 4, "BLOCK_K": 1024, "AHEAD": 1, "num_warps": 2},
+    4: {"BLOCK_R": 8, "BLOCK_K": 2048, "AHEAD": 1, "num_warps": 4},
 }
-"""By whether weights are packed, rows and columns of a tile, tiles requested ahead, and warps.
-Of two dozen tried in whole steps on an H200, for the sizes of Pythia-70m, 2.8b and 6.9b, those for plain weights were
-the fastest, or within 7% of it."""
+"""By the bits of packed weights (0: plain ones), rows and columns of a tile, tiles requested ahead, and warps.
+The fastest, or within 7% of it: of two dozen tried for Pythia-70m, 2.8b and 6.9b on an H200, of 83 for packed
+weights of Llama-3.1-8B on an H100."""
 
 
 @triton.jit
@@ -94,7 +101,7 @@ def _norm_gemv(
     # An RMSNorm's factor is taken out of the product, so that both are summed up in one pass. Its input is requested
     # before each tile: the other way round, as behind a LayerNorm, a step of Llama-3.1-8B took 1.22 times as long.
     squares = tl.zeros((BLOCK_K,), tl.float32)
-    acc, x_total = tl.zeros((BLOCK_R, BLOCK_K // VALUES), tl.float32), tl.zeros((BLOCK_K // VALUES,), tl.float32)
+    acc, x_total = no_products(BLOCK_R, BLOCK_K, K, BITS, GROUP)
     for start in tl.static_range(0, K, BLOCK_K):
         at = start + columns
         inside = at < K
@@ -172,7 +179,7 @@ def norm_gemv(
     first, (second, third) = linears[0], (*linears[1:], linears[0], linears[0])[:2]
     rows = [linear.rows for linear in linears]
     n1, n2, n3 = (*rows, 0, 0)[:3]
-    tile = TILE_OF_NORM[first.bits > 0]
+    tile = (TILE_OF_FEW_ROWS if sum(rows) < FEW_ROWS else TILE_OF_NORM)[first.bits]
     per_program = tile["BLOCK_R"] // 2 if gated else tile["BLOCK_R"]
     grid = triton.cdiv(n1, per_program) if gated else sum(triton.cdiv(n, per_program) for n in rows)
     add, add_norm = (x, None) if pending is None else pending
@@ -227,13 +234,13 @@ def _gemv_sum(
         added += tl.load(residual_ptr + rows, in_rows, 0.0)
     if OTHER:
         added += tl.load(other_ptr + rows, in_rows, 0.0)
-    acc, x_total = tl.zeros((BLOCK_R, BLOCK_K // VALUES), tl.float32), tl.zeros((BLOCK_K // VALUES,), tl.float32)
+    acc, x_total = no_products(BLOCK_R, BLOCK_K, K1, BITS, GROUP1)
     acc, x_total = _add_products(acc, x_total, tiles, x1, rows1, K1, BLOCK_K, AHEAD, BITS, GROUP1)
     if K2 > 0:
         rows2 = w2 + rows.to(tl.int64) * (K2 // VALUES), in_rows, s2 + rows, z2 + rows, N
         if BITS > 0:  # the factors of whole rows are others
             y += row_sums(acc, x_total, scale1, zero1, BITS, GROUP1 < K1)
-            acc, x_total = tl.zeros_like(acc), tl.zeros_like(x_total)
+            acc, x_total = no_products(BLOCK_R, BLOCK_K, K2, BITS, GROUP2)
         scale2, zero2 = row_factors(rows2, BITS, GROUP2 < K2)
         acc, x_total = _add_products(acc, x_total, (), x2, rows2, K2, BLOCK_K, 0, BITS, GROUP2)
         y += row_sums(acc, x_total, scale2, zero2, BITS, GROUP2 < K2)

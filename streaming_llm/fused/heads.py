@@ -29,7 +29,8 @@ def load_head(
     """A head ``[DIM_P]`` in float32, normed, and beside each dimension its partner in the rotation.
 
     Args:
-        head: its number, for norms with weights for each.
+        x_ptr, head: where it lies, and its number, for norms with weights for each. Of several heads, ``[heads, 1]``;
+            what is returned is ``[heads, DIM_P]``.
         all_rstd: given for norms over all heads.
         NORM, NORM_STEP: see :func:`head_meta`.
     """
@@ -41,13 +42,13 @@ def load_head(
     other = tl.load(x_ptr + partner, rotates, 0.0).to(tl.float32)
     if NORM != "none":
         if NORM == "layer" or NORM == "layer+bias":
-            mean = tl.sum(x, 0) / HEAD_DIM
+            mean = tl.sum(x, -1, keep_dims=True) / HEAD_DIM
             x = tl.where(inside, x - mean, 0.0)
             other -= mean
         if NORM == "all":
             rstd = all_rstd
         else:
-            rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / HEAD_DIM + eps)
+            rstd = 1.0 / tl.sqrt(tl.sum(x * x, -1, keep_dims=True) / HEAD_DIM + eps)
         w_ptr += head * NORM_STEP
         b_ptr += head * NORM_STEP
         x = _affine(x * rstd, w_ptr + dims, b_ptr + dims, inside, NORM)

@@ -19,57 +19,10 @@ from .heads import load_head, rotate
 from .norms import pointers_of, rstd_of
 from .recipe import Attention
 from .rings import RingState
-from .running_softmax import attend, put_together, scores_of
+from .running_softmax import attend, nothing_seen, of_each, put_together, scores_of
 
-MOST_SHARED = 8
-"""Query heads of a program: their running results are held in registers."""
-
-
-@triton.jit
-def _queries(
-    given, angles_ptr, scale,
-    WIDTH: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUPS: tl.constexpr, SHARED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, Q_STEP: tl.constexpr, NORM: tl.constexpr, NORM_STEP: tl.constexpr,
-):  # fmt: skip
-    """The queries ``[DIM_P]`` of a program, normed, rotated by the angles given, and scaled.
-
-    Args:
-        given: the row's heads, which of them are the program's, and their norm.
-    """
-    qkv, kv_head, chunk, norm_w, norm_b, eps, rstd = given
-    queries = ()
-    for j in tl.static_range(SHARED):
-        group = tl.minimum(chunk * SHARED + j, GROUPS - 1)
-        x, partner = load_head(
-            qkv + (kv_head * Q_STEP + group) * HEAD_DIM, kv_head * GROUPS + group, norm_w, norm_b, eps, rstd,
-            HALF, INTERLEAVED, HEAD_DIM, DIM_P, NORM, NORM_STEP,
-        )  # fmt: skip
-        queries = queries + (rotate(x, partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P) * scale,)  # type: ignore[assignment]  # noqa: RUF005
-    return queries
-
-
-@triton.jit
-def _with_sinks(
-    scores, to_sinks, key, token, given, angles_ptr, scale, softcap,
-    N_SINK: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUPS: tl.constexpr,
-    SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, Q_STEP: tl.constexpr, NORM: tl.constexpr,
-    NORM_STEP: tl.constexpr, CAP: tl.constexpr,
-):  # fmt: skip
-    """The scores, with those of sinks by queries that are turned for them, since sinks lie as first rotated.
-
-    A single query comes turned, ``to_sinks``, so that one wait serves all; several are turned here, so that they take
-    no registers from then on.
-    """
-    if SHARED > 1:
-        to_sinks = _queries(
-            given, angles_ptr + 2 * WIDTH, scale,
-            WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
-        )  # fmt: skip
-    of_sinks = scores_of(to_sinks, key, softcap, SHARED, CAP)
-    after = ()
-    for j in tl.static_range(SHARED):
-        after = after + (tl.where(token < N_SINK, of_sinks[j], scores[j]),)  # type: ignore[assignment]  # noqa: RUF005
-    return after
+MOST_SHARED = 16
+"""Query heads of a program: as many as a product of the matrix units has rows."""
 
 
 @triton.jit
@@ -77,7 +30,7 @@ def _ring_attention(
     qkv_ptr, k_ptr, v_ptr, sinks_ptr, out_ptr, partial_ptr, arrived_ptr, counters_ptr, angles_ptr,
     q_norm_w, q_norm_b, k_norm_w, k_norm_b, q_eps, k_eps, scale, softcap,
     CAPACITY: tl.constexpr, N_SINK: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SHARED: tl.constexpr, CHUNKS: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SHARED: tl.constexpr, H: tl.constexpr, CHUNKS: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, QKV_WIDTH: tl.constexpr, Q_STEP: tl.constexpr,
     K_START: tl.constexpr, K_STEP: tl.constexpr, V_START: tl.constexpr, V_STEP: tl.constexpr,
     NORM: tl.constexpr, NORM_STEP: tl.constexpr, CAP: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
@@ -88,6 +41,7 @@ def _ring_attention(
     chunk, kv_head = program % CHUNKS, program // CHUNKS % KV_HEADS
     ring, row = (program // CHUNKS).to(tl.int64), (program // CHUNKS // KV_HEADS).to(tl.int64)
     dims = tl.arange(0, DIM_P)
+    head = 0 if H == 1 else tl.arange(0, H)[:, None]
     inside = dims < HEAD_DIM
     k_ptr += ring * CAPACITY * HEAD_DIM
     v_ptr += ring * CAPACITY * HEAD_DIM
@@ -108,27 +62,20 @@ def _ring_attention(
     if NORM == "all":
         q_rstd = rstd_of(qkv, q_eps, HEADS * HEAD_DIM, 1024)
         k_rstd = rstd_of(qkv + K_START * HEAD_DIM, k_eps, KV_HEADS * HEAD_DIM, 1024)
-    given = qkv, kv_head, chunk, q_norm_w, q_norm_b, q_eps, q_rstd
-    queries = _queries(
-        given, angles_ptr, scale,
-        WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
+    group = tl.minimum(chunk * SHARED + head, GROUPS - 1)
+    query, partner = load_head(
+        qkv + (kv_head * Q_STEP + group) * HEAD_DIM, kv_head * GROUPS + group, q_norm_w, q_norm_b, q_eps, q_rstd,
+        HALF, INTERLEAVED, HEAD_DIM, DIM_P, NORM, NORM_STEP,
     )  # fmt: skip
-    to_sinks = queries
-    if N_SINK > 0 and SHARED == 1:
-        to_sinks = _queries(
-            given, angles_ptr + 2 * WIDTH, scale,
-            WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP,
-        )  # fmt: skip
-    state = ()
-    for _ in tl.static_range(SHARED):
-        largest = tl.full((), float("-inf"), tl.float32)
-        state = state + ((largest, tl.zeros((), tl.float32), tl.zeros((DIM_P,), tl.float32)),)  # type: ignore[assignment]  # noqa: RUF005
+    queries = rotate(query, partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P) * scale
+    to_sinks = rotate(query, partner, angles_ptr + 2 * WIDTH, WIDTH, HALF, INTERLEAVED, DIM_P) * scale
+    largest, total, acc = nothing_seen(H, DIM_P)
     if split == 0:  # the token itself, which no other program reads
-        k, partner = load_head(
+        k, k_partner = load_head(
             qkv + (K_START + kv_head * K_STEP) * HEAD_DIM, kv_head, k_norm_w, k_norm_b, k_eps, k_rstd,
             HALF, INTERLEAVED, HEAD_DIM, DIM_P, NORM, NORM_STEP,
         )  # fmt: skip
-        new_key = rotate(k, partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P).to(k_ptr.dtype.element_ty)
+        new_key = rotate(k, k_partner, angles_ptr, WIDTH, HALF, INTERLEAVED, DIM_P).to(k_ptr.dtype.element_ty)
         v_at = qkv + (V_START + kv_head * V_STEP) * HEAD_DIM
         new_value = tl.load(v_at + dims, inside, 0.0).to(v_ptr.dtype.element_ty)
         if chunk == 0:
@@ -137,23 +84,18 @@ def _ring_attention(
             if N_SINK > 0:
                 first_copy = sinks_ptr + (ring * N_SINK + slot) * HEAD_DIM
                 tl.store(first_copy + dims, new_key, inside & (slot < N_SINK))
-        begun = ()
-        for j in tl.static_range(SHARED):
-            score = tl.sum(queries[j] * new_key.to(tl.float32), 0)
-            score = capped(score, softcap) if CAP else score
-            begun = begun + ((score, state[j][1] + 1.0, state[j][2] + new_value.to(tl.float32)),)  # type: ignore[assignment]  # noqa: RUF005
-        state = begun
+        score = tl.sum(queries * new_key.to(tl.float32), -1)
+        largest = capped(score, softcap) if CAP else score
+        total += 1.0
+        acc += new_value.to(tl.float32)
 
     end = tl.minimum(last, now).to(tl.int32)  # what lies behind has never been written
     visible = (token < end) & (token != slot)
-    scores = scores_of(queries, key, softcap, SHARED, CAP)
-    if N_SINK > 0:
+    scores = scores_of(queries, key, softcap, H, CAP)
+    if N_SINK > 0:  # sinks lie as first rotated, so that queries are turned for them
         if first < N_SINK:
-            scores = _with_sinks(
-                scores, to_sinks, key, token, given, angles_ptr, scale, softcap,
-                N_SINK, WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP, CAP,
-            )  # fmt: skip
-    state = attend(scores, value, visible, state, SHARED)
+            scores = tl.where(token < N_SINK, scores_of(to_sinks, key, softcap, H, CAP), scores)
+    largest, total, acc = attend(scores, value, visible, largest, total, acc, H)
     start = first + BLOCK
     while start < end:
         token = start + tl.arange(0, BLOCK)
@@ -161,39 +103,31 @@ def _ring_attention(
         at = token[:, None] * HEAD_DIM + dims[None, :]
         mask = visible[:, None] & inside[None, :]
         key, value = tl.load(k_ptr + at, mask, 0.0), tl.load(v_ptr + at, mask, 0.0)
-        scores = scores_of(queries, key, softcap, SHARED, CAP)
+        scores = scores_of(queries, key, softcap, H, CAP)
         # With one query a branch behind which no request is moved: both tiles are asked for at once.
-        if N_SINK > (0 if SHARED == 1 else BLOCK):
+        if N_SINK > (0 if H == 1 else BLOCK):
             if start < N_SINK:
-                scores = _with_sinks(
-                    scores, to_sinks, key, token, given, angles_ptr, scale, softcap,
-                    N_SINK, WIDTH, HALF, INTERLEAVED, GROUPS, SHARED, HEAD_DIM, DIM_P, Q_STEP, NORM, NORM_STEP, CAP,
-                )  # fmt: skip
-        state = attend(scores, value, visible, state, SHARED)
+                scores = tl.where(token < N_SINK, scores_of(to_sinks, key, softcap, H, CAP), scores)
+        largest, total, acc = attend(scores, value, visible, largest, total, acc, H)
         start += BLOCK
 
-    for j in tl.static_range(SHARED):
-        group = chunk * SHARED + j
-        largest, total, acc = state[j]
-        if SPLITS == 1:
-            out = out_ptr + (row * HEADS + kv_head * GROUPS + group) * HEAD_DIM
-            tl.store(out + dims, (acc / total).to(out_ptr.dtype.element_ty), inside & (group < GROUPS))
-        else:
-            part = (program.to(tl.int64) * SPLITS + split) * SHARED + j
-            tl.store(partial_ptr + part * DIM_P + dims, acc)
-            peaks_ptr = partial_ptr + tl.num_programs(0) * SPLITS * SHARED * DIM_P + part * 2
-            tl.store(peaks_ptr, largest)
-            tl.store(peaks_ptr + 1, total)
-    if SPLITS > 1:
+    group = chunk * SHARED + head
+    out = out_ptr + (row * HEADS + kv_head * GROUPS + group) * HEAD_DIM + dims
+    exists = inside & (head < SHARED) & (group < GROUPS)
+    if SPLITS == 1:
+        tl.store(out, (acc / of_each(total, H)).to(out_ptr.dtype.element_ty), exists)
+    else:
+        part = (program.to(tl.int64) * SPLITS + split) * H
+        peaks_ptr = partial_ptr + tl.num_programs(0) * SPLITS * H * DIM_P
+        peak = peaks_ptr + (part if H == 1 else part + tl.arange(0, H)) * 2
+        tl.store(partial_ptr + (part + head) * DIM_P + dims, acc)
+        tl.store(peak, largest)
+        tl.store(peak + 1, total)
         tl.debug_barrier()  # every thread has written before the program is counted
         if tl.atomic_add(arrived_ptr + program, 1, sem="acq_rel") == SPLITS - 1:  # the last puts the parts together
-            for j in tl.static_range(SHARED):
-                group = chunk * SHARED + j
-                part = program.to(tl.int64) * SPLITS * SHARED + j
-                stats = tl.num_programs(0) * SPLITS * SHARED * DIM_P
-                whole = put_together(partial_ptr, part, stats, SHARED, SPLITS, PARTS, DIM_P)
-                out = out_ptr + (row * HEADS + kv_head * GROUPS + group) * HEAD_DIM
-                tl.store(out + dims, whole.to(out_ptr.dtype.element_ty), inside & (group < GROUPS))
+            part -= split * H
+            whole = put_together(partial_ptr + part * DIM_P, peaks_ptr + part * 2, H, SPLITS, PARTS, DIM_P)
+            tl.store(out, whole.to(out_ptr.dtype.element_ty), exists)
             tl.store(arrived_ptr + program, 0)
 
 
@@ -209,8 +143,10 @@ class RingAttention:
         state: the streams'.
     """
 
+    WARPS = 4  # of a program with several query heads; one with a single head has one warp, which waits for no other
     TILE = 2048  # elements of a tile of keys, and of values, for each warp
-    PARTIAL = 4096  # elements of partial results that are put together at a time, as many as a warp can hold
+    MOST_ROWS = 64  # of a tile: shorter ones are for more programs
+    PARTIAL = 4096  # elements of partial results that are put together at a time, for each warp
     WARPS_IN_ALL = 1056  # to aim for: eight for each of an H100's multiprocessors
 
     def __init__(self, attention: Attention, keys: Tensor, state: RingState) -> None:
@@ -218,23 +154,20 @@ class RingAttention:
         self.state = state
         self.chunks = triton.cdiv(attention.groups, MOST_SHARED)
         self.shared = triton.cdiv(attention.groups, self.chunks)
-        self.dim_p = triton.next_power_of_2(head_dim)
-        self.warps = self.warps_for(self.shared)
+        self.heads = triton.next_power_of_2(self.shared)
+        self.warps, least = (1, 1) if self.shared == 1 else (self.WARPS, 16)  # the matrix units take 16 or more
+        self.dim_p = max(least, triton.next_power_of_2(head_dim))
         self.programs = batch * num_kv_heads * self.chunks
-        self.block = max(1, self.TILE * self.warps // self.dim_p)
+        self.block = max(least, min(self.MOST_ROWS, self.TILE * self.warps // self.dim_p))
         blocks = max(1, capacity // self.block)  # the last program takes what is over
         per_split = triton.cdiv(blocks, max(1, min(blocks, self.WARPS_IN_ALL // (self.warps * self.programs))))
         self.splits, self.split_len = triton.cdiv(blocks, per_split), per_split * self.block
-        self.parts = min(triton.next_power_of_2(self.splits), max(1, self.PARTIAL * self.warps // self.dim_p))
-        parts = self.programs * self.splits * self.shared
+        at_once = max(1, self.PARTIAL * self.warps // (self.dim_p * self.heads))
+        self.parts = min(triton.next_power_of_2(self.splits), at_once)
+        parts = self.programs * self.splits * self.heads
         self.out = keys.new_empty(batch, attention.num_heads * head_dim)
         self.partial = torch.empty(parts * (self.dim_p + 2), dtype=torch.float32, device=keys.device)
         self.arrived = torch.zeros(self.programs, dtype=torch.int32, device=keys.device)
-
-    @staticmethod
-    def warps_for(shared: int) -> int:
-        """Warps of a program: a single one waits for no other, several share the work of many query heads."""
-        return 1 if shared == 1 else 4
 
     def __call__(self, attention: Attention, qkv: Tensor, layer: StreamingLayer, *, pdl: bool = False) -> Tensor:
         """Store the token of ``qkv`` ``[batch, attention.width]`` in a layer's ring, and attend.
@@ -253,7 +186,8 @@ class RingAttention:
             qkv, layer.keys, layer.values, layer.sinks, self.out, self.partial, self.arrived,
             state.counters, state.angles, q_weight, q_bias, k_weight, k_bias, q_eps, k_eps,
             attention.scores.scale, softcap or 0.0,
-            **state.meta_of(attention), SHARED=self.shared, CHUNKS=self.chunks, CAP=softcap is not None,
+            **state.meta_of(attention) | {"DIM_P": self.dim_p}, SHARED=self.shared, H=self.heads, CHUNKS=self.chunks,
+            CAP=softcap is not None,
             SPLITS=self.splits, PARTS=self.parts, SPLIT_LEN=self.split_len, BLOCK=self.block,
             num_warps=self.warps, pdl=pdl,
         )  # fmt: skip

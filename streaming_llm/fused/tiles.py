@@ -80,8 +80,23 @@ def _products_of_words(words, x, BITS: tl.constexpr):
 
 
 @triton.jit
+def no_products(
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """What :func:`add_product` adds to."""
+    if GROUP < K:
+        x_total = tl.zeros((BLOCK_R, max(1, BLOCK_K // GROUP)), tl.float32)
+    else:
+        x_total = tl.zeros((BLOCK_K * BITS // 32 if BITS > 0 else 1,), tl.float32)
+    return tl.zeros((BLOCK_R, BLOCK_K * BITS // 32 if BITS > 0 else BLOCK_K), tl.float32), x_total
+
+
+@triton.jit
 def add_product(acc, x_total, tile, x, BITS: tl.constexpr, GROUPED: tl.constexpr):
-    """``acc`` plus the products of a tile with ``x`` ``[BLOCK_K]``; packed, ``x_total`` plus the sum of ``x``."""
+    """``acc`` plus the products of a tile with ``x`` ``[BLOCK_K]``; packed, ``x_total`` plus the sum of ``x``.
+
+    With factors of groups, ``x_total`` is what their zeros add to each row ``[BLOCK_R, groups of a tile]``.
+    """
     if BITS == 0:
         return acc + tile.to(tl.float32) * x[None, :], x_total
     else:
@@ -89,11 +104,11 @@ def add_product(acc, x_total, tile, x, BITS: tl.constexpr, GROUPED: tl.constexpr
         if GROUPED:
             GROUPS: tl.constexpr = tile[1].shape[1]
             WORDS: tl.constexpr = x_sum.shape[0] // GROUPS
-            scale, zero = tile[1].to(tl.float32)[:, :, None], tile[2].to(tl.float32)[:, :, None]
-            of_x = tl.reshape(x_sum * 2.0**-53, (1, GROUPS, WORDS))
+            scale, zero = tile[1].to(tl.float32), tile[2].to(tl.float32)
             total = tl.reshape(acc, (acc.shape[0], GROUPS, WORDS))
-            total += scale * tl.reshape(products, total.shape)
-            total += (zero - scale * (1 << (BITS - 1))) * of_x
+            total += scale[:, :, None] * tl.reshape(products, total.shape)
+            of_x = tl.sum(tl.reshape(x_sum, (GROUPS, WORDS)), 1)
+            x_total += (zero - scale * (1 << (BITS - 1))) * of_x[None, :]
             return tl.reshape(total, acc.shape), x_total
         else:
             return acc + products, x_total + x_sum
@@ -115,7 +130,9 @@ def row_sums(acc, x_total, scale, zero, BITS: tl.constexpr, GROUPED: tl.constexp
     y = tl.sum(acc, 1)
     if BITS > 0:
         y *= 2.0**53
-        if not GROUPED:
+        if GROUPED:
+            y += tl.sum(x_total, 1)
+        else:
             x = tl.sum(x_total, 0)
             y = (y - x * (1 << (BITS - 1))) * scale + x * zero
     return y

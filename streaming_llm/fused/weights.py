@@ -114,8 +114,3 @@ def _int4(weight: Any) -> Packed:
 
 READERS = {"Int8Tensor": _int8, "Int4Tensor": _int4}
 """Class of a tensor -> what it holds."""
-
-
-def holds_packed(model: nn.Module) -> bool:
-    """Whether kernels would read some of a model's weights as packed integers."""
-    return any(type(weight).__name__ in READERS for weight in model.parameters())

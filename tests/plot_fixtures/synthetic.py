@@ -29,17 +29,8 @@ def block(
     for noise in 1 + 0.05 * rng.standard_normal((repeats, 2)):
         p, d = prefill * noise[0], decode * noise[1]
         first = d / 500
-        runs.append(
-            {
-                "runtime_sec": p + d,
-                "prefill_sec": p,
-                "first_token_latency_sec": first,
-                "ttft_sec": p + first,
-                "decode_sec": d,
-                "decode_toks_per_sec": 512 / d,
-                "tpot_ms": 1e3 * d / 512,
-            }
-        )
+        run = {"runtime_sec": p + d, "prefill_sec": p, "first_token_latency_sec": first, "ttft_sec": p + first}
+        runs.append(run | {"decode_sec": d, "decode_toks_per_sec": 512 / d, "tpot_ms": 1e3 * d / 512})
     medians = {key: float(np.median([run[key] for run in runs])) for key in runs[0]}
     ppl = None if random else _PPL[method] * (1 + 0.15 * dataset_index)
     out = {
@@ -61,30 +52,15 @@ def block(
 def header(dataset: str, backend: str, **changes: object) -> dict:
     """The part of a file that is not a method's."""
     return {
-        "schema_version": 1,
-        "experiment": dataset,
-        "model": "demo",
-        "dataset": dataset,
-        "backend": backend,
-        "dtype": "float32",
-        "device": "cpu",
-        "num_tokens": 4096,
-        "max_eval_tokens": 4096,
-        "streaming_llm": {"n_sink": 4, "window_size": 252, "max_cache_size": 256},
-        "weights": "trained",
+        "schema_version": 1, "experiment": dataset, "model": "demo", "dataset": dataset, "backend": backend,
+        "dtype": "float32", "device": "cpu", "num_tokens": 4096, "max_eval_tokens": 4096,
+        "streaming_llm": {"n_sink": 4, "window_size": 252, "max_cache_size": 256}, "weights": "trained",
         "environment": {
-            "torch": "2.13.0",
-            "transformers": "5.2.0",
-            "gpu": None,
-            "cpu": "Synthetic CPU",
-            "commit": "0" * 7,
+            "torch": "2.13.0", "transformers": "5.2.0", "gpu": None, "cpu": "Synthetic CPU", "commit": "0" * 7,
         },
-        "config_hash": "c" * 16,
-        "data_sha256": "d" * 64,
-        "status": "ok",
-        "timestamp": "2026-01-01T00:00:00Z",
+        "config_hash": "c" * 16, "data_sha256": "d" * 64, "status": "ok", "timestamp": "2026-01-01T00:00:00Z",
         **changes,
-    }
+    }  # fmt: skip
 
 
 def write_json(path: Path, data: object) -> Path:
