@@ -270,7 +270,7 @@ def gemv_sum(
     """
     linear1, x1 = first
     linear2, x2 = first if second is None else second
-    tile = TILE_OF_SUM[linear1.bits > 0]
+    tile = TILE_OF_SUM[linear1.bits]
     launch(
         _gemv_sum, (triton.cdiv(linear1.rows, tile["BLOCK_R"]),),
         or_other(residual, y), or_other(other, y), x1, *linear1.pointers(y), x2, *linear2.pointers(y),
