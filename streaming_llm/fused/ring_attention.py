@@ -143,16 +143,11 @@ class RingAttention:
         state: the streams'.
     """
 
-    WARPS = 4
-    """Of a program with several query heads; one with a single head has one warp, which waits for no other."""
-    TILE = 2048
-    """Elements of a tile of keys, and of values, for each warp."""
-    MOST_ROWS = 64
-    """Of a tile: shorter ones are for more programs."""
-    PARTIAL = 4096
-    """Elements of partial results that are put together at a time, for each warp."""
-    WARPS_IN_ALL = 1056
-    """To aim for: eight for each of an H100's multiprocessors."""
+    WARPS = 4  # of a program with several query heads; one with a single head has one warp, which waits for no other
+    TILE = 2048  # elements of a tile of keys, and of values, for each warp
+    MOST_ROWS = 64  # of a tile: shorter ones are for more programs
+    PARTIAL = 4096  # elements of partial results that are put together at a time, for each warp
+    WARPS_IN_ALL = 1056  # to aim for: eight for each of an H100's multiprocessors
 
     def __init__(self, attention: Attention, keys: Tensor, state: RingState) -> None:
         batch, num_kv_heads, capacity, head_dim = keys.shape
@@ -191,7 +186,7 @@ class RingAttention:
             qkv, layer.keys, layer.values, layer.sinks, self.out, self.partial, self.arrived,
             state.counters, state.angles, q_weight, q_bias, k_weight, k_bias, q_eps, k_eps,
             attention.scores.scale, softcap or 0.0,
-            **(state.meta_of(attention) | {"DIM_P": self.dim_p}), SHARED=self.shared, H=self.heads, CHUNKS=self.chunks,
+            **state.meta_of(attention) | {"DIM_P": self.dim_p}, SHARED=self.shared, H=self.heads, CHUNKS=self.chunks,
             CAP=softcap is not None,
             SPLITS=self.splits, PARTS=self.parts, SPLIT_LEN=self.split_len, BLOCK=self.block,
             num_warps=self.warps, pdl=pdl,
