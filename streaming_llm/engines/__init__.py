@@ -20,6 +20,7 @@ from .base import EagerEngine, Engine
 from .fused_step import FusedStep, FusedTritonStep
 from .model_call import CompiledModelCall, ModelCall
 from .recorded import RecordedEngine
+from .recorded_step import RecordedStep
 
 __all__ = ["ENGINES", "Engine", "make_engine", "resolve_block_engine", "resolve_engine", "why_not_engine"]
 
@@ -29,20 +30,14 @@ class EngineKind:
     """A row of the table.
 
     Args:
-        make: ``(model, cache) -> engine``.
+        step: what is recorded; ``None``: the plain model call, which is not.
         why_not: ``model -> reason`` why it cannot run, or ``None``.
-        blocks: how blocks of tokens run beside it, one of ``BLOCK_ENGINES``.
-        about: what it is.
+        blocks: how blocks of tokens run beside it: ``eager`` or ``fused``.
     """
 
-    make: Callable[[nn.Module, StreamingKVCache], Engine]
+    step: type[RecordedStep] | None
     why_not: Callable[[nn.Module], str | None]
     blocks: str
-    about: str
-
-
-def _recorded(name: str, step: type) -> Callable[[nn.Module, StreamingKVCache], Engine]:
-    return lambda model, cache: RecordedEngine(model, cache, name, step)
 
 
 def _why_not_recorded(model: nn.Module) -> str | None:
@@ -53,23 +48,14 @@ def _why_not_recorded(model: nn.Module) -> str | None:
     return why_not_one_cuda_device(model)
 
 
-ENGINES: dict[str, EngineKind] = {
-    "eager": EngineKind(EagerEngine, lambda model: None, "eager", "the plain model call"),
-    "graph": EngineKind(
-        _recorded("graph", ModelCall), _why_not_recorded, "eager", "a CUDA graph of the plain model call"
-    ),
-    "graph+compile": EngineKind(
-        _recorded("graph+compile", CompiledModelCall), _why_not_recorded, "eager", "the same after torch.compile"
-    ),
-    "fused": EngineKind(
-        _recorded("fused", FusedStep),
-        why_not_fused,
-        "fused",
-        "a CUDA graph of this library's kernels, with PyTorch's attention kernel that is allowed",
-    ),
-    "fused-triton": EngineKind(
-        _recorded("fused-triton", FusedTritonStep), why_not_fused, "fused", "the same with its own attention kernel"
-    ),
+ENGINES = {
+    "eager": EngineKind(None, lambda model: None, "eager"),
+    # CUDA graphs of the model call, as it is and after torch.compile
+    "graph": EngineKind(ModelCall, _why_not_recorded, "eager"),
+    "graph+compile": EngineKind(CompiledModelCall, _why_not_recorded, "eager"),
+    # CUDA graphs of this library's kernels, with PyTorch's attention kernel that is allowed and with one of its own
+    "fused": EngineKind(FusedStep, why_not_fused, "fused"),
+    "fused-triton": EngineKind(FusedTritonStep, why_not_fused, "fused"),
 }
 """Name -> how a step runs. Until the cache is full, all but ``fused-triton`` run the plain model call where the math
 kernel, which takes a mask, is not allowed."""
@@ -121,6 +107,8 @@ def resolve_block_engine(model: nn.Module, name: str = "auto") -> str:
     return kind.blocks if kind.blocks == "eager" else ENGINES[resolve_engine(model, name)].blocks
 
 
-def make_engine(model: nn.Module, cache: StreamingKVCache, name: str = "auto") -> Engine:
+def make_engine(model: nn.Module, cache: StreamingKVCache, name: str) -> Engine:
     """An engine for an attached model and a cache of it; see :func:`resolve_engine`."""
-    return ENGINES[resolve_engine(model, name)].make(model, cache)
+    name = resolve_engine(model, name)
+    step = ENGINES[name].step
+    return EagerEngine(model, cache) if step is None else RecordedEngine(model, cache, name, step)

@@ -20,19 +20,14 @@ class Recording:
     """What ``call`` launches on one device, recorded after some calls on a side stream, as CUDA asks for.
 
     Args:
-        call: launches kernels on the current stream of ``device`` without waiting for it. It runs ``warm_up + 1``
+        call: launches kernels on the current stream of ``device`` without waiting for it. It runs ``WARM_UP + 1``
             times.
         device: a CUDA device, on which all that ``call`` uses lies.
         generator: a generator whose random numbers ``call`` draws, if not the default one.
     """
 
     def __init__(
-        self,
-        call: Callable[[], object],
-        device: torch.device,
-        *,
-        generator: torch.Generator | None = None,
-        warm_up: int = WARM_UP,
+        self, call: Callable[[], object], device: torch.device, *, generator: torch.Generator | None = None
     ) -> None:
         self.device = device
         with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
@@ -40,7 +35,7 @@ class Recording:
             side = torch.cuda.Stream(device, priority=-1)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
-                for _ in range(warm_up):
+                for _ in range(WARM_UP):
                     call()
             torch.cuda.current_stream(device).wait_stream(side)
             torch.cuda.synchronize(device)

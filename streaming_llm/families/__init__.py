@@ -9,7 +9,6 @@ from .rotations import (
     family_of_model,
     rotaries_from_config,
     rotaries_from_model,
-    rotary_from_config,
     rotary_from_model,
     rotary_modules,
 )
@@ -34,7 +33,6 @@ __all__ = [
     "native_cache",
     "rotaries_from_config",
     "rotaries_from_model",
-    "rotary_from_config",
     "rotary_from_model",
     "rotary_modules",
     "scaled_from",

@@ -89,25 +89,13 @@ def rotary_modules(model: nn.Module) -> list[RotaryModule]:
     ]
 
 
-def _the_one(rotaries: tuple[Rotary, ...]) -> Rotary:
-    if any(rotary is not rotaries[0] for rotary in rotaries):
-        raise ValueError("the layers of this model rotate differently: ask for the rotation of each")
-    return rotaries[0]
-
-
-def rotary_from_config(config: Any) -> Rotary:
-    """The one rotation of all layers, see :func:`rotaries_from_config`.
-
-    Raises:
-        ValueError: the model cannot stream, or its layers rotate differently.
-    """
-    return _the_one(rotaries_from_config(config))
-
-
 def rotary_from_model(model: nn.Module) -> Rotary:
     """The one rotation of all layers, see :func:`rotaries_from_model`.
 
     Raises:
         ValueError: the model cannot stream, or its layers rotate differently.
     """
-    return _the_one(rotaries_from_model(model))
+    first, *others = rotaries_from_model(model)
+    if any(rotary is not first for rotary in others):
+        raise ValueError("the layers of this model rotate differently: ask for the rotation of each")
+    return first
