@@ -30,14 +30,18 @@ class EngineKind:
     """A row of the table.
 
     Args:
-        step: what is recorded; ``None``: the plain model call, which is not.
+        make: ``(model, cache) -> engine``.
         why_not: ``model -> reason`` why it cannot run, or ``None``.
-        blocks: how blocks of tokens run beside it: ``eager`` or ``fused``.
+        blocks: how blocks of tokens run beside it, one of ``BLOCK_ENGINES``.
     """
 
-    step: type[RecordedStep] | None
+    make: Callable[[nn.Module, StreamingKVCache], Engine]
     why_not: Callable[[nn.Module], str | None]
     blocks: str
+
+
+def _recorded(name: str, step: type[RecordedStep]) -> Callable[[nn.Module, StreamingKVCache], Engine]:
+    return lambda model, cache: RecordedEngine(model, cache, name, step)
 
 
 def _why_not_recorded(model: nn.Module) -> str | None:
@@ -49,13 +53,13 @@ def _why_not_recorded(model: nn.Module) -> str | None:
 
 
 ENGINES = {
-    "eager": EngineKind(None, lambda model: None, "eager"),
+    "eager": EngineKind(EagerEngine, lambda model: None, "eager"),
     # CUDA graphs of the model call, as it is and after torch.compile
-    "graph": EngineKind(ModelCall, _why_not_recorded, "eager"),
-    "graph+compile": EngineKind(CompiledModelCall, _why_not_recorded, "eager"),
+    "graph": EngineKind(_recorded("graph", ModelCall), _why_not_recorded, "eager"),
+    "graph+compile": EngineKind(_recorded("graph+compile", CompiledModelCall), _why_not_recorded, "eager"),
     # CUDA graphs of this library's kernels, with PyTorch's attention kernel that is allowed and with one of its own
-    "fused": EngineKind(FusedStep, why_not_fused, "fused"),
-    "fused-triton": EngineKind(FusedTritonStep, why_not_fused, "fused"),
+    "fused": EngineKind(_recorded("fused", FusedStep), why_not_fused, "fused"),
+    "fused-triton": EngineKind(_recorded("fused-triton", FusedTritonStep), why_not_fused, "fused"),
 }
 """Name -> how a step runs. Until the cache is full, all but ``fused-triton`` run the plain model call where the math
 kernel, which takes a mask, is not allowed."""
@@ -109,6 +113,4 @@ def resolve_block_engine(model: nn.Module, name: str = "auto") -> str:
 
 def make_engine(model: nn.Module, cache: StreamingKVCache, name: str) -> Engine:
     """An engine for an attached model and a cache of it; see :func:`resolve_engine`."""
-    name = resolve_engine(model, name)
-    step = ENGINES[name].step
-    return EagerEngine(model, cache) if step is None else RecordedEngine(model, cache, name, step)
+    return ENGINES[resolve_engine(model, name)].make(model, cache)
