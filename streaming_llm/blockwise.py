@@ -46,7 +46,9 @@ def in_blocks(input_ids: Tensor | Iterable[Tensor], block_size: int) -> Iterator
         yield torch.cat(held, dim=1)
 
 
-def _require_ids(ids: Tensor) -> None:
+def _require_ids(ids: object) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"input_ids must be a tensor [batch, length] as a tokenizer gives it, got {type(ids).__name__}")
     if ids.dim() != 2 or not ids.shape[0] or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"input_ids must be integer token ids [batch, length], got {ids.dtype} {list(ids.shape)}")
 
