@@ -46,7 +46,9 @@ def in_blocks(input_ids: Tensor | Iterable[Tensor], block_size: int) -> Iterator
         yield torch.cat(held, dim=1)
 
 
-def _require_ids(ids: Tensor) -> None:
+def _require_ids(ids: object) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"input_ids must be a tensor [batch, length], as tokenizers give, got {type(ids).__name__}")
     if ids.dim() != 2 or not ids.shape[0] or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"input_ids must be integer token ids [batch, length], got {ids.dtype} {list(ids.shape)}")
 
@@ -153,6 +155,7 @@ def score_stream(
 
     Raises:
         ValueError: an argument is out of range, the model cannot stream, or the stream is shorter than two tokens.
+        TypeError: ``input_ids`` are no tensors.
     """
     config = StreamingConfig.given(n_sink, window_size, config)
     if attention_mask is not None:

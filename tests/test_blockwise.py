@@ -132,13 +132,14 @@ def test_hidden_states_and_callback():
         (make_ids(1), {}, "two tokens"),
         (make_ids(10)[0], {}, r"\[batch, length\]"),
         (make_ids(10).float(), {}, "integer"),
+        ("a text", {}, "tokenizer"),
         (make_ids(10), {"block_size": 0}, "block_size"),
         (make_ids(10), {"window_size": 0}, "window_size"),
         (make_ids(10), {"return_hidden": True, "on_block": print}, "exclude"),
     ],
 )
 def test_bad_input(ids, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         score_stream(make_neox(), ids, **arguments)
 
 
