@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .cache_forward import CacheForward
+from .cache_forward import BROKEN, CacheForward
 from .cache_layer import StreamingLayer
 from .config import StreamingConfig, require_int
 from .families import Family
@@ -76,6 +76,18 @@ class CachedStream(Cache):
     def is_broken(self) -> bool:
         """Whether a forward is half done: its layers hold different tokens."""
         return self._forward is not None and self._forward.layers_done > 0
+
+    def require_whole(self) -> None:
+        """Raise ``RuntimeError`` where a forward ended before its last layer."""
+        if self.is_broken:
+            raise RuntimeError(BROKEN)
+
+    @property
+    def _running(self) -> CacheForward:
+        """The forward that has begun; ``RuntimeError`` where there is none."""
+        if self._forward is None:
+            raise RuntimeError(BROKEN)
+        return self._forward
 
     # Changed as a whole
 

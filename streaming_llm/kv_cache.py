@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .attention.plan import BlockPlan, Plan
 from .attention.wide_copies import joined
 from .bare_cache import BareChecks
-from .cache_forward import BROKEN, CacheForward
+from .cache_forward import CacheForward
 from .cache_layer import StreamingLayer
 from .config import StreamingConfig
 from .families import (
@@ -131,8 +131,7 @@ class StreamingKVCache(SaveableCache):
             RuntimeError: an earlier forward ended before its last layer.
             ValueError: these tokens would not be exact.
         """
-        if self.is_broken:
-            raise RuntimeError(BROKEN)
+        self.require_whole()
         if n_tokens > 1 and self.n_seen and not self.family.blocks_continue:
             raise ValueError(
                 "recurrent layers of this model take several tokens at the beginning of a stream alone, under the "
@@ -169,9 +168,7 @@ class StreamingKVCache(SaveableCache):
         if index == 0 and (self._forward is None or self._forward.layers_done):
             self._bare.require_angles(layer, cache_kwargs)
             self.begin(n_tokens)
-        forward = self._forward
-        if forward is None:
-            raise RuntimeError(BROKEN)
+        forward = self._running
         forward.require_turn(index, n_tokens)
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
@@ -192,12 +189,10 @@ class StreamingKVCache(SaveableCache):
 
     def take_plan(self, layer_idx: int) -> Plan:
         """How the tokens that a layer has just stored attend; see :meth:`CacheForward.take_plan`."""
-        if self._forward is None:
-            raise RuntimeError(BROKEN)
         source = self.family.sources.get(layer_idx)
         if source is not None:
-            return self._forward.plan_again(self._index[source])
-        return self._forward.take_plan(self._index[layer_idx])
+            return self._running.plan_again(self._index[source])
+        return self._running.take_plan(self._index[layer_idx])
 
     def end(self) -> None:
         """End a forward: its tokens have been seen.
@@ -205,16 +200,15 @@ class StreamingKVCache(SaveableCache):
         Raises:
             RuntimeError: not every layer has stored them.
         """
-        if self._forward is None:
-            raise RuntimeError(BROKEN)
-        if not self._forward.layers_done:
+        forward = self._running
+        if not forward.layers_done:
             self._forward = None
             raise RuntimeError(
                 "the model ran a forward without the stream's cache, so that its result is of no stream: it does not "
                 "take past_key_values here"
             )
-        self._forward.require_turn(len(self.layers), self._forward.n_tokens)
-        self.progress.advance(self._forward.n_tokens)
+        forward.require_turn(len(self.layers), forward.n_tokens)
+        self.progress.advance(forward.n_tokens)
         self._forward = None
 
     def abandon(self) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from . import saving
-from .cache_forward import BROKEN
 from .cached_stream import CachedStream
 from .families import transformers_model
 from .placement import layer_devices
@@ -36,8 +35,7 @@ class SaveableCache(CachedStream):
         Raises:
             RuntimeError: a forward ended before its last layer.
         """
-        if self.is_broken:
-            raise RuntimeError(BROKEN)
+        self.require_whole()
         first, n_seen = self.layers[0], self.progress.n_seen
         facts = {
             **self._identity(),

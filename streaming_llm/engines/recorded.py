@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.kernel_choice import adapters, kernels_in_force
-from ..cache_forward import BROKEN
 from ..families import transformers_model
 from ..fused import sampler_of
 from ..kv_cache import StreamingKVCache
@@ -175,8 +174,7 @@ class RecordedEngine(Engine):
         layers = self.cache.layers
         if not (layers[0].is_initialized and (self.cache.is_full or self._make_step.fills(self.model))):
             return False
-        if self.cache.is_broken:
-            raise RuntimeError(BROKEN)
+        self.cache.require_whole()
         for layer in layers:
             layer.reserve(layer.layout.capacity)
         self._adapters = adapters(self.model)

@@ -108,6 +108,12 @@ def frequencies(module: Any) -> dict[LayerType, Rotary]:
     return rotations
 
 
+def held_rotations(modules: dict[str, nn.Module], table: Rotary | None) -> dict[Place, Rotary]:
+    """The rotations of a model by their place: those of its rotary modules, and of a table (GPT-J)."""
+    held = {(path, kind): rotary for path, x in modules.items() for kind, rotary in frequencies(x).items()}
+    return held if table is None else held | {("", None): table}
+
+
 def constant_up_to(config: Any) -> int | None:
     """The length up to which the frequencies are constant, where they depend on it at all."""
     lengths = [

@@ -20,7 +20,7 @@ from .family import (
     Family,
     MeasuredOtherwiseError,
     constant_up_to,
-    frequencies,
+    held_rotations,
     queries_scaled_from,
     rotary_modules_of,
 )
@@ -64,9 +64,7 @@ def measure(model_class: type[nn.Module], config: Any, table: Rotary | None = No
     modules = rotary_modules_of(model)
     if not modules and table is None and "position_ids" not in inspect.signature(model_class.forward).parameters:
         raise MeasuredOtherwiseError("it has no rotary module and takes no position_ids")
-    held = {(path, kind): rotary for path, x in modules.items() for kind, rotary in frequencies(x).items()}
-    if table is not None:
-        held["", None] = table
+    held = held_rotations(modules, table)
     limits = constant_up_to(config), queries_scaled_from(config), getattr(config, "max_position_embeddings", None)
     limit = min((n for n in limits if n), default=max(POSITIONS) + 1)
     positions = torch.tensor([p for p in POSITIONS if p < limit])

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..rope_utils import AngleLayout, Rotary
-from .family import UNROTATED, Family, LayerType, Place, frequencies, rotary_modules_of
+from .family import UNROTATED, Family, LayerType, Place, frequencies, held_rotations, rotary_modules_of
 from .parts import decoder_of
 from .recognition import family_of
 from .table import table_rotation, text_config
@@ -51,9 +51,7 @@ def rotaries_from_model(model: nn.Module) -> tuple[Rotary, ...]:
         ValueError: the model cannot stream.
     """
     modules = rotary_modules_of(decoder_of(model))
-    held = {(path, kind): rotary for path, x in modules.items() for kind, rotary in frequencies(x).items()}
-    table = table_rotation(text_config(model.config))
-    return _per_layer(family_of_model(model), held if table is None else held | {("", None): table})
+    return _per_layer(family_of_model(model), held_rotations(modules, table_rotation(text_config(model.config))))
 
 
 @dataclass(frozen=True)
