@@ -179,6 +179,36 @@ def test_the_math_kernel_runs_from_the_first_token_on():
     assert Called.made == 2
 
 
+def test_adapters_that_come_and_go_in_the_middle_of_a_stream():
+    """A recording holds the kernel that was allowed when it was made."""
+    model, ids, exact = model_and_reference("gpt_neox", 4, 1)
+    with decoder_of(model, 4) as decoder:
+        decoder.prefill(ids[:, :40])
+        logits = []
+        for t, change in enumerate(
+            (lambda: None, lambda: wrap_attention(model, "math"), lambda: unwrap_attention(model))
+        ):
+            change()
+            kernel = "math" if t == 1 else "flash"
+            assert kernels_run(lambda t=t: logits.append(decoder.step(ids[:, 40 + t]))) == {kernel}, t
+    assert (torch.stack(logits, dim=1) - exact[:, 40:43]).abs().max() < 1e-10
+    assert Called.made == 3
+
+
+def test_a_row_that_ended_in_a_chunk_does_not_go_back():
+    """The padding behind its end has overwritten the oldest token of the window that would come back."""
+    model, ids, _ = model_and_reference("gpt_neox", 4, 1)
+    with decoder_of(model, 4) as decoder:
+        decoder.prefill(ids[:, :40])
+        tokens = decoder.generate(8, temperature=0)[0].tolist()
+        decoder.reset()
+        decoder.prefill(ids[:, :40])
+        ended = decoder.generate(8, temperature=0, eos_token_id=tokens[2])
+        assert ended.shape[1] < 8
+        with pytest.raises(ValueError, match="evicted"):
+            decoder.cache.crop(-1)
+
+
 def test_sinks_that_came_in_recorded_steps_are_the_plain_call_s_too():
     """The first row gets its sinks while the other, far in its stream, sees its own turned."""
     model, ids, exact = model_and_reference("gpt_neox", 4, 2)

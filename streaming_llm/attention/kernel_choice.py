@@ -35,8 +35,20 @@ def adapters(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "kernel_context")]
 
 
-def kernels_in_force(adapters: list[nn.Module]) -> tuple[Any, ...]:
-    """What decides the kernels of a model with these adapters: PyTorch's settings, and each adapter's backend."""
+Place = tuple[dict[str, nn.Module | None], str]
+"""Where a module lies: the children of its parent, and its name."""
+
+
+def attention_places(model: nn.Module) -> list[Place]:
+    """Where a model has its attention layers, or adapters in their place: what stores keys knows its ``layer_idx``."""
+    children = (
+        (module._modules, name, child) for module in model.modules() for name, child in module._modules.items()
+    )
+    return [(table, name) for table, name, child in children if child is not None and hasattr(child, "layer_idx")]
+
+
+def kernels_in_force(places: list[Place]) -> tuple[Any, ...]:
+    """What decides the kernels of a model: PyTorch's settings, and the backend of an adapter that lies in a place."""
     flags = torch.backends.cuda
     allowed = (
         flags.math_sdp_enabled(),
@@ -44,7 +56,8 @@ def kernels_in_force(adapters: list[nn.Module]) -> tuple[Any, ...]:
         flags.mem_efficient_sdp_enabled(),
         flags.cudnn_sdp_enabled(),
     )
-    return (*allowed, *(adapter.backend for adapter in adapters))
+    layers: Any = (table[name] for table, name in places)
+    return (*allowed, *(layer.backend if hasattr(type(layer), "kernel_context") else None for layer in layers))
 
 
 def takes_mask(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..attention.kernel_choice import adapters, kernels_in_force
+from ..attention.kernel_choice import Place, attention_places, kernels_in_force
 from ..families import transformers_model
 from ..fused import sampler_of
 from ..kv_cache import StreamingKVCache
@@ -52,7 +52,7 @@ class RecordedEngine(Engine):
         self.name, self.runs_alone = name, True
         self._make_step = make_step
         self._eager = EagerEngine(model, cache)
-        self._adapters: list[nn.Module] = []
+        self._places: list[Place] = []
         self._bound: tuple[Any, ...] = ()  # version of the stream, and kernels in force, that the device knows
         self._built_for: tuple[Any, ...] = ()
 
@@ -167,7 +167,7 @@ class RecordedEngine(Engine):
     def _bind(self) -> bool:
         """Make the recorded step continue the stream; whether it can."""
         progress = self.cache.progress
-        known = self._bound == (progress.version, kernels_in_force(self._adapters))
+        known = self._bound == (progress.version, kernels_in_force(self._places))
         if known and not (self._step.masked and self.cache.is_full):
             return True
         self._bound = ()
@@ -177,7 +177,7 @@ class RecordedEngine(Engine):
         self.cache.require_whole()
         for layer in layers:
             layer.reserve(layer.layout.capacity)
-        self._adapters = adapters(self.model)
+        self._places = attention_places(self.model)
         with torch.inference_mode(False), torch.no_grad():
             built_for = self._fixed_by_recording()
             if built_for != self._built_for:
@@ -185,7 +185,7 @@ class RecordedEngine(Engine):
                 self._built_for = built_for
             self._step.load()
         self.cache.forget_derived()  # a step writes the layers' tensors without the cache
-        self._bound = progress.version, kernels_in_force(self._adapters)
+        self._bound = progress.version, kernels_in_force(self._places)
         return True
 
     def _fixed_by_recording(self) -> tuple[Any, ...]:
@@ -195,7 +195,7 @@ class RecordedEngine(Engine):
             layers[0].batch_size,
             tuple(x.data_ptr() for layer in layers for x in (layer.keys, layer.values, layer.sinks)),
             weight_addresses(self.model),
-            kernels_in_force(self._adapters),
+            kernels_in_force(self._places),
         )
 
     def _build(self) -> None:
