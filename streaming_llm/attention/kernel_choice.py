@@ -41,10 +41,8 @@ Place = tuple[dict[str, nn.Module | None], str]
 
 def attention_places(model: nn.Module) -> list[Place]:
     """Where a model has its attention layers, or adapters in their place: what stores keys knows its ``layer_idx``."""
-    children = (
-        (module._modules, name, child) for module in model.modules() for name, child in module._modules.items()
-    )
-    return [(table, name) for table, name, child in children if child is not None and hasattr(child, "layer_idx")]
+    tables = (module._modules for module in model.modules())
+    return [(table, name) for table in tables for name, child in table.items() if hasattr(child, "layer_idx")]
 
 
 def kernels_in_force(places: list[Place]) -> tuple[Any, ...]:
