@@ -20,7 +20,7 @@ from .families import last_logits, transformers_model
 from .kv_cache import StreamingKVCache
 from .placement import layer_devices, output_device
 from .rows import feed_rows, rows_of
-from .sampling import Ending, Sampling, generator_at
+from .sampling import Choice, Ending, Sampling, generator_at
 from .stream_state import StreamState, require_dtype
 
 LOGITS, RANDOM = "decoder.logits", "decoder.random"
@@ -207,12 +207,13 @@ class StreamingDecoder:
             self._generator.seed()
         if seed is not None:
             self._generator.manual_seed(seed)
+        engine, choice = self._engine, Choice(sampling, self._generator)
         if eos_token_id is None and stopping_criteria is None and streamer is None:
-            tokens, logits = self._engine.generate(logits, max_new_tokens, sampling, self._generator)
+            tokens, logits = engine.generate(logits, max_new_tokens, choice)
         else:
             ending = Ending.of(logits, eos_token_id, pad_token_id)
             tokens, logits = generate_until(
-                self._engine, logits, max_new_tokens, sampling, self._generator, ending, stopping_criteria, streamer
+                engine, logits, max_new_tokens, choice, ending, stopping_criteria, streamer
             )
         self._keep(logits)
         return tokens

@@ -6,13 +6,14 @@ Rows that have ended are filled with padding, and their streams stay where they 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from .engines.base import Engine
-from .sampling import Ending, Sampling
+from .sampling import Choice, Ending
 from .speculative import OverwrittenSlots, most_taken_back
 
 AT_A_TIME = 32
@@ -26,14 +27,13 @@ def generate_until(
     engine: Engine,
     logits: Tensor,
     max_new_tokens: int,
-    sampling: Sampling,
-    generator: torch.Generator,
+    choice: Choice,
     ending: Ending,
     criteria: Criterion | None = None,
     streamer: BaseStreamer | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens ``[batch, n]``, until every row has ended or there are enough, and the logits behind each row's end."""
-    ids = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
+    ids, choice = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device), replace(choice, ending=ending)
     if streamer is not None:
         streamer.put(torch.empty(1, 0, dtype=torch.int64))  # the prompt's place
     left, most = max_new_tokens, AT_A_TIME if engine.runs_alone else 1
@@ -44,7 +44,7 @@ def generate_until(
         # Of a single token nothing is ever taken back.
         overwritten = OverwrittenSlots(engine.cache, at_a_time) if criteria is not None and at_a_time > 1 else None
         before = engine.cache.progress.of_rows(len(logits))
-        tokens, logits = engine.generate(logits, at_a_time, sampling, generator, ending)
+        tokens, logits = engine.generate(logits, at_a_time, choice)
         after = engine.cache.progress.of_rows(len(logits))
         lengths = [now - then for (now, _), (then, _) in zip(after, before, strict=True)]
         if criteria is not None:

@@ -107,6 +107,21 @@ class Ending:
         return torch.where(self.active, first, 0).tolist()
 
 
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """How an engine goes on by itself.
+
+    Args:
+        sampling: how tokens are chosen.
+        generator: by which random numbers.
+        ending: where rows end; ``None``: nowhere.
+    """
+
+    sampling: Sampling
+    generator: torch.Generator | None
+    ending: Ending | None = None
+
+
 def generator_at(state: Tensor | None, device: torch.device) -> torch.Generator | None:
     """A generator of random numbers that goes on from ``state``; none where that is of another kind of device."""
     generator = torch.Generator(device)

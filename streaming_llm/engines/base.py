@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..kv_cache import StreamingKVCache
 from ..losses import cross_entropy
 from ..placement import input_device
-from ..sampling import Ending, Sampling
+from ..sampling import Choice
 
 
 class Engine(ABC):
@@ -45,22 +45,14 @@ class Engine(ABC):
             logits = self.step(token)
         return torch.stack(losses, dim=1), logits
 
-    def generate(
-        self,
-        logits: Tensor,
-        n: int,
-        sampling: Sampling,
-        generator: torch.Generator | None,
-        ending: Ending | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def generate(self, logits: Tensor, n: int, choice: Choice) -> tuple[Tensor, Tensor]:
         """``n`` tokens ``[batch, n]``, each chosen from the logits before it and fed; and the last logits.
 
-        Args:
-            ending: rows that have ended are given padding; their streams and logits stay where they ended.
+        Rows that have ended are given padding; their streams and logits stay where they ended.
         """
-        tokens = []
+        tokens, ending = [], choice.ending
         for _ in range(n):
-            token = sampling.choose(logits, generator)
+            token = choice.sampling.choose(logits, choice.generator)
             if ending is None:
                 logits = self.step(token)
             else:

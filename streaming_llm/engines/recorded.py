@@ -21,7 +21,7 @@ from ..fused import sampler_of
 from ..kv_cache import StreamingKVCache
 from ..losses import cross_entropy
 from ..placement import output_device, weight_addresses
-from ..sampling import Ending, Sampling
+from ..sampling import Choice, Ending, Sampling
 from .base import EagerEngine, Engine
 from .recorded_step import CHUNK, RecordedStep, StaticTensors
 from .recorder import Recording
@@ -81,34 +81,20 @@ class RecordedEngine(Engine):
         self._replay("score", self._score_one, n)
         return static.losses[:, :n].clone(), static.logits.clone()
 
-    def generate(
-        self,
-        logits: Tensor,
-        n: int,
-        sampling: Sampling,
-        generator: torch.Generator | None,
-        ending: Ending | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def generate(self, logits: Tensor, n: int, choice: Choice) -> tuple[Tensor, Tensor]:
         tokens: list[Tensor] = []
         while n:
             generate = self._generate_part if self._bind() else super().generate
-            part, logits = generate(logits, self._at_once(n), sampling, generator, ending)
+            part, logits = generate(logits, self._at_once(n), choice)
             tokens, n = [*tokens, part], n - part.shape[1]
         return torch.cat(tokens, dim=1), logits
 
-    def _generate_part(
-        self,
-        logits: Tensor,
-        n: int,
-        sampling: Sampling,
-        generator: torch.Generator | None,
-        ending: Ending | None,
-    ) -> tuple[Tensor, Tensor]:
-        static = self._static
+    def _generate_part(self, logits: Tensor, n: int, choice: Choice) -> tuple[Tensor, Tensor]:
+        static, generator, ending = self._static, choice.generator, choice.ending
         static.start(logits)
         if ending is not None:
             static.ending.copy_(ending)
-        recorded, chooser = None if ending is None else static.ending, self._chooser(sampling)
+        recorded, chooser = None if ending is None else static.ending, self._chooser(choice.sampling)
         key = ("generate", chooser, generator, ending is not None)
         self._replay(key, partial(self._generate_one, chooser, generator, recorded), n, generator)
         tokens = static.chunk[:, :n].clone()
