@@ -211,10 +211,8 @@ class StreamingDecoder:
         if eos_token_id is None and stopping_criteria is None and streamer is None:
             tokens, logits = engine.generate(logits, max_new_tokens, choice)
         else:
-            ending = Ending.of(logits, eos_token_id, pad_token_id)
-            tokens, logits = generate_until(
-                engine, logits, max_new_tokens, choice, ending, stopping_criteria, streamer
-            )
+            ends = Ending.of(logits, eos_token_id, pad_token_id)
+            tokens, logits = generate_until(engine, logits, max_new_tokens, choice, ends, stopping_criteria, streamer)
         self._keep(logits)
         return tokens
 
