@@ -29,7 +29,8 @@ class InProcess:
         machine = self.bench.machine
         backends = ", ".join(machine.backends)
         self.description = f"device {machine.device}, {machine.dtype_name}, attention backends: {backends}"
-        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
+        cores = os.cpu_count() or 1
         if machine.device.type == "cpu" and load > BUSY * cores:
             self.description += f"\nwarning: the machine is busy (load {load:.1f}, {cores} cores): times will be wrong"
 
