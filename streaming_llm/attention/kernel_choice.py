@@ -30,9 +30,13 @@ def kernel_context(layer: nn.Module) -> AbstractContextManager[None]:
     return getattr(layer, "kernel_context", nullcontext)()
 
 
+def _is_adapter(layer: nn.Module | None) -> bool:
+    return hasattr(type(layer), "kernel_context")  # of the class: a module looks long for what it has not
+
+
 def adapters(model: nn.Module) -> list[nn.Module]:
     """The adapters in a model."""
-    return [module for module in model.modules() if hasattr(module, "kernel_context")]
+    return [module for module in model.modules() if _is_adapter(module)]
 
 
 Place = tuple[dict[str, nn.Module | None], str]
@@ -55,7 +59,7 @@ def kernels_in_force(places: list[Place]) -> tuple[Any, ...]:
         flags.cudnn_sdp_enabled(),
     )
     layers: Any = (table[name] for table, name in places)
-    return (*allowed, *(layer.backend if hasattr(type(layer), "kernel_context") else None for layer in layers))
+    return (*allowed, *(layer.backend if _is_adapter(layer) else None for layer in layers))
 
 
 def takes_mask(model: nn.Module) -> bool:

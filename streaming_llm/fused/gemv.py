@@ -28,6 +28,7 @@ TILE_OF_FEW_ROWS = TILE_OF_NORM | {
     4: {"BLOCK_R": 8, "BLOCK_K": 1024, "AHEAD": 1, "num_warps": 2},
 }
 FEW_ROWS = 12288
+"""Products with fewer rows in all have the tiles of few: so that there are programs for all multiprocessors."""
 TILE_OF_SUM = {
     0: {"BLOCK_R": 2, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
     8: {"BLOCK_R": 4, "BLOCK_K": 1024, "AHEAD": 1, "num_warps": 2},
