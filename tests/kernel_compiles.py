@@ -131,7 +131,7 @@ def test_attention_over_a_ring(heads, kv_heads, head_dim, kind, softcap, dtype, 
     rings = Rings([layer], 1, torch.device("cpu"))
     qkv = torch.zeros(1, attention.width)
     tokens, table = torch.zeros(1, dtype=torch.int64), torch.zeros(3, 512, dtype=dtype)
-    begin_step(tokens, table, torch.zeros(1, 512), rings, 2.0)
+    begin_step(tokens, table, torch.zeros(1, 512), rings, 2.0, pdl=True)
     RingAttention(attention, layer.keys, rings.states[0])(attention, qkv, layer, pdl=True)
     whole = FullRing(attention, layer.keys, rings.states[0])
     for masked in (False, True):
@@ -143,7 +143,7 @@ def test_attention_over_a_ring(heads, kv_heads, head_dim, kind, softcap, dtype, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_passes_over_blocks(dtype, compiled):
     x, norms = torch.zeros(2, 3, 512, dtype=dtype), tuple(norm(512, dtype) for _ in range(2))
-    elementwise.add_and_norm(x, (x, x), norms, dtype, pdl=True)
+    elementwise.add_and_norm(x, (x, x), norms, dtype)
     elementwise.add_and_norm(x, (x,), norms[:1], dtype, out_norm=norm(512, dtype, "rms+1"), factor=0.2)
     elementwise.activated(x, x, "silu")
     elementwise.activated(x, None, "gelu")

@@ -51,7 +51,6 @@ def add_and_norm(
     *,
     out_norm: Norm | None = None,
     factor: float = 1.0,
-    pdl: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """The residual sum of a layer and the norms of it that follow, reading everything once.
 
@@ -79,7 +78,7 @@ def add_and_norm(
         *pointers_of(first, x), outs[0], *pointers_of(last, x), outs[-1], factor,
         K=hidden, ADDS=len(adds), OUTS=len(norms), SCALE=factor != 1.0,
         PLUS_ONE=any_plus_one(*norms, out_norm), **meta_of(out_norm, "OUT_"), **meta_of(first),
-        BLOCK=block, num_warps=min(8, max(1, block // 512)), pdl=pdl,
+        BLOCK=block, num_warps=min(8, max(1, block // 512)),
     )  # fmt: skip
     return new_x, outs
 

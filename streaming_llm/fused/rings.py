@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cache_layer import StreamingLayer
-from ..launch import launch
+from ..launch import launch, wait_for_input
 from ..positions import Progress, StreamLayout
 from ..rope_utils import Rotary
 from .heads import head_meta
@@ -97,8 +97,9 @@ def _begin_step(
     tokens_ptr, tokens_step, table_ptr, x_ptr, scale, seen_ptr, offset_ptr, counters_ptr, angles_ptr,
     sizes_ptr, factors_ptr, inv_freq_ptr,
     STATES: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, SCALE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_input(PDL)
     row, part = tl.program_id(0), tl.program_id(1)
     if part == 0:
         now, offset = tl.load(seen_ptr + row), tl.load(offset_ptr + row)
@@ -128,7 +129,9 @@ def _begin_step(
         tl.store(x_ptr + row * HIDDEN + column, x, column < HIDDEN)
 
 
-def begin_step(tokens: Tensor, table: Tensor, x: Tensor, rings: Rings, scale: float = 1.0) -> None:
+def begin_step(
+    tokens: Tensor, table: Tensor, x: Tensor, rings: Rings, scale: float = 1.0, *, pdl: bool = False
+) -> None:
     """Advance ``rings`` by one token, and write its embedding times ``scale`` to ``x``.
 
     Args:
@@ -142,5 +145,5 @@ def begin_step(tokens: Tensor, table: Tensor, x: Tensor, rings: Rings, scale: fl
         _begin_step, (batch, 1 + triton.cdiv(hidden, block)), tokens, tokens.stride(0), table, x, scale,
         rings.seen, rings.offset, rings.counters, rings.angles, rings.sizes, rings.factors, rings.inv_freq,
         STATES=len(rings.states), HIDDEN=hidden, WIDTH=rings.width, WIDTH_P=triton.next_power_of_2(rings.width),
-        SCALE=scale != 1.0, BLOCK=block,
+        SCALE=scale != 1.0, BLOCK=block, pdl=pdl,
     )  # fmt: skip

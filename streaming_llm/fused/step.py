@@ -76,7 +76,7 @@ class StepForward:
     def __call__(self, tokens: Tensor) -> None:
         """Feed ``tokens`` ``[batch]`` and advance."""
         recipe = self.recipe
-        begin_step(tokens, recipe.embedding, self.x[0], self.rings, recipe.embedding_scale)
+        begin_step(tokens, recipe.embedding, self.x[0], self.rings, recipe.embedding_scale, pdl=self.pdl)
         for kernel in self._kernels.values():
             if isinstance(kernel, FullRing):
                 kernel.begin(self.masked)
