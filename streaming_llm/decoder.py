@@ -15,11 +15,10 @@ from .attachment import Attachment
 from .config import StreamingConfig, require_int
 from .endings import Criterion, generate_until
 from .engines import make_engine, resolve_block_engine, resolve_engine
-from .engines.blocks import block_forward
+from .engines.blocks import block_forward, feed_rows, rows_of
 from .families import last_logits, transformers_model
 from .kv_cache import StreamingKVCache
 from .placement import layer_devices, output_device
-from .rows import feed_rows, rows_of
 from .sampling import Choice, Ending, Sampling, generator_at
 from .stream_state import StreamState, require_dtype
 
@@ -126,7 +125,7 @@ class StreamingDecoder:
         """
         self._require_open()
         rows = rows_of(input_ids, attention_mask)
-        hidden = feed_rows(self._inner, self.cache, rows, block_size, self._forward)
+        hidden = feed_rows(self._inner, self.cache, rows, self._forward, block_size)
         return self._keep(last_logits(self._inner, hidden))
 
     @torch.no_grad()

@@ -19,12 +19,11 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attachment import changed
-from .engines.blocks import BlockForward
+from .engines.blocks import BlockForward, feed_rows
 from .engines.pool import EnginePool
 from .families import last_logits
 from .generate_arguments import Prompt
 from .kv_cache import StreamingKVCache
-from .rows import feed_rows
 from .speculative import OverwrittenSlots
 
 OF_EVERY_FORWARD = (
@@ -176,11 +175,11 @@ class GenerationForwards:
         else:
             unseen, self.view.columns = self.prompt.unseen(), self.prompt.length
         if self.expand_size == 1 and not self.drafts and not self._more_than_logits(kwargs):
-            hidden = feed_rows(self.model, self.cache, unseen, forward=self._block)
+            hidden = feed_rows(self.model, self.cache, unseen, self._block)
             return self._output(last_logits(self.model, hidden).unsqueeze(1))
         before = [row[:-1] for row in unseen]
         if max(map(len, before)):
-            feed_rows(self.model, self.cache, before, forward=self._block)
+            feed_rows(self.model, self.cache, before, self._block)
         if self.expand_size > 1:
             self.view.show(with_rows(self.cache, self.expand_size))
         self.view.columns -= 1

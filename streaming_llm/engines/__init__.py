@@ -32,7 +32,7 @@ class EngineKind:
     Args:
         make: ``(model, cache) -> engine``.
         why_not: ``model -> reason`` why it cannot run, or ``None``.
-        blocks: how blocks of tokens run beside it, one of ``BLOCK_ENGINES``.
+        blocks: how blocks of tokens run beside it, see :func:`.blocks.block_forward`.
     """
 
     make: Callable[[nn.Module, StreamingKVCache], Engine]
