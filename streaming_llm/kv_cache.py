@@ -34,8 +34,8 @@ from .families import (
 from .positions import Progress
 from .rope_utils import Rotary
 from .saved_cache import SaveableCache
+from .saving import model_facts
 from .sinks import MovingSinks, sink_rotations
-from .stream_state import model_facts
 
 
 class StreamingKVCache(SaveableCache):
