@@ -35,7 +35,7 @@ from .positions import Progress
 from .rope_utils import Rotary
 from .saved_cache import SaveableCache
 from .saving import model_facts
-from .sinks import MovingSinks, sink_rotations
+from .sinks import MovingSinks, moving_sinks, sink_rotations
 
 
 class StreamingKVCache(SaveableCache):
@@ -101,7 +101,7 @@ class StreamingKVCache(SaveableCache):
         self.model_facts = model_facts(model_config)
         self._index = {layer_idx: index for index, layer_idx in enumerate(family.stores)}
         self._bare = BareChecks(model_config, streaming, family)
-        self._moving: MovingSinks | None = None  # derived from the layers' tensors; None once these have changed
+        self._moving: list[MovingSinks] | None = None  # derived from the layers' tensors; None once these have changed
 
     @classmethod
     def from_model(
@@ -146,8 +146,9 @@ class StreamingKVCache(SaveableCache):
         self._forward = CacheForward(n_tokens, len(self.layers), self.progress, attached)
         if n_tokens == 1 and self.progress.n_seen > self.streaming_config.cache_size:
             if self._moving is None or min(self.progress.seen) <= self.streaming_config.n_sink:  # some still come
-                self._moving = MovingSinks([layer for layer in self.layers if layer.sinks_turn])
-            self._moving.move(self.progress)
+                self._moving = moving_sinks(layer for layer in self.layers if layer.sinks_turn)
+            for sinks in self._moving:
+                sinks.move(self.progress)
 
     def update(
         self,
