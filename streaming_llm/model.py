@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attachment import Attachment, foreign_hooks
+from .attachment import Attachment, changed, foreign_hooks
 from .config import StreamingConfig
 from .engines import resolve_block_engine, resolve_engine
 from .engines.blocks import block_forward, feed_rows, rows_of
@@ -188,12 +188,13 @@ class StreamingLLMWrapper:
         self.why_eager = self._why_plain_call(model, drafts, kwargs)
         self.engine_of_last_generate = "eager" if self.why_eager else self.engine
         engines = None if self.engine_of_last_generate == "eager" else self._engines
-        with GenerationForwards(
+        forwards = GenerationForwards(
             model, cache, prompt, expand_size=expand_size, drafts=drafts, block=self._block, engines=engines
-        ) as forwards:
+        )
+        with changed(forwards.changes()):
             output = generate(forwards.view)
         if getattr(output, "past_key_values", None) is forwards.view:
-            output.past_key_values = forwards.working
+            output.past_key_values = forwards.view.cache
         return output
 
     def _why_plain_call(self, model: nn.Module, drafts: bool, kwargs: dict[str, Any]) -> str | None:
