@@ -69,7 +69,6 @@ class DeviceCache(Cache):
         self.source, self.masked = cache, False
         self.rows = torch.arange(cache.layers[0].batch_size, device=device)
         self.seen, self.offset = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
-        self._forget()
         self._own = [DeviceLayer(layer, self) for layer in cache.layers]
         super().__init__(layers=list(self._own))
 
@@ -86,9 +85,6 @@ class DeviceCache(Cache):
 
     def begin(self, n_tokens: int, *, attached: bool) -> None:
         """Forget what was worked out for the step before."""
-        self._forget()
-
-    def _forget(self) -> None:
         self._slots: dict[StreamLayout, Tensor] = {}
         self._plans: dict[StreamLayout, StepPlan] = {}
         self._turns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
