@@ -108,22 +108,18 @@ class _Call:
 
     def causal(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Attended:
         """New tokens after those of a cache that is none of ours, or scores that have to be written out."""
-        self._refuse_dropout()
         return self._result(causal_attention(self.query, key, value, self.scores, mask))
 
     def block(self, key: Tensor, value: Tensor, plan: BlockPlan) -> Attended:
         """Several new tokens, each with a window of its own."""
-        self._refuse_dropout()
         return self._result(block_attention(self.query, key, value, plan, self.scores))
 
-    def _refuse_dropout(self) -> None:
+    def _result(self, out: Tensor) -> Attended:
         if self.dropout:
             raise ValueError(
                 f"a block of {self.query.shape[2]} tokens cannot have attention dropout {self.dropout}: "
                 "use model.eval()"
             )
-
-    def _result(self, out: Tensor) -> Attended:
         return out.transpose(1, 2).to(self.query.dtype).contiguous(), None
 
     def without_stream(self, key: Tensor, value: Tensor) -> Attended:
@@ -194,7 +190,11 @@ def _no_mask(
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     config: Any = None,
-    **sizes: Any,
+    q_length: int | None = None,
+    q_offset: Any = 0,
+    kv_length: int = 0,
+    kv_offset: int = 0,
+    **other: Any,
 ) -> None:
     """The mask function of attached models: none, after making sure that none is needed.
 
@@ -204,20 +204,13 @@ def _no_mask(
     """
     refuse_padding(attention_mask)
     asks_for_one = not allow_is_causal_skip and getattr(config, "model_type", None) not in FORCES_MASK
-    if asks_for_one or _has_unwritten_keys(**sizes):
+    # A static cache has more slots than tokens. Older Transformers, which gives no lengths, announces it.
+    is_static = q_length and (isinstance(q_offset, Tensor) or kv_offset + kv_length > q_offset + q_length)
+    if asks_for_one or is_static:
         raise ValueError(
             "packed sequences, mask functions and static caches need a mask, and a streaming model has none: use "
             "consecutive positions and a StreamingKVCache or DynamicCache"
         )
-
-
-def _has_unwritten_keys(
-    q_length: int | None = None, q_offset: Any = 0, kv_length: int = 0, kv_offset: int = 0, **other: Any
-) -> bool:
-    """Whether a cache has more slots than tokens: a static one, which newer Transformers does not announce."""
-    if q_length is None:  # older Transformers, which does
-        return False
-    return isinstance(q_offset, Tensor) or kv_offset + kv_length > q_offset + q_length
 
 
 for _name in DELEGATES:
