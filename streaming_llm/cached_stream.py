@@ -16,6 +16,7 @@ from .config import StreamingConfig, require_int
 from .families import Family
 from .positions import Progress
 from .recurrent import RecurrentState
+from .sinks import MovingSinks
 
 
 class CachedStream(Cache):
@@ -37,6 +38,7 @@ class CachedStream(Cache):
         self.streaming_config, self.progress, self.family = streaming_config, progress, family
         self.recurrent = RecurrentState() if family.has_state else None
         self._forward: CacheForward | None = None
+        self._moving: list[MovingSinks] | None = None  # derived from the layers' tensors; None once these have changed
         self._pending: tuple[int, Tensor | None] = (0, None)  # the progress's version, and ids
 
     # Sizes
@@ -109,7 +111,7 @@ class CachedStream(Cache):
 
     def forget_derived(self) -> None:
         """Forget what was derived from the tensors or their places."""
-        self._forward = None
+        self._forward = self._moving = None
 
     def move_to(self, position: int) -> None:
         """Go on as if ``position`` tokens had been seen: the next token (of the furthest row) gets that position.
@@ -181,26 +183,24 @@ class CachedStream(Cache):
         return put_back
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)), lambda rows: beam_idx.tolist())
+        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select(
-            lambda x: x.repeat_interleave(repeats, dim=0), lambda rows: [row for row in rows for _ in range(repeats)]
-        )
+        self._select(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(lambda x: x[indices.to(x.device)], lambda rows: torch.tensor(list(rows))[indices.cpu()].tolist())
+        self._select(lambda x: x[indices.to(x.device)])
 
     def take_rows(self, rows: list[int], n_rows: int) -> Self:
         """A cache of copies of these of its ``n_rows`` rows; an empty one, where nothing has been fed."""
         part = copy.copy(self)
-        part._forward, part.progress = None, Progress()
+        part.progress = copy.copy(self.progress)
+        part.progress.select(rows, n_rows)
+        part.forget_derived()
         part.layers = [layer.take_rows(rows, part.progress) for layer in self.layers]
         if self.recurrent is not None:
             part.recurrent = RecurrentState()
             part.recurrent.value = self.recurrent.value.select(lambda x: x[rows])
-        progress = self.progress.of_rows(n_rows)
-        part.progress.set(*zip(*(progress[row] for row in rows), strict=True))
         return part
 
     def put_rows(self, rows: list[int], part: Self, n_rows: int) -> None:
@@ -215,14 +215,15 @@ class CachedStream(Cache):
         self.forget_derived()
         self.progress.set(*zip(*progress, strict=True))
 
-    def _select(self, of_tensor: Callable[[Tensor], Tensor], of_rows: Callable[[range], list[int]]) -> None:
+    def _select(self, select: Callable[[Tensor], Tensor]) -> None:
+        """Rows that ``select`` takes of a tensor's first dimension."""
         if not self.progress.together:
             n_rows = len(self.progress.seen)
-            self.progress.select(of_rows(range(n_rows)), n_rows)
+            self.progress.select(select(torch.arange(n_rows)).tolist(), n_rows)
         for layer in self.layers:
-            layer.select(of_tensor)
+            layer.select(select)
         if self.recurrent is not None:
-            self.recurrent.value = self.recurrent.value.select(of_tensor)
+            self.recurrent.value = self.recurrent.value.select(select)
         self.forget_derived()
         self.progress.version += 1
 

@@ -35,7 +35,7 @@ from .positions import Progress
 from .rope_utils import Rotary
 from .saved_cache import SaveableCache
 from .saving import model_facts
-from .sinks import MovingSinks, moving_sinks, sink_rotations
+from .sinks import moving_sinks, sink_rotations
 
 
 class StreamingKVCache(SaveableCache):
@@ -101,7 +101,6 @@ class StreamingKVCache(SaveableCache):
         self.model_facts = model_facts(model_config)
         self._index = {layer_idx: index for index, layer_idx in enumerate(family.stores)}
         self._bare = BareChecks(model_config, streaming, family)
-        self._moving: list[MovingSinks] | None = None  # derived from the layers' tensors; None once these have changed
 
     @classmethod
     def from_model(
@@ -235,10 +234,6 @@ class StreamingKVCache(SaveableCache):
     def reset(self) -> None:
         super().reset()
         self._bare.forget_angles()
-
-    def forget_derived(self) -> None:
-        super().forget_derived()
-        self._moving = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_moving": None}  # a pickled view would be a tensor of its own
