@@ -74,15 +74,10 @@ def _stored(tensor: Tensor) -> Iterator[Tensor]:
         yield from _stored(getattr(tensor, name))
 
 
-def is_split(model: nn.Module) -> bool:
-    """Whether parameters are shards of a tensor-parallel model (``tp_plan``)."""
-    kinds = {type(parameter.data) for parameter in model.parameters()} | set(map(type, model.parameters()))
-    return any(kind.__name__ == "DTensor" for kind in kinds)
-
-
 def why_not_one_cuda_device(model: Any) -> str | None:
     """Why a model's steps cannot be recorded as a CUDA graph, or run by kernels of this library; ``None`` if not."""
-    if is_split(model):
+    kinds = {type(parameter.data) for parameter in model.parameters()} | set(map(type, model.parameters()))
+    if any(kind.__name__ == "DTensor" for kind in kinds):
         return "the model is split over several processes (tp_plan)"
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     devices = {x.device for x in tensors} | {input_device(model)}

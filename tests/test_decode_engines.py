@@ -23,14 +23,14 @@ from experiments.plotting.captions import caption
 from experiments.plotting.script import draw_styled
 from experiments.plotting.table import read_results
 from streaming_llm import ENGINES
-from streaming_llm.engines.base import EagerEngine
+from streaming_llm.engines.base import Engine
 
 pytestmark = pytest.mark.usefixtures("no_collection")
 S, W, N = 2, 14, 40
 C = S + W
 
 
-class StandInEngine(EagerEngine):
+class StandInEngine(Engine):
     """Computes as the eager engine does, and passes for one that records something at the start of some runs."""
 
     made: ClassVar[list[StandInEngine]] = []

@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 )
 
 from streaming_llm import StreamingDecoder, resolve_block_engine, resolve_engine, score_stream
-from streaming_llm.engines.base import EagerEngine
+from streaming_llm.engines.base import Engine
 from streaming_llm.fused import fused_forward, require_fused, why_not_fused
 from streaming_llm.fused.refusals import why_not
 from streaming_llm.placement import weight_addresses
@@ -107,7 +107,7 @@ def test_a_seed_starts_the_random_numbers_anew_and_none_goes_on_with_them(decode
 
 @pytest.mark.parametrize("window_size", [1, 7, 60])
 def test_what_was_generated_behind_a_stop_is_taken_back(window_size, monkeypatch):
-    monkeypatch.setattr(EagerEngine, "runs_alone", True)  # several tokens before a criterion is asked
+    monkeypatch.setattr(Engine, "runs_alone", True)  # several tokens before a criterion is asked
     model, prompt = make_neox(torch.float64), make_ids(30)
     with StreamingDecoder(model, S, window_size) as decoder:
         decoder.prefill(prompt)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from experiments.config import SetupError
 from streaming_llm import StreamingDecoder, StreamingKVCache
-from streaming_llm.engines.base import EagerEngine
+from streaming_llm.engines.base import Engine
 from streaming_llm.sampling import Sampling
 from streaming_llm.saving import read
 
@@ -246,7 +246,7 @@ def test_a_conversation_over_a_pipe(chat):
 def test_an_engine_that_runs_ahead_of_the_host_gives_the_same(chat, monkeypatch):
     given = {"messages": "Hello.\nÄrger?\nWhat now?\n"}
     expected = chat("--max-new-tokens", "50", "--temperature", "0", **given)
-    monkeypatch.setattr(EagerEngine, "runs_alone", True)
+    monkeypatch.setattr(Engine, "runs_alone", True)
     assert chat("--max-new-tokens", "50", "--temperature", "0", **given) == expected
 
 
@@ -412,8 +412,8 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(chat, monkeypatch, tmp_pat
                 os.kill(os.getpid(), signal.SIGINT)
         return step(self, token_ids)
 
-    step = EagerEngine.step
-    monkeypatch.setattr(EagerEngine, "step", interrupted)
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", interrupted)
     code, _, err = chat(*given[:2], "--save", tmp_path / "other.safetensors", messages="Hello.\n", model=talkative)
     assert code == 130
     assert "in the middle of a token" in err

@@ -16,7 +16,7 @@ from ..families import family_of_model, queries_scaled_from, transformers_model
 from ..fused import why_not_fused
 from ..kv_cache import StreamingKVCache
 from ..placement import why_not_one_cuda_device
-from .base import EagerEngine, Engine
+from .base import Engine
 from .fused_step import FusedStep, FusedTritonStep
 from .model_call import CompiledModelCall, ModelCall
 from .recorded import RecordedEngine
@@ -53,7 +53,7 @@ def _why_not_recorded(model: nn.Module) -> str | None:
 
 
 ENGINES = {
-    "eager": EngineKind(EagerEngine, lambda model: None, "eager"),
+    "eager": EngineKind(Engine, lambda model: None, "eager"),
     # CUDA graphs of the model call, as it is and after torch.compile
     "graph": EngineKind(_recorded("graph", ModelCall), _why_not_recorded, "eager"),
     "graph+compile": EngineKind(_recorded("graph+compile", CompiledModelCall), _why_not_recorded, "eager"),

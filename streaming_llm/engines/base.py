@@ -1,8 +1,6 @@
-"""What an engine is, and the plainest one: the model call."""
+"""What an engine does, and how the plainest one does it: by the model call."""
 
 from __future__ import annotations
-
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +11,8 @@ from ..placement import input_device
 from ..sampling import Choice
 
 
-class Engine(ABC):
-    """Feeds one token after the other to a model with a streaming cache.
+class Engine:
+    """Feeds one token after the other to a model with a streaming cache: by the plain model call, others otherwise.
 
     Args:
         model: attached as long as the engine is used.
@@ -25,7 +23,7 @@ class Engine(ABC):
         compile_sec: seconds spent on compiling, tuning and recording so far.
     """
 
-    name: str
+    name = "eager"
     runs_alone = False
     """Whether several tokens are generated without the host."""
 
@@ -33,9 +31,10 @@ class Engine(ABC):
         self.model, self.cache = model, cache
         self.compile_sec = 0.0
 
-    @abstractmethod
     def step(self, token_ids: Tensor) -> Tensor:
         """Feed ``[batch]``; logits ``[batch, vocab]``."""
+        ids = token_ids.unsqueeze(1).to(input_device(self.model))
+        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
 
     def score(self, logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Losses of ``token_ids`` ``[batch, n]``, each fed after its loss is taken; and the last logits."""
@@ -65,13 +64,3 @@ class Engine(ABC):
                 ending.active &= ~ending.ends(token)
             tokens.append(token)
         return torch.stack(tokens, dim=1), logits
-
-
-class EagerEngine(Engine):
-    """The plain model call."""
-
-    name = "eager"
-
-    def step(self, token_ids: Tensor) -> Tensor:
-        ids = token_ids.unsqueeze(1).to(input_device(self.model))
-        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[:, -1]

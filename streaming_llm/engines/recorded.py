@@ -22,7 +22,7 @@ from ..kv_cache import StreamingKVCache
 from ..losses import cross_entropy
 from ..placement import output_device, weight_addresses
 from ..sampling import Choice, Ending, Sampling
-from .base import EagerEngine, Engine
+from .base import Engine
 from .recorded_step import CHUNK, RecordedStep, StaticTensors
 from .recorder import Recording
 
@@ -43,7 +43,6 @@ class RecordedEngine(Engine):
         super().__init__(model, cache)
         self.name, self.runs_alone = name, True
         self._make_step = make_step
-        self._eager = EagerEngine(model, cache)
         self._places: list[Place] = []
         self._bound: tuple[Any, ...] = ()  # version of the stream, and kernels in force, that the device knows
         self._built_for: tuple[Any, ...] = ()
@@ -52,7 +51,7 @@ class RecordedEngine(Engine):
 
     def step(self, token_ids: Tensor) -> Tensor:
         if not self._bind():
-            return self._eager.step(token_ids)
+            return super().step(token_ids)
         self._static.tokens.copy_(token_ids)
         self._replay("step", self._step.run)
         return self._static.logits.clone()
@@ -113,7 +112,7 @@ class RecordedEngine(Engine):
 
     def _score_one(self) -> None:
         static = self._static
-        static.tokens.copy_(static.next_of_chunk())
+        static.tokens.copy_(static.chunk.index_select(1, static.index).squeeze(1))
         static.losses.index_copy_(1, static.index, cross_entropy(static.logits, static.tokens).unsqueeze(1))
         static.index += 1
         self._step.run()

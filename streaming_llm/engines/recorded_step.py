@@ -45,10 +45,6 @@ class StaticTensors:
         self.logits.copy_(logits)
         self.index.zero_()
 
-    def next_of_chunk(self) -> Tensor:
-        """The ids at the place in the chunk, ``[batch]``."""
-        return self.chunk.index_select(1, self.index).squeeze(1)
-
 
 class RecordedStep(ABC):
     """One step from static token ids to static logits, with all that depends on the position on the device.
