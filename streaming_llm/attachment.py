@@ -79,8 +79,7 @@ class Attachment:
 
     def _put(self, changes: list[Change], prefix: str) -> None:
         with ExitStack() as undo:
-            for module, name, value in changes:
-                undo.callback(_set(module, name, value))
+            undo.enter_context(changed(changes))
             for hook in self._hooks() if prefix == STREAMING else ():
                 undo.callback(hook.remove)
             self._undo = undo.pop_all()

@@ -157,18 +157,17 @@ def score_stream(
         TypeError: ``input_ids`` are no tensors.
     """
     config = StreamingConfig.given(n_sink, window_size, config)
+    if isinstance(input_ids, Tensor):
+        _require_ids(input_ids)
     if attention_mask is not None:
         if return_hidden or on_block is not None or not isinstance(input_ids, Tensor):
             raise ValueError("attention_mask needs ids in one tensor, and neither return_hidden nor on_block")
-        _require_ids(input_ids)
         return _score_rows(model, input_ids, attention_mask, config, block_size, engine)
     if block_size is None:
         block_size = default_block_size(config.window_size, model)
     require_int("block_size", block_size, 1)
     if not family_of_model(transformers_model(model)).blocks_continue:
         block_size = sys.maxsize  # recurrent layers take one block, at the beginning
-    if isinstance(input_ids, Tensor):
-        _require_ids(input_ids)
     if return_hidden and on_block is not None:
         raise ValueError("return_hidden and on_block exclude each other: on_block is given the hidden states")
 

@@ -36,11 +36,6 @@ class Prompt:
     mask: Tensor | None
     n_seen: list[int]
 
-    @property
-    def length(self) -> int:
-        """Columns, padding included."""
-        return self.tokens.shape[1]
-
     def unseen(self) -> list[Tensor]:
         """For each row, its tokens that the cache has not seen: ids ``[n]`` or embeddings ``[n, hidden]``."""
         rows = rows_of(self.tokens, self.mask)

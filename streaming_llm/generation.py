@@ -162,7 +162,7 @@ class GenerationForwards:
             unseen = list(tokens[:: self.expand_size])
             self.view.columns += tokens.shape[1]
         else:
-            unseen, self.view.columns = self.prompt.unseen(), self.prompt.length
+            unseen, self.view.columns = self.prompt.unseen(), self.prompt.tokens.shape[1]
         if self.expand_size == 1 and not self.drafts and not self._more_than_logits(kwargs):
             hidden = feed_rows(self.model, self.cache, unseen, self._block)
             return self._output(last_logits(self.model, hidden))

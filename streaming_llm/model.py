@@ -199,10 +199,9 @@ class StreamingLLMWrapper:
 
     def _why_plain_call(self, model: nn.Module, drafts: bool, kwargs: dict[str, Any]) -> str | None:
         """Why the engine cannot run a call of ``generate``."""
-        asked = [name for name in ("output_attentions", "output_hidden_states") if setting(model, kwargs, name)]
-        asked += [name for name in ("output_attentions", "output_hidden_states") if getattr(model.config, name, None)]
-        if asked:
-            return f"{asked[0]} asks for what only the model's own call gives"
+        for name in ("output_attentions", "output_hidden_states"):
+            if setting(model, kwargs, name) or getattr(model.config, name, None):
+                return f"{name} asks for what only the model's own call gives"
         if drafts:
             return "drafted tokens are fed several at a time"
         if foreign_hooks(model):
@@ -212,6 +211,6 @@ class StreamingLLMWrapper:
     def _feed_best(self, prompt: Prompt, cache: StreamingKVCache, sequences: Tensor) -> None:
         """What a cache that has seen all but the last of the prompt lacks of all but the last of the best sequence."""
         feed_rows(self.model, cache, [row[-1:] for row in prompt.unseen()], self._block)
-        n_repeated = prompt.length if prompt.name == "input_ids" else 0  # generate() returns ids alone
+        n_repeated = prompt.tokens.shape[1] if prompt.name == "input_ids" else 0  # generate() returns ids alone
         if sequences.shape[1] > n_repeated + 1:
             feed_rows(self.model, cache, list(sequences[:, n_repeated:-1]), self._block)

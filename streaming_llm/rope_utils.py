@@ -122,7 +122,7 @@ class ExactRotaryEmbedding(nn.Module):
 
     Args:
         replaced: the model's module.
-        rotary: its rotation, or, for a module that is asked with a ``layer_type``, one for each.
+        rotaries: its rotation for each ``layer_type`` that it is asked with, ``None`` for none.
         layout: of what the module returns.
         stands_in: whether it does, in the forward at hand; always when ``None``.
         positions: those of the tokens at hand, where the model is given others; ``None`` where it is given these.
@@ -131,15 +131,14 @@ class ExactRotaryEmbedding(nn.Module):
     def __init__(
         self,
         replaced: nn.Module,
-        rotary: Rotary | dict[str | None, Rotary],
-        layout: AngleLayout | None = None,
+        rotaries: dict[str | None, Rotary],
+        layout: AngleLayout,
         stands_in: Callable[[], bool] | None = None,
         positions: Callable[[], Tensor | None] | None = None,
     ) -> None:
         super().__init__()
-        self.replaced, self.layout = replaced, layout or AngleLayout()
+        self.replaced, self.rotaries, self.layout = replaced, rotaries, layout
         self.stands_in, self.positions = stands_in, positions
-        self.rotaries: dict[str | None, Rotary] = rotary if isinstance(rotary, dict) else {None: rotary}
 
     def __getattr__(self, name: str) -> Any:
         try:

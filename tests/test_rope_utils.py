@@ -7,7 +7,7 @@ import torch
 from conftest import make_neox
 
 from streaming_llm.families import rotaries_from_config, rotaries_from_model
-from streaming_llm.rope_utils import ExactRotaryEmbedding, Rotary, rotate
+from streaming_llm.rope_utils import AngleLayout, ExactRotaryEmbedding, Rotary, rotate
 
 INV_FREQ = torch.tensor([1.0, 0.3, 0.01], dtype=torch.float64)
 
@@ -51,7 +51,7 @@ def test_config_and_model_agree():
 
 def test_exact_module_matches_the_model_near_and_beats_it_far():
     module = make_neox().gpt_neox.rotary_emb
-    exact = ExactRotaryEmbedding(module, Rotary(module.inv_freq.double()))
+    exact = ExactRotaryEmbedding(module, {None: Rotary(module.inv_freq.double())}, AngleLayout())
     x = torch.zeros(1, 1, dtype=torch.float64)
     near, far = torch.arange(100)[None], torch.arange(10_000_000, 10_000_100)[None]
     for ours, theirs in zip(exact(x, near), module(x, near), strict=True):

@@ -143,18 +143,14 @@ def require_no_mask(attention_mask: Tensor | None) -> None:
         raise ValueError("a mask was given: attention is causal here, over streams without padding, and takes none")
 
 
-def refuse_padding(attention_mask: Tensor | None) -> None:
-    """Raise ``ValueError`` if a padding mask ``[batch, length]`` hides a token."""
+def refuse_padding(attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> None:
+    """Make no mask: raise ``ValueError`` if one of padding, ``[batch, length]``, hides a token."""
     if attention_mask is not None and not bool(torch.all(attention_mask)):
         raise ValueError(
             "attention_mask hides tokens, which one forward over all rows cannot leave out: use stream.generate(), "
             "stream.prefill(), StreamingDecoder or score_stream(), which take each row by itself, or give all rows of "
             "a batch the same length"
         )
-
-
-def _make_no_mask(attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> None:
-    refuse_padding(attention_mask)
 
 
 def rewritten_forwards(model: Any) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
@@ -167,7 +163,7 @@ def rewritten_forwards(model: Any) -> list[tuple[nn.Module, str, Callable[..., A
         ValueError: the layers of this family cannot be replaced under the installed Transformers.
     """
     changes: list[tuple[nn.Module, str, Callable[..., Any]]] = [
-        (module, "_update_causal_mask", _make_no_mask)  # a file may use the functions and make its own mask still
+        (module, "_update_causal_mask", refuse_padding)  # a file may use the functions and make its own mask still
         for module in model.modules()
         if hasattr(type(module), "_update_causal_mask")
     ]
