@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from streaming_llm import score_stream
-from streaming_llm.engines.recorder import GraphedCall
+from streaming_llm.engines.recorder import Recording
 from streaming_llm.fused import fused_forward, why_not_fused
 
 Forward = Callable[[Tensor], Tensor]
@@ -45,8 +45,28 @@ def forward_of(model, engine: str) -> Forward:
 
 
 def capture(forward: Forward, example: Tensor, engine: str) -> Forward:
-    """`forward` as a CUDA graph for ids of the shape of `example`."""
-    return GraphedCall(torch.compile(forward) if engine == "graph+compile" else forward, example)
+    """`forward` as a CUDA graph for ids of the shape of `example`: each call overwrites the logits of the one before.
+
+    It raises ValueError for ids of another shape.
+    """
+    call = torch.compile(forward) if engine == "graph+compile" else forward
+    with torch.inference_mode(False):
+        static = example.clone()
+    made: list[Tensor] = []
+
+    def run() -> None:
+        made[:] = [call(static)]
+
+    recording = Recording(run, static.device)
+
+    def replayed(ids: Tensor) -> Tensor:
+        if ids.shape != static.shape:
+            raise ValueError(f"recorded for shape {list(static.shape)}, got {list(ids.shape)}")
+        static.copy_(ids)
+        recording.replay()
+        return made[0]
+
+    return replayed
 
 
 def score(model, ids: Tensor, n_sink: int, window_size: int, engine: str) -> Tensor:

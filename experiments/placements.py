@@ -19,7 +19,7 @@ from streaming_llm import StreamingConfig, StreamingKVCache
 from streaming_llm.attachment import attached
 from streaming_llm.blockwise import BlockScorer, in_blocks
 from streaming_llm.engines import make_engine
-from streaming_llm.engines.blocks import default_block_size, feed
+from streaming_llm.engines.blocks import block_forward, default_block_size, feed_rows
 from streaming_llm.families import UNROTATED, last_logits, layer_windows, rotaries_from_model, transformers_model
 from streaming_llm.rope_utils import Rotary
 
@@ -60,7 +60,8 @@ class Gapped(Method):
         self._cache.reset()
 
     def prefill(self, ids: Tensor) -> Tensor:
-        return last_logits(transformers_model(self.model), feed(self.model, self._cache, ids))
+        hidden = feed_rows(self.model, self._cache, list(ids), block_forward(self.model, "eager"))
+        return last_logits(transformers_model(self.model), hidden)
 
     def step(self, ids: Tensor) -> Tensor:
         return self._runner.step(ids)

@@ -22,9 +22,8 @@ from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse
 from .attention.kernel_choice import unwrapped
 from .attention.plan import ForwardAtHand
 from .attention.rewritten_layers import rewritten_forwards
-from .families import changes_with_length, decoder_of, rotary_modules, scaled_from, transformers_model
+from .families import constant_up_to, decoder_of, exact_rotations, queries_scaled_from, transformers_model
 from .kv_cache import StreamingKVCache
-from .rope_utils import ExactRotaryEmbedding
 
 ATTRIBUTE = "_streaming_attachment"
 """Where an attached model keeps its attachment."""
@@ -95,19 +94,12 @@ class Attachment:
         changes += rewritten_forwards(model)
         if prefix != STREAMING:
             return changes
-        self._at_hand = ForwardAtHand()
-        exact: dict[int, ExactRotaryEmbedding] = {}
+        at_hand = self._at_hand = ForwardAtHand()
         # Where frequencies change with the length, a forward that is no stream's has the model's own.
-        at_hand = self._at_hand
-        stands_in = (lambda: at_hand.cache is not None) if changes_with_length(model.config) else None
-        for found in rotary_modules(model):
-            key = id(found.module)
-            exact[key] = exact.get(key) or ExactRotaryEmbedding(
-                found.module, found.angles, found.layout, stands_in, lambda: at_hand.positions
-            )
-            changes.append((found.parent, found.name, exact[key]))
+        stands_in = None if constant_up_to(model.config) is None else (lambda: at_hand.cache is not None)
+        changes += exact_rotations(model, stands_in, lambda: at_hand.positions)
         layers = {id(x): x for x in map(unwrapped, model.modules()) if "layer_idx" in vars(x)}
-        return changes + [(layer, AT_HAND, self._at_hand) for layer in layers.values()]
+        return changes + [(layer, AT_HAND, at_hand) for layer in layers.values()]
 
     def _copy_of_model(self, memo: dict[int, Any]) -> PreTrainedModel:
         """``copy.deepcopy(model)`` gives a model as it is without being attached."""
@@ -124,7 +116,7 @@ class Attachment:
         decoder, hooks = decoder_of(self.model), []
         if decoder is not self.model.base_model:
             hooks.append(self.model.register_forward_pre_hook(_refuse_images, with_kwargs=True))
-        self._scales_queries = scaled_from(self.model.config) is not None
+        self._scales_queries = queries_scaled_from(self.model.config) is not None
         self._parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]  # without self
         return [
             *hooks,

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .cache_layer import StreamingLayer
 from .config import StreamingConfig
@@ -14,21 +13,10 @@ from .families import Family, bare_length, bare_refusal
 from .positions import Progress
 
 
-class SharedReference:
-    """Refers to an object that copies of its holder share; a pickled one refers to nothing."""
-
-    def __init__(self, target: object = None) -> None:
-        self.target = target
-
-    def __deepcopy__(self, memo: dict[str, Any]) -> SharedReference:
-        return self
-
-    def __reduce__(self) -> Any:
-        return (SharedReference, ())
-
-
 class BareChecks:
     """Refuses what would not be exact on the unmodified model.
+
+    Copies share the model's configuration; pickled, they know of none.
 
     Args:
         model_config: the model's configuration.
@@ -37,11 +25,19 @@ class BareChecks:
     """
 
     def __init__(self, model_config: Any, streaming: StreamingConfig, family: Family) -> None:
-        self._model_config = SharedReference(model_config)
+        self._model_config = model_config
         self._streaming, self._family = streaming, family
         self._length = bare_length(model_config)
         self._exact_with: str | None = ""  # attention implementation last found exact
         self.forget_angles()
+
+    def __deepcopy__(self, memo: dict[str, Any]) -> BareChecks:
+        copied = object.__new__(BareChecks)
+        vars(copied).update(vars(self))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model_config": None}
 
     def forget_angles(self) -> None:
         """Look at the model's angles again from the first eviction on."""
@@ -76,7 +72,7 @@ class BareChecks:
                 "rows that are not equally far need positions and masks of their own, which an unmodified model does "
                 "not give them: use `with StreamingLLMWrapper(model, ...) as stream:`"
             )
-        config = self._model_config.target
+        config = self._model_config
         implementation = getattr(config, "_attn_implementation", None)
         if config is not None and implementation != self._exact_with:
             reason = bare_refusal(config, self._streaming, self._family)
@@ -106,7 +102,7 @@ class BareChecks:
         expected = torch.stack(rotary.cos_sin(position)) * rotary.scaling
         # Models lay the same angles out in different ways, or give each once.
         expected = expected.sort(dim=-1).values[:, :: rotary.rotary_dim // cos.shape[-1]]
-        error = _largest(torch.stack(found).sort(dim=-1).values - expected)
+        error = (torch.stack(found).sort(dim=-1).values - expected).abs().max().item()
         if error > torch.finfo(cos.dtype).eps + 1e-6 * position:  # rounding of cosine and of angle
             raise ValueError(
                 f"the model's rotary angles are {error:.1e} off those of its configuration: its frequencies were "
@@ -114,7 +110,3 @@ class BareChecks:
                 "StreamingLLMWrapper, which takes them from the model"
             )
         self._next_angle_check = 2 * n_seen
-
-
-def _largest(x: Tensor) -> float:
-    return x.abs().max().item()

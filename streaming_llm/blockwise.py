@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from .attachment import attached
 from .config import StreamingConfig, require_int
 from .engines import resolve_block_engine
-from .engines.blocks import block_forward, default_block_size
+from .engines.blocks import alike, block_forward, default_block_size, rows_of
 from .families import family_of_model, transformers_model
 from .kv_cache import StreamingKVCache
 from .losses import token_nll
 from .placement import input_device
-from .rows import alike, rows_of
 
 
 def in_blocks(input_ids: Tensor | Iterable[Tensor], block_size: int) -> Iterator[Tensor]:

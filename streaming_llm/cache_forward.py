@@ -19,23 +19,20 @@ class CacheForward:
 
     Args:
         n_tokens: new tokens of each row.
-        n_layers: of the cache.
         progress: of the cache, before these tokens.
         attached: the model streams: its angles are exact, and its attention takes plans.
+
+    Attributes:
+        layers_done: layers that have stored their tokens.
+        taken: the plans that layers have taken, also for those that attend to the same keys.
     """
 
-    def __init__(self, n_tokens: int, n_layers: int, progress: Progress, attached: bool) -> None:
-        self.n_tokens, self.n_layers, self.attached = n_tokens, n_layers, attached
-        self.layers_done = 0
+    def __init__(self, n_tokens: int, progress: Progress, attached: bool) -> None:
+        self.n_tokens, self.attached, self.layers_done = n_tokens, attached, 0
+        self.taken: dict[int, Plan] = {}
         self._progress = progress
         self._plan: Plan | None = None
-        self._taken: dict[int, Plan] = {}
         self._slots: dict[tuple[StreamLayout, torch.device], Tensor] = {}
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every layer has stored its tokens."""
-        return self.layers_done == self.n_layers
 
     def require_turn(self, layer_idx: int, n_tokens: int) -> None:
         """Raise ``RuntimeError`` unless it is ``layer_idx``'s turn to store so many tokens."""
@@ -61,12 +58,8 @@ class CacheForward:
         if self._plan is None or self.layers_done != layer_idx + 1:
             raise RuntimeError(f"layer {layer_idx} attends without having stored its keys in the stream's cache")
         plan, self._plan = self._plan, None
-        self._taken[layer_idx] = plan
+        self.taken[layer_idx] = plan
         return plan
-
-    def plan_again(self, layer_idx: int) -> Plan:
-        """The plan that a layer has taken, for one that attends to the same keys."""
-        return self._taken[layer_idx]
 
     def slots(self, layout: StreamLayout, device: torch.device) -> Tensor | None:
         """Where each row's token goes, ``[batch]``; ``None`` where all rows are equally far."""

@@ -10,18 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
-from . import saving
 from .attachment import Attachment
 from .config import StreamingConfig, require_int
 from .endings import Criterion, generate_until
 from .engines import make_engine, resolve_block_engine, resolve_engine
-from .engines.blocks import block_forward
+from .engines.blocks import block_forward, feed_rows, rows_of
 from .families import last_logits, transformers_model
 from .kv_cache import StreamingKVCache
 from .placement import layer_devices, output_device
-from .rows import feed_rows, rows_of
 from .sampling import Choice, Ending, Sampling, generator_at
-from .stream_state import StreamState, require_dtype
+from .saving import StreamState, naming, read, require_dtype, write
 
 LOGITS, RANDOM = "decoder.logits", "decoder.random"
 """What a decoder saves beside its cache: the last logits, and the state of its random numbers."""
@@ -126,7 +124,7 @@ class StreamingDecoder:
         """
         self._require_open()
         rows = rows_of(input_ids, attention_mask)
-        hidden = feed_rows(self._inner, self.cache, rows, block_size, self._forward)
+        hidden = feed_rows(self._inner, self.cache, rows, self._forward, block_size)
         return self._keep(last_logits(self._inner, hidden))
 
     @torch.no_grad()
@@ -260,7 +258,7 @@ class StreamingDecoder:
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write the decoder's stream to a safetensors file; see :meth:`load` and :meth:`StreamingKVCache.save`."""
-        saving.write(path, self.state(), metadata)
+        write(path, self.state(), metadata)
 
     @classmethod
     def load(
@@ -277,12 +275,12 @@ class StreamingDecoder:
             OSError: the file cannot be read.
             ValueError: it is no saved stream, or of another model or dtype, or the engine cannot run it.
         """
-        state = saving.read(path)
-        with saving.naming(path):
+        state = read(path)
+        with naming(path):
             require_dtype(state, transformers_model(model).dtype, dtype)
         decoder = cls(model, engine=engine, config=state.streaming_config)
         try:
-            with saving.naming(path):
+            with naming(path):
                 decoder.restore(state, dtype=dtype)
         except ValueError:
             decoder.close()

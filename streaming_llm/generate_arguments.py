@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .attention.interface import refuse_images
+from .engines.blocks import rows_of
 from .kv_cache import StreamingKVCache
-from .rows import rows_of
 
 
 def setting(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -18,13 +17,12 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attachment import changed
-from .engines.blocks import BlockForward
+from .attachment import Change
+from .engines.blocks import BlockForward, feed_rows
 from .engines.pool import EnginePool
 from .families import last_logits
 from .generate_arguments import Prompt
 from .kv_cache import StreamingKVCache
-from .rows import feed_rows
 from .speculative import OverwrittenSlots
 
 OF_EVERY_FORWARD = (
@@ -42,13 +40,19 @@ OF_EVERY_FORWARD = (
 
 
 class GenerationView(StreamingKVCache):
-    """A streaming cache as ``generate`` sees it: one state with the cache, as long as the columns of ids behind it."""
+    """A streaming cache as ``generate`` sees it: one state with the cache, as long as the columns of ids behind it.
+
+    Attributes:
+        cache: what is decoded with: the stream's own, or a copy with a row for each beam or sequence.
+        columns: of ids that have been fed.
+        overwritten: by the last draft, before which there is nothing to crop.
+    """
 
     __slots__ = ("cache", "columns", "overwritten")
+    overwritten: OverwrittenSlots
 
     def __init__(self, cache: StreamingKVCache, columns: int) -> None:
         self.columns = columns
-        self.overwritten: OverwrittenSlots | None = None
         self.show(cache)
 
     def show(self, cache: StreamingKVCache) -> None:
@@ -66,10 +70,7 @@ class GenerationView(StreamingKVCache):
         n_tokens = self.columns - max_length if max_length > 0 else -max_length
         if n_tokens <= 0:
             return
-        if self.overwritten is None:
-            self.cache.crop(-n_tokens)
-        else:
-            self.overwritten.take_back(self.cache, [n_tokens])
+        self.overwritten.take_back(self.cache, [n_tokens])
         self.columns -= n_tokens
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -77,7 +78,7 @@ class GenerationView(StreamingKVCache):
 
 
 class GenerationForwards:
-    """Stands between ``generate`` and the model for one call, as a context manager.
+    """Stands between ``generate`` and the model for one call, while :meth:`changes` are in force.
 
     ``generate`` is given :attr:`view`. The prompt goes in at its first forward: whatever ``generate`` refuses, it has
     refused before.
@@ -110,24 +111,11 @@ class GenerationForwards:
         self._is_first, self._needs_ids_alone = True, False
         self._forward, self._prepare_inputs = model.forward, model.prepare_inputs_for_generation
 
-    @property
-    def working(self) -> StreamingKVCache:
-        """The cache that is decoded with: the stream's own, or a copy with a row for each beam or sequence."""
-        return self.view.cache
-
-    def __enter__(self) -> GenerationForwards:
-        # generate() looks at the signatures.
-        own: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-            "forward": (self._run, self._forward),
-            "prepare_inputs_for_generation": (self._prepare, self._prepare_inputs),
-        }
-        changes = [(self.model, n, functools.update_wrapper(functools.partial(f), old)) for n, (f, old) in own.items()]
-        self._changed = changed(changes)
-        self._changed.__enter__()
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self._changed.__exit__(*exc_info)
+    def changes(self) -> list[Change]:
+        """What stands in for the model's own methods, with their signatures, which ``generate`` looks at."""
+        forward = functools.update_wrapper(functools.partial(self._run), self._forward)
+        prepare = functools.update_wrapper(functools.partial(self._prepare), self._prepare_inputs)
+        return [(self.model, "forward", forward), (self.model, "prepare_inputs_for_generation", prepare)]
 
     def _prepare(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The model's own preparation, but where that drops the stream's cache (Phi-3 does at its original length).
@@ -176,13 +164,15 @@ class GenerationForwards:
         else:
             unseen, self.view.columns = self.prompt.unseen(), self.prompt.length
         if self.expand_size == 1 and not self.drafts and not self._more_than_logits(kwargs):
-            hidden = feed_rows(self.model, self.cache, unseen, forward=self._block)
-            return self._output(last_logits(self.model, hidden).unsqueeze(1))
+            hidden = feed_rows(self.model, self.cache, unseen, self._block)
+            return self._output(last_logits(self.model, hidden))
         before = [row[:-1] for row in unseen]
         if max(map(len, before)):
-            feed_rows(self.model, self.cache, before, forward=self._block)
+            feed_rows(self.model, self.cache, before, self._block)
         if self.expand_size > 1:
-            self.view.show(with_rows(self.cache, self.expand_size))
+            repeated = copy.deepcopy(self.cache)
+            repeated.batch_repeat_interleave(self.expand_size)  # as generate() repeats the ids
+            self.view.show(repeated)
         self.view.columns -= 1
         last = torch.stack([row[-1:] for row in unseen]).repeat_interleave(self.expand_size, dim=0).to(tokens.device)
         if self.drafts:  # the last column may be padding
@@ -191,20 +181,20 @@ class GenerationForwards:
 
     def _run_tokens(self, kwargs: dict[str, Any], tokens: Tensor, name: str = "input_ids") -> Any:
         """Feed new tokens ``[batch, n]`` (or embeddings) by the engine, or by the model's own call."""
-        alone = tokens.dim() == 2 and tokens.shape[1] == 1 and self.working.n_seen > 0
+        alone = tokens.dim() == 2 and tokens.shape[1] == 1 and self.view.n_seen > 0
         if self._engines is not None and alone and not self._more_than_logits(kwargs):
-            engine = self._engines.engine_for(self.working)
-            self.view.show(self.working)
-            logits = engine.step(tokens[:, 0]).unsqueeze(1)
+            engine = self._engines.engine_for(self.view.cache)
+            self.view.show(self.view.cache)
+            logits = engine.step(tokens[:, 0])
             self.view.columns += 1
-            self._needs_ids_alone = not self.drafts
+            self._needs_ids_alone = True
             return self._output(logits)
         if self.drafts:
-            self.view.overwritten = OverwrittenSlots(self.working, tokens.shape[1])
+            self.view.overwritten = OverwrittenSlots(self.view.cache, tokens.shape[1])
         own: dict[str, Any] = {
             key: None for key in ("attention_mask", "position_ids", "cache_position") if key in kwargs
         }
-        own |= {name: tokens, "past_key_values": self.working}
+        own |= {name: tokens, "past_key_values": self.view.cache}
         output = self._forward(**(kwargs | own))
         self.view.columns += tokens.shape[1]
         output.past_key_values = self.view
@@ -217,7 +207,7 @@ class GenerationForwards:
         )
 
     def _output(self, logits: Any) -> CausalLMOutputWithPast:
-        return CausalLMOutputWithPast(logits=logits, past_key_values=self.view)
+        return CausalLMOutputWithPast(logits=logits.unsqueeze(1), past_key_values=self.view)
 
 
 def _last_and_draft(kwargs: dict[str, Any]) -> Tensor:
@@ -226,10 +216,3 @@ def _last_and_draft(kwargs: dict[str, Any]) -> Tensor:
     if not n_kept:
         raise ValueError("assisted decoding of a stream needs a model that takes logits_to_keep")
     return kwargs["input_ids"][:, -n_kept:]
-
-
-def with_rows(cache: StreamingKVCache, rows: int) -> StreamingKVCache:
-    """A copy of ``cache`` with each stream ``rows`` times, as ``generate`` repeats the ids."""
-    repeated = copy.deepcopy(cache)
-    repeated.batch_repeat_interleave(rows)
-    return repeated

@@ -34,8 +34,8 @@ from .families import (
 from .positions import Progress
 from .rope_utils import Rotary
 from .saved_cache import SaveableCache
-from .sinks import MovingSinks, sink_rotations
-from .stream_state import model_facts
+from .saving import model_facts
+from .sinks import MovingSinks, moving_sinks, sink_rotations
 
 
 class StreamingKVCache(SaveableCache):
@@ -101,7 +101,7 @@ class StreamingKVCache(SaveableCache):
         self.model_facts = model_facts(model_config)
         self._index = {layer_idx: index for index, layer_idx in enumerate(family.stores)}
         self._bare = BareChecks(model_config, streaming, family)
-        self._moving: MovingSinks | None = None  # derived from the layers' tensors; None once these have changed
+        self._moving: list[MovingSinks] | None = None  # derived from the layers' tensors; None once these have changed
 
     @classmethod
     def from_model(
@@ -143,11 +143,12 @@ class StreamingKVCache(SaveableCache):
             self._bare.require_exact(self.progress, n_tokens)
         for rotation in self._rotations:
             rotation.exact_angles = attached
-        self._forward = CacheForward(n_tokens, len(self.layers), self.progress, attached)
+        self._forward = CacheForward(n_tokens, self.progress, attached)
         if n_tokens == 1 and self.progress.n_seen > self.streaming_config.cache_size:
             if self._moving is None or min(self.progress.seen) <= self.streaming_config.n_sink:  # some still come
-                self._moving = MovingSinks([layer for layer in self.layers if layer.sinks_turn])
-            self._moving.move(self.progress)
+                self._moving = moving_sinks(layer for layer in self.layers if layer.sinks_turn)
+            for sinks in self._moving:
+                sinks.move(self.progress)
 
     def update(
         self,
@@ -183,7 +184,7 @@ class StreamingKVCache(SaveableCache):
         if not forward.attached:
             if isinstance(plan, BlockPlan) and plan.previous:  # a sliding layer's own mask takes all of them
                 keys, values = (joined(x, dim=2) for x in zip(plan.previous, (keys, values), strict=True))
-            if forward.is_complete:
+            if forward.layers_done == len(self.layers):
                 self.end()
         return keys, values
 
@@ -191,7 +192,7 @@ class StreamingKVCache(SaveableCache):
         """How the tokens that a layer has just stored attend; see :meth:`CacheForward.take_plan`."""
         source = self.family.sources.get(layer_idx)
         if source is not None:
-            return self._running.plan_again(self._index[source])
+            return self._running.taken[self._index[source]]
         return self._running.take_plan(self._index[layer_idx])
 
     def end(self) -> None:

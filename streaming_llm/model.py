@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attachment import Attachment, foreign_hooks
+from .attachment import Attachment, changed, foreign_hooks
 from .config import StreamingConfig
 from .engines import resolve_block_engine, resolve_engine
-from .engines.blocks import block_forward
+from .engines.blocks import block_forward, feed_rows, rows_of
 from .engines.pool import EnginePool
 from .families import last_logits, transformers_model
 from .generate_arguments import Prompt, expand_size_of, is_drafting, refuse_arguments, setting, take_prompt
 from .generation import GenerationForwards
 from .kv_cache import StreamingKVCache
-from .rows import feed_rows, rows_of
 
 
 class StreamingLLMWrapper:
@@ -112,7 +111,7 @@ class StreamingLLMWrapper:
         """
         self._require_entered()
         rows = rows_of(input_ids, attention_mask)
-        hidden = feed_rows(self.model, cache, rows, block_size, self._block)
+        hidden = feed_rows(self.model, cache, rows, self._block, block_size)
         return last_logits(transformers_model(self.model), hidden)
 
     def generate(self, inputs: Tensor | None = None, *, continues: bool = False, **kwargs: Any) -> Any:
@@ -189,12 +188,13 @@ class StreamingLLMWrapper:
         self.why_eager = self._why_plain_call(model, drafts, kwargs)
         self.engine_of_last_generate = "eager" if self.why_eager else self.engine
         engines = None if self.engine_of_last_generate == "eager" else self._engines
-        with GenerationForwards(
+        forwards = GenerationForwards(
             model, cache, prompt, expand_size=expand_size, drafts=drafts, block=self._block, engines=engines
-        ) as forwards:
+        )
+        with changed(forwards.changes()):
             output = generate(forwards.view)
         if getattr(output, "past_key_values", None) is forwards.view:
-            output.past_key_values = forwards.working
+            output.past_key_values = forwards.view.cache
         return output
 
     def _why_plain_call(self, model: nn.Module, drafts: bool, kwargs: dict[str, Any]) -> str | None:
@@ -211,7 +211,7 @@ class StreamingLLMWrapper:
 
     def _feed_best(self, prompt: Prompt, cache: StreamingKVCache, sequences: Tensor) -> None:
         """What a cache that has seen all but the last of the prompt lacks of all but the last of the best sequence."""
-        feed_rows(self.model, cache, [row[-1:] for row in prompt.unseen()], forward=self._block)
+        feed_rows(self.model, cache, [row[-1:] for row in prompt.unseen()], self._block)
         n_repeated = prompt.length if prompt.name == "input_ids" else 0  # generate() returns ids alone
         if sequences.shape[1] > n_repeated + 1:
-            feed_rows(self.model, cache, list(sequences[:, n_repeated:-1]), forward=self._block)
+            feed_rows(self.model, cache, list(sequences[:, n_repeated:-1]), self._block)

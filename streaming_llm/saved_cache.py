@@ -14,7 +14,7 @@ from .cached_stream import CachedStream
 from .families import transformers_model
 from .placement import layer_devices
 from .recurrent import States
-from .stream_state import StreamState, as_fact, differences, identity, layer_tensors, require_dtype
+from .saving import StreamState
 
 RECURRENT = "recurrent."
 """What the names of recurrent layers' states begin with."""
@@ -26,8 +26,22 @@ class SaveableCache(CachedStream):
     model_facts: dict[str, Any]
 
     def _identity(self) -> dict[str, Any]:
-        rotaries = [layer.rotation.rotary for layer in self.layers]
-        return identity(self.model_facts, self.streaming_config, rotaries, [layer.layout for layer in self.layers])
+        """The facts that say of which cache a state is."""
+        streaming, layouts = self.streaming_config, [layer.layout for layer in self.layers]
+        rotations = [saving.rotation_facts(layer.rotation.rotary) for layer in self.layers]
+        distinct = [rotation for index, rotation in enumerate(rotations) if rotation not in rotations[:index]]
+        facts = {
+            "model": self.model_facts,
+            "n_sink": streaming.n_sink,
+            "window_size": streaming.window_size,
+            "rotary": distinct,
+            "rotary_of_layer": [distinct.index(rotation) for rotation in rotations],
+        }
+        if any(layout.config != streaming for layout in layouts):
+            facts["windows"] = [layout.config.window_size for layout in layouts]
+        if streaming.sliding_layers != "auto":
+            facts["sliding_layers"] = streaming.sliding_layers
+        return facts
 
     def state(self) -> StreamState:
         """Where the stream is, as a value; its tensors are views of the cache, for use before the next forward.
@@ -39,8 +53,8 @@ class SaveableCache(CachedStream):
         first, n_seen = self.layers[0], self.progress.n_seen
         facts = {
             **self._identity(),
-            "n_seen": as_fact(self.progress.seen),
-            "position_offset": as_fact(self.progress.offset),
+            "n_seen": saving.as_fact(self.progress.seen),
+            "position_offset": saving.as_fact(self.progress.offset),
             "dtype": str(first.keys.dtype).removeprefix("torch.") if n_seen else None,
             "slots": [layer.keys.shape[2] if n_seen else 0 for layer in self.layers],
         }
@@ -71,10 +85,10 @@ class SaveableCache(CachedStream):
         Raises:
             ValueError: ``state`` is of another model or size, or not whole; this cache is then unchanged.
         """
-        differing = differences(state.facts, self._identity())
+        differing = saving.differences(state.facts, self._identity())
         if differing:
             raise ValueError("it is a stream of another model or cache: " + "; ".join(differing))
-        tensors = [layer_tensors(state, index, layer.layout) for index, layer in enumerate(self.layers)]
+        tensors = [saving.layer_tensors(state, index, layer.layout) for index, layer in enumerate(self.layers)]
         devices = device if isinstance(device, list) else [torch.device(device)] * len(self.layers)
         self.reset()
         for layer, of_layer, n_slots, where in zip(self.layers, tensors, state.facts["slots"], devices, strict=True):
@@ -130,7 +144,7 @@ class SaveableCache(CachedStream):
         if isinstance(model, nn.Module):
             model = transformers_model(model)
             with saving.naming(path):
-                require_dtype(state, model.dtype, dtype)
+                saving.require_dtype(state, model.dtype, dtype)
             cache = make.from_model(model, config=state.streaming_config)
             where = layer_devices(model, cache.family.stores) if device is None else device
         else:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .positions import Progress, StreamLayout
+from .positions import Progress
 from .rope_utils import Rotary, compute_dtype
 
 MAX_POSITIONS_AHEAD = 64
@@ -73,46 +73,16 @@ class SinkRotation:
         return self._turns[key]
 
 
-class LayerWithSinks(Protocol):
-    """A layer whose sinks move.
-
-    Attributes:
-        keys: its ring ``[batch, num_kv_heads, slots, head_dim]``, which begins with the sinks.
-        sinks: their keys as first rotated, ``[batch, num_kv_heads, n_sink, head_dim]``.
-    """
-
-    layout: StreamLayout
-    rotation: SinkRotation
-    keys: Tensor
-    sinks: Tensor
-
-
 class MovingSinks:
-    """The sinks in the rings of all layers, turned to their distance from the query.
+    """The sinks in the rings of several layers, turned to their distance from the query several steps at a time.
 
     Valid for as long as no ring or first copy is replaced.
 
     Args:
-        layers: those that rotate and lie alike are worked on together.
+        layers: each a :class:`~streaming_llm.cache_layer.StreamingLayer`; their sinks rotate and lie alike.
     """
 
-    def __init__(self, layers: Iterable[LayerWithSinks]) -> None:
-        alike: dict[tuple[Any, ...], list[LayerWithSinks]] = {}
-        for layer in layers:
-            key = (id(layer.rotation), layer.layout, layer.sinks.shape, layer.sinks.dtype, layer.sinks.device)
-            alike.setdefault(key, []).append(layer)
-        self._groups = [_Alike(group) for group in alike.values()]
-
-    def move(self, progress: Progress) -> None:
-        """Bring every sink to its distance from the token that comes next in its row."""
-        for group in self._groups:
-            group.move(progress)
-
-
-class _Alike:
-    """Layers whose sinks rotate and lie alike, moved for all layers, and several steps, at once."""
-
-    def __init__(self, layers: list[LayerWithSinks]) -> None:
+    def __init__(self, layers: list[Any]) -> None:
         self.rotation, self.layout = layers[0].rotation, layers[0].layout
         span, n_sink = self.rotation.rotary.span, self.layout.config.n_sink
         turned = torch.stack([layer.sinks[..., span] for layer in layers])
@@ -127,6 +97,7 @@ class _Alike:
         self._valid_for: tuple[Any, ...] = ()
 
     def move(self, progress: Progress) -> None:
+        """Bring every sink to its distance from the token that comes next in its row."""
         ahead = progress.seen[0] - self._start[0] if self._start else -1
         of_now = (progress.offset, self.rotation.exact_angles)
         fits = 0 <= ahead < len(self._ahead) and of_now == self._valid_for
@@ -149,6 +120,15 @@ class _Alike:
         cos, sin = (x.to(self._turned.dtype)[:, None, :, None, None] for x in turns)
         moved = torch.addcmul(self._turned * cos, self._quarter, sin).to(self._dtype)
         self._ahead = [of_position.unbind() for of_position in moved.unbind()]
+
+
+def moving_sinks(layers: Iterable[Any]) -> list[MovingSinks]:
+    """The sinks of layers, those together that rotate and lie alike."""
+    alike: dict[tuple[Any, ...], list[Any]] = {}
+    for layer in layers:
+        key = (id(layer.rotation), layer.layout, layer.sinks.shape, layer.sinks.dtype, layer.sinks.device)
+        alike.setdefault(key, []).append(layer)
+    return [MovingSinks(group) for group in alike.values()]
 
 
 def sink_rotations(rotaries: Iterable[Rotary]) -> list[SinkRotation]:

@@ -14,9 +14,9 @@ from family_reference import family_reference_logits
 from packed_weights import quantise_, unpacked
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from experiments.engines import capture
 from personal_adapters.neox_flash import wrap_attention
 from streaming_llm import StreamingDecoder, score_stream
-from streaming_llm.engines.recorder import GraphedCall
 from streaming_llm.fused import fused_forward, why_not_fused
 from streaming_llm.fused.family_recipes import NAMES
 from streaming_llm.fused.weights import stored
@@ -139,7 +139,7 @@ def test_a_recorded_re_computation(case):
     forward = fused_forward(model)
     with torch.no_grad():
         expected = forward(ids)
-        assert torch.equal(GraphedCall(forward, ids.flip(1))(ids), expected)
+        assert torch.equal(capture(forward, ids.flip(1), "fused")(ids), expected)
 
 
 QUANTISED = ["gpt_neox", "llama", "phi3", "gemma3"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_neox
 
-from streaming_llm.families import rotaries_from_config, rotary_from_model
+from streaming_llm.families import rotaries_from_config, rotaries_from_model
 from streaming_llm.rope_utils import ExactRotaryEmbedding, Rotary, rotate
 
 INV_FREQ = torch.tensor([1.0, 0.3, 0.01], dtype=torch.float64)
@@ -43,7 +43,7 @@ def test_half_precision_is_rotated_in_float32(dtype):
 
 def test_config_and_model_agree():
     model = make_neox(rotary_pct=0.25)
-    from_config, from_model = rotaries_from_config(model.config)[0], rotary_from_model(model)
+    from_config, from_model = rotaries_from_config(model.config)[0], rotaries_from_model(model)[0]
     assert torch.equal(from_config.inv_freq, from_model.inv_freq)
     assert from_config.rotary_dim == 4
     assert from_config.inv_freq.dtype == torch.float64

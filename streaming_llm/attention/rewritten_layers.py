@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..families import decoder_of, rotary_from_model, uses_attention_functions
+from ..families import decoder_of, rotaries_from_model, uses_attention_functions
 from ..rope_utils import rotate
 from .kernel_choice import unwrapped
 
@@ -24,7 +24,7 @@ class _Rewritten:
     """The forward of a family's attention layers: projected, rotated, attended, and projected again."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.rotary = rotary_from_model(model)
+        self.rotary = rotaries_from_model(model)[0]  # in these families all layers rotate alike
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from ..attention.kernel_choice import adapters
-from ..families import family_of_model, scaled_from, transformers_model
+from ..families import family_of_model, queries_scaled_from, transformers_model
 from ..fused import why_not_fused
 from ..kv_cache import StreamingKVCache
 from ..placement import why_not_one_cuda_device
@@ -32,7 +32,7 @@ class EngineKind:
     Args:
         make: ``(model, cache) -> engine``.
         why_not: ``model -> reason`` why it cannot run, or ``None``.
-        blocks: how blocks of tokens run beside it, one of ``BLOCK_ENGINES``.
+        blocks: how blocks of tokens run beside it, see :func:`.blocks.block_forward`.
     """
 
     make: Callable[[nn.Module, StreamingKVCache], Engine]
@@ -47,7 +47,7 @@ def _recorded(name: str, step: type[RecordedStep]) -> Callable[[nn.Module, Strea
 def _why_not_recorded(model: nn.Module) -> str | None:
     if family_of_model(model).has_state:
         return "the model has recurrent layers, whose state no recorded step holds"
-    if scaled_from(model.config) is not None:
+    if queries_scaled_from(model.config) is not None:
         return "the model scales queries by their position"
     return why_not_one_cuda_device(model)
 

@@ -1,8 +1,11 @@
-"""How blocks of tokens go through a model: its own call, or the fused forward of its family."""
+"""How prompts go through a model: block by block, by its own call or the fused forward of its family.
+
+Rows of unequal length are streams of their own, fed together with those of their length.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +17,6 @@ from ..fused import fused_blocks
 from ..kv_cache import StreamingKVCache
 from ..placement import input_device
 
-BLOCK_ENGINES = ("eager", "fused")
-"""The plain model call, and this library's kernels."""
-
 BlockForward = Callable[[Tensor, StreamingKVCache], Tensor]
 """``(input_ids [batch, length], cache) -> final hidden states [batch, length, hidden]``."""
 
@@ -25,7 +25,7 @@ def block_forward(model: nn.Module, engine: str) -> BlockForward:
     """The forward of an attached model for blocks of any length.
 
     Args:
-        engine: one of ``BLOCK_ENGINES``.
+        engine: ``eager`` (the plain model call) or ``fused`` (this library's kernels).
 
     Raises:
         ValueError: fused where it cannot run; says why.
@@ -50,38 +50,74 @@ def default_block_size(window_size: int, model: Any) -> int:
     return max(1, -(-least // window_size)) * window_size
 
 
-def cut(tokens: Tensor, cache: StreamingKVCache, block_size: int) -> tuple[Tensor, ...]:
-    """Tokens ``[batch, length]`` in blocks that the model takes.
+def rows_of(tokens: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """The tokens of each row without their padding.
 
-    Where recurrent layers take no block after others, all go in at once at the beginning, and later one by one.
+    Args:
+        tokens: ids ``[batch, length]``, or embeddings ``[batch, length, hidden]``.
+        attention_mask: ``[batch, length]``, 0 at padding; left or right.
+
+    Raises:
+        ValueError: ids of another shape, a mask of another, or a row without a token.
     """
-    if cache.family.blocks_continue:
-        return tokens.split(block_size, dim=1)
-    return tokens.split(1, dim=1) if cache.n_seen else (tokens,)
+    if tokens.dim() not in (2, 3) or not tokens.numel():
+        raise ValueError(f"input_ids must be [batch, length >= 1], got {list(tokens.shape)}")
+    if attention_mask is None:
+        return list(tokens)
+    if attention_mask.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"attention_mask is {list(attention_mask.shape)}, and the tokens are {list(tokens.shape[:2])}"
+        )
+    rows = [row[keep] for row, keep in zip(tokens, attention_mask.bool().to(tokens.device), strict=True)]
+    empty = [index for index, row in enumerate(rows) if not len(row)]
+    if empty:
+        raise ValueError(f"attention_mask hides every token of row {empty[0]}")
+    return rows
+
+
+def alike(kinds: Iterable[Hashable]) -> list[list[int]]:
+    """Places of those that are equal, together."""
+    found: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(index)
+    return list(found.values())
 
 
 @torch.no_grad()
-def feed(
+def feed_rows(
     model: nn.Module,
     cache: StreamingKVCache,
-    tokens: Tensor,
+    rows: Sequence[Tensor],
+    forward: BlockForward,
     block_size: int | None = None,
-    forward: BlockForward | None = None,
 ) -> Tensor:
-    """Run tokens through an attached model block by block.
+    """Feed each row its own tokens, those of a length together, through an attached model block by block.
+
+    Where recurrent layers take no block after others, all goes in at once at the beginning, and later one by one.
 
     Args:
-        tokens: ids ``[batch, length >= 1]``, or embeddings ``[batch, length, hidden]``.
+        rows: ids ``[n]``, or embeddings ``[n, hidden]``, for each row of the cache; not all of them empty.
+        forward: how a block runs.
         block_size: tokens at a time; chosen for model and device when ``None``.
-        forward: how a block runs; the plain model call if not given.
 
     Returns:
-        The final hidden state of the last token, ``[batch, 1, hidden]``.
+        The final hidden state of each row's last token, ``[batch, 1, hidden]``; rows that are fed nothing have none.
     """
     if block_size is None:
         block_size = default_block_size(cache.streaming_config.window_size, model)
     require_int("block_size", block_size, 1)
-    forward = block_forward(model, "eager") if forward is None else forward
-    for block in cut(tokens.to(input_device(model)), cache, block_size):
-        hidden = forward(block, cache)
-    return hidden[:, -1:]
+    n_rows, progress = len(rows), cache.progress.of_rows(len(rows))
+    hidden: dict[int, Tensor] = {}
+    for group in alike((len(row), *of_row) for row, of_row in zip(rows, progress, strict=True)):
+        if not len(rows[group[0]]):  # few models take a block without a token
+            continue
+        part = cache if len(group) == n_rows else cache.take_rows(group, n_rows)
+        tokens = torch.stack([rows[index] for index in group]).to(input_device(model))
+        if not cache.family.blocks_continue:
+            block_size = 1 if part.n_seen else tokens.shape[1]
+        for block in tokens.split(block_size, dim=1):
+            states = forward(block, part)
+        if part is not cache:
+            cache.put_rows(group, part, n_rows)
+        hidden.update(zip(group, states[:, -1:], strict=True))
+    return torch.stack([hidden[index] for index in sorted(hidden)])

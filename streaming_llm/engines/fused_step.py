@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..attention.kernel_choice import takes_mask
 from ..fused import fused_step
 from ..kv_cache import StreamingKVCache
 from .recorded_step import RecordedStep, StaticTensors
@@ -18,14 +17,7 @@ class FusedStep(RecordedStep):
     def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None:
         self._static = static
         self._forward = fused_step(model, cache, own_attention=self.own_attention, logits=static.logits)
-
-    @property
-    def seen(self) -> Tensor:
-        return self._forward.rings.seen
-
-    @staticmethod
-    def fills(model: nn.Module) -> bool:
-        return takes_mask(model)
+        self.seen = self._forward.rings.seen
 
     def load(self) -> None:
         self._forward.load()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..attention.kernel_choice import takes_mask
 from ..attention.math_kernel import mask_of_empty
 from ..attention.plan import StepPlan
 from ..cache_layer import StreamingLayer
@@ -28,15 +27,7 @@ class ModelCall(RecordedStep):
     def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None:
         self._model, self._static = model, static
         self._cache = DeviceCache(cache, static.tokens.device)
-        self._call = self._model_call
-
-    @property
-    def seen(self) -> Tensor:
-        return self._cache.seen
-
-    @staticmethod
-    def fills(model: nn.Module) -> bool:
-        return takes_mask(model)
+        self.seen, self._call = self._cache.seen, self._model_call
 
     def load(self) -> None:
         self._cache.load()
@@ -50,7 +41,7 @@ class ModelCall(RecordedStep):
             input_ids=tokens.unsqueeze(1),
             past_key_values=self._cache,
             use_cache=True,
-            position_ids=self._cache.position_ids(),
+            position_ids=(self.seen + self._cache.offset).unsqueeze(1),
         ).logits[:, -1]
 
 
@@ -78,7 +69,6 @@ class DeviceCache(Cache):
         self.source, self.masked = cache, False
         self.rows = torch.arange(cache.layers[0].batch_size, device=device)
         self.seen, self.offset = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
-        self._forget()
         self._own = [DeviceLayer(layer, self) for layer in cache.layers]
         super().__init__(layers=list(self._own))
 
@@ -93,15 +83,8 @@ class DeviceCache(Cache):
         for layer in self._own:
             layer.load()
 
-    def position_ids(self) -> Tensor:
-        """Positions ``[batch, 1]`` of the tokens at hand."""
-        return (self.seen + self.offset).unsqueeze(1)
-
     def begin(self, n_tokens: int, *, attached: bool) -> None:
         """Forget what was worked out for the step before."""
-        self._forget()
-
-    def _forget(self) -> None:
         self._slots: dict[StreamLayout, Tensor] = {}
         self._plans: dict[StreamLayout, StepPlan] = {}
         self._turns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
@@ -161,10 +144,8 @@ class DeviceLayer(CacheLayerMixin):
         self.layer, self.cache = layer, cache
         self.keys, self.values = layer.keys, layer.values
         self.n_sink = layer.layout.config.n_sink
-        rotary = layer.rotation.on(layer.device)
-        self.rotary = rotary
-        rotated = layer.sinks[..., rotary.span]
-        self.turned = torch.zeros_like(rotated, dtype=compute_dtype(self.keys.dtype))
+        self.rotary = layer.rotation.on(layer.device)
+        self.turned = torch.zeros_like(layer.sinks[..., self.rotary.span], dtype=compute_dtype(self.keys.dtype))
         self.quarter = torch.zeros_like(self.turned)
 
     def lazy_initialization(self, *states: Tensor) -> None:

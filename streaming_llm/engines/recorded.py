@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,6 @@ from .recorder import Recording
 MAX_RECORDINGS = 8
 """Recordings that are kept: a step, a scored token, and the latest sampled ones. In half precision one of these serves
 all settings but greedy choice, and in others each setting has its own; each with slots masked and not."""
-
-
-class Chooser(Protocol):
-    """What chooses tokens in a recording; equal ones share it."""
-
-    def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """See :meth:`.Sampling.choose`."""
-        ...
 
 
 class RecordedEngine(Engine):
@@ -126,14 +118,17 @@ class RecordedEngine(Engine):
         static.index += 1
         self._step.run()
 
-    def _chooser(self, sampling: Sampling) -> Chooser:
-        """What chooses tokens: with the settings on the device, where that is possible."""
+    def _chooser(self, sampling: Sampling) -> Any:
+        """What chooses tokens as :meth:`.Sampling.choose`: with the settings on the device, where that is possible.
+
+        Equal ones share a recording.
+        """
         if self._sampler is None or sampling.temperature == 0:
             return sampling
         self._sampler.set(sampling)
         return self._sampler
 
-    def _generate_one(self, chooser: Chooser, generator: torch.Generator | None, ending: Ending | None) -> None:
+    def _generate_one(self, chooser: Any, generator: torch.Generator | None, ending: Ending | None) -> None:
         static = self._static
         token = chooser.choose(static.logits, generator)
         if ending is not None:
@@ -211,8 +206,15 @@ class RecordedEngine(Engine):
         saved = [(x, x.clone()) for x in (static.tokens, static.logits, static.chunk, static.ending.active)]
         random_state = None if generator is None else generator.get_state()
         device = static.tokens.device
-        # Trial runs write the slot of the token at hand, which the first real step writes again.
-        recording = Recording(self._rewinding(call), device, generator=generator)
+
+        def from_here() -> None:
+            # Trial runs go back to the stream's position, so that they do not turn the ring: they write the slot of
+            # the token at hand, which the first real step writes again. The recorded run takes nothing from the host.
+            if not torch.cuda.is_current_stream_capturing():
+                self._step.load()
+            call()
+
+        recording = Recording(from_here, device, generator=generator)
         with torch.inference_mode(False), torch.no_grad():
             for x, before in saved:
                 x.copy_(before)
@@ -223,17 +225,3 @@ class RecordedEngine(Engine):
         torch.cuda.synchronize(device)
         self.compile_sec += time.perf_counter() - start
         return recording
-
-    def _rewinding(self, call: Callable[[], None]) -> Callable[[], None]:
-        """``call`` after going back to the stream's position, so that trial runs do not turn the ring.
-
-        The last run is the recorded one: a copy between host and device must not be in it.
-        """
-        runs = iter(range(1 << 30))
-
-        def trial() -> None:
-            if not torch.cuda.is_current_stream_capturing() and next(runs):
-                self._step.load()
-            call()
-
-        return trial

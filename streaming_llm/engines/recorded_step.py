@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from ..attention.kernel_choice import takes_mask
 from ..kv_cache import StreamingKVCache
 from ..sampling import Ending
 
@@ -56,21 +57,20 @@ class RecordedStep(ABC):
         model: attached.
         cache: with every slot allocated.
         static: where ids are read and logits written.
+
+    Attributes:
+        seen: tokens that each row has been fed, int64 ``[batch]``, on the device: read and advanced by :meth:`run`.
+        masked: whether slots without a token are masked: until the cache is full, in a form of the step that is
+            recorded by itself. :meth:`load` sets it.
     """
 
+    seen: Tensor
     masked = False
-    """Whether slots without a token are masked: until the cache is full, in a form of the step that is recorded by
-    itself. :meth:`load` sets it."""
 
     @staticmethod
     def fills(model: nn.Module) -> bool:
         """Whether it runs on a cache that is not full, with the attention kernels that are allowed now."""
-        return False
-
-    @property
-    @abstractmethod
-    def seen(self) -> Tensor:
-        """Tokens that each row has been fed, int64 ``[batch]``, on the device: read and advanced by :meth:`run`."""
+        return takes_mask(model)
 
     @abstractmethod
     def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None: ...

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 WARM_UP = 3
 """Calls before recording: kernels are compiled and tuned, and libraries take their workspaces."""
@@ -62,33 +61,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-class GraphedCall:
-    """A function of tensors as one CUDA graph.
-
-    Args:
-        call: a function of tensors that launches the same kernels for every input of these shapes.
-        examples: inputs; their shapes, dtypes and device are those of every later call.
-    """
-
-    def __init__(self, call: Callable[..., Tensor], *examples: Tensor) -> None:
-        with torch.inference_mode(False):
-            self.inputs = [x.clone() for x in examples]
-        self._recording = Recording(lambda: self._run(call), examples[0].device)
-
-    def _run(self, call: Callable[..., Tensor]) -> None:
-        self.output = call(*self.inputs)
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """The output, a tensor that the next call overwrites.
-
-        Raises:
-            ValueError: a shape is another than that of the examples.
-        """
-        for static, given in zip(self.inputs, inputs, strict=True):
-            if static.shape != given.shape:
-                raise ValueError(f"recorded for shape {list(static.shape)}, got {list(given.shape)}")
-            static.copy_(given)
-        self._recording.replay()
-        return self.output

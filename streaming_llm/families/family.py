@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..rope_utils import AngleLayout, Rotary
+from .table import text_config
 
 LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
 """Kinds of rotary scaling whose frequencies change once a model's original length is passed."""
@@ -115,17 +116,20 @@ def held_rotations(modules: dict[str, nn.Module], table: Rotary | None) -> dict[
 
 
 def constant_up_to(config: Any) -> int | None:
-    """The length up to which the frequencies are constant, where they depend on it at all."""
+    """The length up to which a model's frequencies are constant, where they depend on it at all."""
+    text, names = text_config(config), ("original_max_position_embeddings", "max_position_embeddings")
     lengths = [
-        _original_length(config, given)
-        for given in rope_parameters(config)
+        length
+        for given in rope_parameters(text)
         if given.get("rope_type", given.get("type")) in LENGTH_DEPENDENT
+        for length in (given.get(names[0]), *(getattr(text, name, None) for name in names))
     ]
-    return min(lengths, default=None)
+    return min(filter(None, lengths), default=None)
 
 
 def queries_scaled_from(config: Any) -> int | None:
-    """The position from which on a language model scales its queries by their position (Llama 4, Ministral 3)."""
+    """The position from which on a model scales its queries by their position (Llama 4, Ministral 3)."""
+    config = text_config(config)
     if getattr(config, "attn_temperature_tuning", False):
         return config.floor_scale
     scaled = [x for x in rope_parameters(config) if x.get("llama_4_scaling_beta")]
@@ -137,9 +141,3 @@ def rope_parameters(config: Any) -> list[dict[str, Any]]:
     given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [value for value in given.values() if isinstance(value, dict)]
     return nested or [given]
-
-
-def _original_length(config: Any, given: dict[str, Any]) -> int:
-    names = "original_max_position_embeddings", "max_position_embeddings"
-    lengths = given.get(names[0]), *(getattr(config, name, None) for name in names)
-    return min(length for length in lengths if length)

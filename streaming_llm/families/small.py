@@ -14,15 +14,14 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from .table import value_of
 
 VOCAB = 8
-WIDTH = 16
-"""Of feed-forward layers and of whatever else has a width of its own."""
-
-WIDTHS = re.compile(r"(intermediate|ffn)\w*(size|dim)$|^n_inner$")
-EXPERTS = re.compile(r"^(moe_)?(num|n)_(local_|routed_)?experts$")
-CHOSEN = re.compile(r"^(num_experts_per_tok|moe_topk|moe_k|top_k_experts|num_experts_per_token)$")
-GROUPS = re.compile(r"^(n_group|topk_group)$")
-N_EXPERTS = 4
-TOKENS = re.compile(r"_token_id$")
+SMALLER = {
+    r"(intermediate|ffn)\w*(size|dim)$|^n_inner$": 16,
+    r"^(moe_)?(num|n)_(local_|routed_)?experts$": 4,
+    r"^(num_experts_per_tok|moe_topk|moe_k|top_k_experts|num_experts_per_token)$": 1,
+    r"^(n_group|topk_group)$": 1,
+    r"_token_id$": 0,
+}
+"""Pattern of a name -> what takes the place of such a value, or of each in a list: widths, experts, ids of tokens."""
 
 
 def decoder_class(config: Any) -> type[nn.Module] | None:
@@ -41,16 +40,9 @@ def small_config(config: Any) -> Any:
         if name in _attributes(small):
             setattr(small, name, value)
     for name, value in _attributes(small).items():
-        if TOKENS.search(name) and value:
-            setattr(small, name, 0)
-        elif EXPERTS.search(name) and value:
-            setattr(small, name, [N_EXPERTS] * len(value) if isinstance(value, (list, tuple)) else N_EXPERTS)
-        elif CHOSEN.search(name) and value:
-            setattr(small, name, [1] * len(value) if isinstance(value, (list, tuple)) else 1)
-        elif GROUPS.search(name) and value:
-            setattr(small, name, 1)
-        elif WIDTHS.search(name) and value:
-            setattr(small, name, [WIDTH] * len(value) if isinstance(value, (list, tuple)) else WIDTH)
+        for pattern, smaller in SMALLER.items():
+            if value and re.search(pattern, name):
+                setattr(small, name, [smaller] * len(value) if isinstance(value, (list, tuple)) else smaller)
     return small
 
 
@@ -92,8 +84,7 @@ def small_model(model_class: type[nn.Module], config: Any) -> nn.Module:
     """A model of random weights in float32 on the CPU, always the same; leaves the caller's random numbers alone."""
     small = small_config(config)
     small._attn_implementation = "eager"
-    devices: list[int] = []
-    with torch.random.fork_rng(devices), torch.device("cpu"), warnings.catch_warnings():
+    with torch.random.fork_rng([]), torch.device("cpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         return model_class(small).eval().float()

@@ -45,7 +45,7 @@ def layer_layouts(config: Any, streaming: StreamingConfig, family: Family | None
             cache is longer than the length up to which the model's rotation is constant (dynamic, longrope).
     """
     windows, rule = layer_windows(config, family), StreamLayout(streaming)
-    constant = constant_up_to(text_config(config))
+    constant = constant_up_to(config)
     if constant is not None and streaming.cache_size >= constant:
         raise ValueError(
             f"the rotary frequencies of this model change beyond {constant} tokens, so that keys stored earlier would "
@@ -65,23 +65,12 @@ def layer_layouts(config: Any, streaming: StreamingConfig, family: Family | None
     return [rule] * len(windows)
 
 
-def changes_with_length(config: Any) -> bool:
-    """Whether the rotary frequencies change once a sequence is longer than the model's original length."""
-    return constant_up_to(text_config(config)) is not None
-
-
-def scaled_from(config: Any) -> int | None:
-    """The position from which on a model scales its queries by their position (Llama 4, Ministral 3)."""
-    return queries_scaled_from(text_config(config))
-
-
 def bare_length(config: Any) -> int | None:
     """The position from which on an unmodified model does otherwise than before; ``None`` where there is none.
 
     Its rotation ends or changes there, or queries are scaled by their position, which in a stream is in the cache.
     """
-    text = text_config(config)
-    lengths = table_length(text), constant_up_to(text), queries_scaled_from(text)
+    lengths = table_length(text_config(config)), constant_up_to(config), queries_scaled_from(config)
     return min((n for n in lengths if n is not None), default=None)
 
 
