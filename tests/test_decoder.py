@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_ids, make_neox
-from family_models import make_family
+from family_models import VOCAB, make_family
 from reference import reference_logits
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers.generation.logits_process import (
@@ -290,7 +290,7 @@ def test_memory_comes_back_as_soon_as_a_decoder_and_its_model_go(case):
     try:
         model = make_family(case)
         decoder = StreamingDecoder(model, S, W)
-        decoder.prefill(make_ids(30))
+        decoder.prefill(make_ids(30, vocab=VOCAB))
         decoder.generate(2)
         left = weakref.ref(decoder.cache), weakref.ref(model)
         decoder.close()
