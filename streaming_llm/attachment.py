@@ -43,6 +43,7 @@ class Attachment:
         self.model = model
         self._users: Counter[str] = Counter()
         self._in_force = ""
+        self._put_now: list[Change] = []
         self._undo = ExitStack()
 
     @classmethod
@@ -73,7 +74,8 @@ class Attachment:
         if wanted == self._in_force:
             return
         self._undo.close()
-        self._in_force = ""
+        # A change that refers to this object would keep a model's memory until Python looks for circles.
+        self._in_force, self._put_now = "", []
         if wanted:
             self._put(self._changes(wanted), wanted)
 

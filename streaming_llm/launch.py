@@ -9,6 +9,7 @@ that nobody writes, and waits before it reads what that kernel wrote.
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from typing import Any
 
@@ -43,7 +44,16 @@ def wait_for_input(PDL: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
+@functools.cache
 def pdl_available(device: torch.device) -> bool:
     """Whether kernels on ``device`` can be launched that way: Hopper or newer, and a Triton that knows of it."""
     known = hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) and known
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of it that a program can have for its tiles; a little is left for the rest."""
+    known = device.type == "cuda"
+    properties = torch.cuda.get_device_properties(device) if known else None
+    return getattr(properties, "shared_memory_per_block_optin", 2**17) - 2**12

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import weakref
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from streaming_llm.engines.fused_step import FusedStep, FusedTritonStep
 from streaming_llm.engines.recorded import RecordedEngine
 from streaming_llm.fused import block_heads, elementwise, gemv, ring_attention
 from streaming_llm.fused.family_recipes import recipe_of
+from streaming_llm.fused.few_rows import are_few, few_rows
 from streaming_llm.fused.full_ring import FullRing
 from streaming_llm.fused.recipe import Attention, HeadPlaces, Linear, Norm
 from streaming_llm.fused.ring_attention import RingAttention
@@ -250,6 +252,39 @@ def test_packed_products_by_the_tiles_that_are_used(monkeypatch, kind, dtype, fe
     gemv.norm_gemv(x.float(), None, layer.halves(), out[:10], gated=True)
     gate, up = (exact(half, x) for half in plain.halves())
     close(out[:10], gate * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "outputs", "columns", "activation", "gated", "clip"),
+    [
+        ((3,), (150,), 300, "gelu", False, None),
+        ((2, 8), (70, 20, 3), 128, "none", False, 0.5),
+        ((16,), (150, 150), 100, "silu", True, None),
+    ],
+)
+def test_products_of_a_few_rows(rows, outputs, columns, activation, gated, clip, dtype):
+    for bias in (True, False):
+        linears = [linear(columns, n, bias) for n in outputs]
+        linears = [Linear(x.weight.to(dtype), None if x.bias is None else x.bias.to(dtype)) for x in linears]
+        x = randn(*rows, columns, dtype=dtype)
+        expected = [exact(layer, x) for layer in linears]
+        act = ACTIVATIONS[activation]
+        expected = act(expected[0]) * expected[1] if gated else act(torch.cat(expected, dim=-1))
+        expected = expected if clip is None else expected.clamp(-clip, clip)
+        tolerance = 1e-5 if dtype == torch.float32 else 2**-10 * expected.abs().max()  # of a rounded result
+        close(few_rows(x, linears, activation=activation, gated=gated, clip=clip), expected, tolerance)
+
+
+def test_which_rows_are_few():
+    layer = linear(32, 8)
+    half = Linear(layer.weight.bfloat16())
+    on_gpu = DEVICE.type == "cuda"
+    for shape, what, few in (((16, 32), half, on_gpu), ((17, 32), half, False), ((2, 9, 32), half, False)):
+        assert are_few(randn(*shape, dtype=torch.bfloat16), what) is few
+    assert not are_few(randn(2, 32), layer)
+    assert not are_few(randn(32, 4, dtype=torch.bfloat16).T, half)
+    assert not are_few(randn(2, 32, dtype=torch.bfloat16), stored_as("int8", 32, 8)[0])
 
 
 # ------------------------------------------------------------------------------------------------------ elementwise
@@ -710,6 +745,9 @@ def check_steps(model, expected: torch.Tensor, ids: torch.Tensor, config: Stream
         for t in range(prompt, ids.shape[1]):
             step(ids[:, t])
             close(logits.cpu(), expected[:, t], 1e-4)
+    left = weakref.ref(step)
+    del step
+    assert left() is None  # at once: its buffers are gigabytes
 
 
 @pytest.mark.usefixtures("loops")

@@ -16,7 +16,7 @@ from streaming_llm.attention import triton_kernels
 from streaming_llm.attention.math_kernel import Scores
 from streaming_llm.cache_layer import StreamingLayer
 from streaming_llm.config import StreamingConfig
-from streaming_llm.fused import block_heads, elementwise, gemv
+from streaming_llm.fused import block_heads, elementwise, few_rows, gemv
 from streaming_llm.fused.full_ring import FullRing
 from streaming_llm.fused.recipe import Attention, HeadPlaces, Linear, Norm
 from streaming_llm.fused.ring_attention import RingAttention
@@ -80,6 +80,16 @@ def test_matrix_vector_products(hidden, dtype, compiled):
     gemv.gemv_sum((one, x.to(dtype)), None, y, residual=x, other=x, multiplier=0.2, pdl=True)
     gemv.gemv_sum((one, x.to(dtype)), wide, y, residual=x, pdl=True)
     assert compiled == [*4 * ["_norm_gemv"], *3 * ["_gemv_sum"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_of_a_few_rows(dtype, compiled, monkeypatch):
+    monkeypatch.setattr(few_rows, "pdl_available", lambda device: True)
+    x, one, narrow = torch.zeros(3, 512, dtype=dtype), linear(512, 512, dtype), linear(100, 512, dtype)
+    few_rows.few_rows(x, (one, narrow, narrow), clip=8.0)
+    few_rows.few_rows(x, (one, one), activation="silu", gated=True)
+    few_rows.few_rows(x, (linear(70, 512, dtype, False),), activation="gelu")
+    assert compiled == 3 * ["_few_rows"]
 
 
 def packed(rows: int, columns: int, bits: int, group: int, factors: torch.dtype) -> Linear:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_ids, make_neox
-from family_models import make_family
+from family_models import VOCAB, make_family
 from reference import reference_logits
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers.generation.logits_process import (
@@ -280,6 +282,22 @@ def test_shapes_are_checked(decoder):
     assert decoder.cache.get_seq_length() == 10
     with pytest.raises(ValueError, match="holds 2 streams"):
         decoder.step(torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize("case", ["gpt_neox", "llama", "gemma3"])
+def test_memory_comes_back_as_soon_as_a_decoder_and_its_model_go(case):
+    gc.disable()
+    try:
+        model = make_family(case)
+        decoder = StreamingDecoder(model, S, W)
+        decoder.prefill(make_ids(30, vocab=VOCAB))
+        decoder.generate(2)
+        left = weakref.ref(decoder.cache), weakref.ref(model)
+        decoder.close()
+        del decoder, model
+        assert [x() for x in left] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_closed_decoder_feeds_nothing(decoder):

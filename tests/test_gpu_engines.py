@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -479,6 +480,23 @@ def test_no_garbage_is_collected_while_a_graph_is_recorded():
     Recording(call, torch.empty(0, device=DEVICE).device)
     assert seen == [(False, True)] * WARM_UP + [(True, False)]
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_memory_comes_back_as_soon_as_a_decoder_goes(variant, batch):
+    gc.disable()
+    try:
+        decoder = decoder_of(model_with(torch.bfloat16, "flash"), variant)
+        decoder.prefill(make_ids(100, batch).to(DEVICE))
+        decoder.score(make_ids(5, batch).to(DEVICE))
+        decoder.generate(3)
+        cache = weakref.ref(decoder.cache)
+        decoder.close()
+        del decoder
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("variant", RECORDED)

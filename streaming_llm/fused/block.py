@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +23,15 @@ from ..rope_utils import Rotary
 from .block_heads import norm_and_rotate_
 from .elementwise import activated, add_and_norm
 from .family_recipes import recipe_of
+from .few_rows import are_few, few_rows
 from .recipe import MLP, Attention, Linear, Recipe
 from .weights import Packed
 
 
 def product(x: Tensor, linear: Linear) -> Tensor:
     """``x`` ``[..., columns]`` times a matrix of the model, ``[..., rows]``."""
+    if are_few(x, linear):
+        return few_rows(x, (linear,))
     weight = linear.weight.own if isinstance(linear.weight, Packed) else linear.weight
     return F.linear(x, weight, linear.bias)
 
@@ -40,8 +45,19 @@ def projected(x: Tensor, attention: Attention) -> list[Tensor]:
     return outputs
 
 
+def projected_as_one(x: Tensor, attention: Attention) -> Tensor:
+    """The same, one after the other, ``[..., attention.width]``."""
+    if are_few(x, attention.projections[0]):
+        return few_rows(x, attention.projections, clip=attention.clip)
+    outputs = projected(x, attention)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
 def mlp_output(x: Tensor, mlp: MLP) -> Tensor:
     """The MLP of normed hidden states ``[..., hidden]``."""
+    if are_few(x, mlp.up):
+        inner = few_rows(x, mlp.first, activation=mlp.activation, gated=mlp.gate is not None)
+        return product(inner, mlp.down)
     if mlp.gate_and_up is not None:
         gate, up = product(x, mlp.gate_and_up).chunk(2, dim=-1)
         return product(activated(up, gate, mlp.activation), mlp.down)
@@ -49,22 +65,41 @@ def mlp_output(x: Tensor, mlp: MLP) -> Tensor:
     return product(activated(product(x, mlp.up), gated, mlp.activation), mlp.down)
 
 
-def through_layers(recipe: Recipe, x: Tensor, attend: Callable[[int, Tensor], Tensor], factor: float = 1.0) -> Tensor:
+Beside = Callable[[Callable[[], Any]], AbstractContextManager[Any]]
+"""Runs work that may run while what stands inside does; gives its result."""
+
+
+@contextmanager
+def in_turn(work: Callable[[], Any]) -> Iterator[Any]:
+    """``work``, then what stands inside."""
+    yield work()
+
+
+def through_layers(
+    recipe: Recipe,
+    x: Tensor,
+    attend: Callable[[int, Tensor], Tensor],
+    factor: float = 1.0,
+    beside: Beside = in_turn,
+) -> Tensor:
     """Final hidden states of ``x`` ``[..., hidden]``, in the model's dtype.
 
     Args:
         x: embeddings, contiguous.
         attend: ``(index, normed hidden states) -> the attention layer's output``, of the shape of ``x``.
         factor: on the embeddings.
+        beside: how the MLP of a parallel layer runs, with attention inside.
     """
     adds: tuple[Tensor, ...] = ()
     out_norm, dtype = None, recipe.embedding.dtype
     for index, layer in enumerate(recipe.layers):
         x, normed = add_and_norm(x, adds, layer.norms_of_input, dtype, out_norm=out_norm, factor=factor)
-        attended, factor = attend(index, normed[0]), layer.multiplier
         if layer.parallel:
-            adds, out_norm = (attended, mlp_output(normed[-1], layer.mlp)), None
+            with beside(partial(mlp_output, normed[-1], layer.mlp)) as of_mlp:
+                attended = attend(index, normed[0])
+            adds, out_norm, factor = (attended, of_mlp), None, layer.multiplier
         else:
+            attended, factor = attend(index, normed[0]), layer.multiplier
             norms = layer.mlp_norm, layer.attention_out_norm
             x, normed = add_and_norm(x, (attended,), norms[:1], dtype, out_norm=norms[1], factor=factor)
             adds, out_norm = (mlp_output(normed[0], layer.mlp),), layer.mlp_out_norm

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import launch, pdl_available, wait_for_input
 from .activations import activate
 from .norms import any_plus_one, meta_of, normed, pointers_of
 from .recipe import Norm
@@ -20,8 +20,9 @@ def _add_and_norm(
     x_ptr, a_ptr, b_ptr, new_x_ptr, out_w, out_b, out_eps, w1, b1, eps1, y1_ptr, w2, b2, eps2, y2_ptr, factor,
     K: tl.constexpr, ADDS: tl.constexpr, OUTS: tl.constexpr, SCALE: tl.constexpr,
     PLUS_ONE: tl.constexpr, OUT_NORM: tl.constexpr, OUT_WEIGHT: tl.constexpr, OUT_BIAS: tl.constexpr,
-    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_input(PDL)
     row = tl.program_id(0).to(tl.int64) * K
     columns = tl.arange(0, BLOCK)
     inside = columns < K
@@ -78,7 +79,7 @@ def add_and_norm(
         *pointers_of(first, x), outs[0], *pointers_of(last, x), outs[-1], factor,
         K=hidden, ADDS=len(adds), OUTS=len(norms), SCALE=factor != 1.0,
         PLUS_ONE=any_plus_one(*norms, out_norm), **meta_of(out_norm, "OUT_"), **meta_of(first),
-        BLOCK=block, num_warps=min(8, max(1, block // 512)),
+        BLOCK=block, num_warps=min(8, max(1, block // 512)), pdl=pdl_available(x.device),
     )  # fmt: skip
     return new_x, outs
 

@@ -34,7 +34,7 @@ def _ring_attention(
     HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, QKV_WIDTH: tl.constexpr, Q_STEP: tl.constexpr,
     K_START: tl.constexpr, K_STEP: tl.constexpr, V_START: tl.constexpr, V_STEP: tl.constexpr,
     NORM: tl.constexpr, NORM_STEP: tl.constexpr, CAP: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
-    SPLIT_LEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    SPLIT_LEN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     GROUPS: tl.constexpr = HEADS // KV_HEADS
     program, split = tl.program_id(0), tl.program_id(1)
@@ -96,8 +96,7 @@ def _ring_attention(
         if first < N_SINK:
             scores = tl.where(token < N_SINK, scores_of(to_sinks, key, softcap, H, CAP), scores)
     largest, total, acc = attend(scores, value, visible, largest, total, acc, H)
-    start = first + BLOCK
-    while start < end:
+    for start in tl.range(first + BLOCK, end, BLOCK, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK)
         visible = (token < end) & (token != slot)
         at = token[:, None] * HEAD_DIM + dims[None, :]
@@ -109,7 +108,6 @@ def _ring_attention(
             if start < N_SINK:
                 scores = tl.where(token < N_SINK, scores_of(to_sinks, key, softcap, H, CAP), scores)
         largest, total, acc = attend(scores, value, visible, largest, total, acc, H)
-        start += BLOCK
 
     group = chunk * SHARED + head
     out = out_ptr + (row * HEADS + kv_head * GROUPS + group) * HEAD_DIM + dims
@@ -146,6 +144,7 @@ class RingAttention:
     WARPS = 4  # of a program with several query heads; one with a single head has one warp, which waits for no other
     TILE = 2048  # elements of a tile of keys, and of values, for each warp
     MOST_ROWS = 64  # of a tile: shorter ones are for more programs
+    STAGES = 3  # tiles that such a program has on their way
     PARTIAL = 4096  # elements of partial results that are put together at a time, for each warp
     WARPS_IN_ALL = 1056  # to aim for: eight for each of an H100's multiprocessors
 
@@ -162,6 +161,7 @@ class RingAttention:
         blocks = max(1, capacity // self.block)  # the last program takes what is over
         per_split = triton.cdiv(blocks, max(1, min(blocks, self.WARPS_IN_ALL // (self.warps * self.programs))))
         self.splits, self.split_len = triton.cdiv(blocks, per_split), per_split * self.block
+        self.stages = 1 if self.shared == 1 else max(1, min(self.STAGES, per_split - 1))
         at_once = max(1, self.PARTIAL * self.warps // (self.dim_p * self.heads))
         self.parts = min(triton.next_power_of_2(self.splits), at_once)
         parts = self.programs * self.splits * self.heads
@@ -188,7 +188,7 @@ class RingAttention:
             attention.scores.scale, softcap or 0.0,
             **state.meta_of(attention) | {"DIM_P": self.dim_p}, SHARED=self.shared, H=self.heads, CHUNKS=self.chunks,
             CAP=softcap is not None,
-            SPLITS=self.splits, PARTS=self.parts, SPLIT_LEN=self.split_len, BLOCK=self.block,
+            SPLITS=self.splits, PARTS=self.parts, SPLIT_LEN=self.split_len, BLOCK=self.block, STAGES=self.stages,
             num_warps=self.warps, pdl=pdl,
         )  # fmt: skip
         return self.out

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..attention.kernel_choice import choose_kernel, kernel_context
 from ..kv_cache import StreamingKVCache
 from ..launch import pdl_available
-from .block import logits_of, product, projected, through_layers
+from .block import logits_of, product, projected_as_one, through_layers
 from .full_ring import FullRing
 from .gemv import gemv_sum, norm_gemv
 from .recipe import Attention, Layer, Linear, Norm, Recipe
@@ -81,7 +81,7 @@ class StepForward:
             if isinstance(kernel, FullRing):
                 kernel.begin(self.masked)
         if self.batch > 1:
-            hidden = through_layers(recipe, self.x[0], self._attention_of_many)
+            hidden = through_layers(recipe, self.x[0], self._attention_of_many, beside=self._beside)
             logits_of(hidden, recipe, self.logits)
             return
         x, pending = self.x[0], None
@@ -107,13 +107,15 @@ class StepForward:
         """Attention, and beside it on a second stream the MLP, or as much of it as takes as long."""
         attention, y = layer.attention, self._other(x)
         down, joins = (layer.mlp.down, self.inner[0]), self.mlp_joins(attention)
-        with self._beside():
+
+        def mlp() -> None:
             self._read_first(x, None, layer)
             if not joins:
                 gemv_sum(down, None, self.output[0], pdl=self.pdl)
-        self._read(x, None, layer.attention_norm, attention.projections, self.qkv, clip=attention.clip)
-        dense = attention.output, attend(self.qkv)[0]
-        self._join()  # with programmatic launch the next kernel may start early, and waits for both streams
+
+        with self._beside(mlp):  # with programmatic launch the next kernel may start early, and waits for both streams
+            self._read(x, None, layer.attention_norm, attention.projections, self.qkv, clip=attention.clip)
+            dense = attention.output, attend(self.qkv)[0]
         second, other = (down, None) if joins else (None, self.output[0])
         gemv_sum(dense, second, y[0], x[0], other, multiplier=layer.multiplier, pdl=self.pdl)
         return y, None
@@ -144,18 +146,17 @@ class StepForward:
         return self.x[1] if x is self.x[0] else self.x[0]
 
     @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """What is launched inside runs beside what follows, until :meth:`_join`."""
+    def _beside(self, work: Callable[[], Any]) -> Iterator[Any]:
+        """``work`` runs on a second stream, beside what stands inside; both have ended where that ends."""
         if self.side is None:
-            yield
+            yield work()
             return
-        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        current = torch.cuda.current_stream(self.device)
+        self.side.wait_stream(current)
         with torch.cuda.stream(self.side):
-            yield
-
-    def _join(self) -> None:
-        if self.side is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.side)
+            result = work()
+        yield result
+        current.wait_stream(self.side)
 
     def mlp_joins(self, attention: Attention) -> bool:
         """Whether the MLP's second product shares a launch with the attention's, instead of running beside it.
@@ -180,11 +181,11 @@ class StepForward:
         if key not in self._kernels:
             kind = RingAttention if self.own_attention else FullRing
             self._kernels[key] = kind(attention, layer.keys, state)
-        kernel = self._kernels[key]
-        return lambda qkv: kernel(attention, qkv, layer, pdl=self.pdl)
+        # A reference to this object would keep the cache's memory until Python looks for circles.
+        kernel, pdl = self._kernels[key], self.pdl
+        return lambda qkv: kernel(attention, qkv, layer, pdl=pdl)
 
     def _attention_of_many(self, index: int, x: Tensor) -> Tensor:
         """The attention layer of normed hidden states ``[batch, hidden]``."""
         attention = self.recipe.layers[index].attention
-        qkv = torch.cat(projected(x, attention), dim=-1)
-        return product(self.attend[index](qkv), attention.output)
+        return product(self.attend[index](projected_as_one(x, attention)), attention.output)
