@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import weakref
 
 import pytest
@@ -256,6 +257,21 @@ def test_a_recording_keeps_its_generator(monkeypatch):
             decoder._generator = None
             decoder.generate(1, seed=0)
     assert generator() is None
+
+
+def test_the_memory_of_a_stream_comes_back_as_soon_as_its_decoder_goes():
+    gc.disable()
+    try:
+        decoder, ids = decoder_of(model_of("llama"), 4), make_ids(W + 8, 2, VOCAB)
+        for token in ids.unbind(1):
+            decoder.step(token)
+        cache = weakref.ref(decoder.cache)
+        decoder._engine._recordings.clear()  # they hold what they call, which CUDA graphs do not
+        decoder.close()
+        del decoder
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_every_kernel_that_is_allowed_or_not_asks_for_a_recording_of_its_own():

@@ -6,6 +6,7 @@ without a token are masked, which the math kernel can do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,22 +28,15 @@ class ModelCall(RecordedStep):
     def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None:
         self._model, self._static = model, static
         self._cache = DeviceCache(cache, static.tokens.device)
-        self.seen, self._call = self._cache.seen, self._model_call
+        self.seen = self._cache.seen
+        self._call: Callable[..., Tensor] = model_call  # no method: a step that held itself would keep its memory
 
     def load(self) -> None:
         self._cache.load()
         self.masked = self._cache.masked
 
     def run(self) -> None:
-        self._static.logits.copy_(self._call(self._static.tokens))
-
-    def _model_call(self, tokens: Tensor) -> Tensor:
-        return self._model(
-            input_ids=tokens.unsqueeze(1),
-            past_key_values=self._cache,
-            use_cache=True,
-            position_ids=(self.seen + self._cache.offset).unsqueeze(1),
-        ).logits[:, -1]
+        self._static.logits.copy_(self._call(self._model, self._cache, self._static.tokens))
 
 
 class CompiledModelCall(ModelCall):
@@ -50,11 +44,18 @@ class CompiledModelCall(ModelCall):
 
     def __init__(self, model: nn.Module, cache: StreamingKVCache, static: StaticTensors) -> None:
         super().__init__(model, cache, static)
-        self._compiled = torch.compile(self._model_call, dynamic=False)
+        self._compiled = torch.compile(model_call, dynamic=False)
 
     def load(self) -> None:
         super().load()
-        self._call = self._model_call if self.masked else self._compiled
+        self._call = model_call if self.masked else self._compiled
+
+
+def model_call(model: nn.Module, cache: DeviceCache, tokens: Tensor) -> Tensor:
+    """Logits ``[batch, vocab]`` of one token of each row, ``[batch]``."""
+    position_ids = (cache.seen + cache.offset).unsqueeze(1)
+    given = {"input_ids": tokens.unsqueeze(1), "position_ids": position_ids, "past_key_values": cache}
+    return model(**given, use_cache=True).logits[:, -1]
 
 
 class DeviceCache(Cache):
@@ -69,7 +70,7 @@ class DeviceCache(Cache):
         self.source, self.masked = cache, False
         self.rows = torch.arange(cache.layers[0].batch_size, device=device)
         self.seen, self.offset = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
-        self._own = [DeviceLayer(layer, self) for layer in cache.layers]
+        self._own = [DeviceLayer(layer) for layer in cache.layers]
         super().__init__(layers=list(self._own))
 
     def load(self) -> None:
@@ -126,8 +127,8 @@ class DeviceCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Store one layer's token; see :meth:`DeviceLayer.update`."""
         if self.source.family.latents:
-            return self.layers[layer_idx].update(value_states, key_states)[::-1]
-        return self.layers[layer_idx].update(key_states, value_states)
+            return self._own[layer_idx].update(value_states, key_states, self)[::-1]
+        return self._own[layer_idx].update(key_states, value_states, self)
 
 
 class DeviceLayer(CacheLayerMixin):
@@ -138,10 +139,9 @@ class DeviceLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, layer: StreamingLayer, cache: DeviceCache) -> None:
+    def __init__(self, layer: StreamingLayer) -> None:
         super().__init__()
-        self.is_initialized = True
-        self.layer, self.cache = layer, cache
+        self.is_initialized, self.layer = True, layer
         self.keys, self.values = layer.keys, layer.values
         self.n_sink = layer.layout.config.n_sink
         self.rotary = layer.rotation.on(layer.device)
@@ -156,22 +156,22 @@ class DeviceLayer(CacheLayerMixin):
         self.turned.copy_(self.layer.sinks[..., self.rotary.span])
         self.quarter.copy_(self.rotary.quarter_turn(self.turned))
 
-    def _keep_sink(self, key: Tensor) -> None:
+    def _keep_sink(self, key: Tensor, rows: Tensor, seen: Tensor) -> None:
         """Keep the keys ``[batch, num_kv_heads, head_dim]`` of rows whose token is a sink as they are."""
-        seen, rows, sinks = self.cache.seen, self.cache.rows, self.layer.sinks
+        sinks = self.layer.sinks
         at, is_sink = seen.clamp(max=self.n_sink - 1), seen < self.n_sink
         sinks[rows, :, at] = torch.where(is_sink[:, None, None], key, sinks[rows, :, at])
         self.load()
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, cache: Any = None) -> tuple[Tensor, Tensor]:
         """Store one token of each row and move the sinks: the whole ring is what the token attends to."""
-        rows, slots = self.cache.rows, self.cache.slot(self.layer.layout)
+        rows, slots = cache.rows, cache.slot(self.layer.layout)
         self.keys[rows, :, slots] = key_states[:, :, 0]
         self.values[rows, :, slots] = value_states[:, :, 0]
-        if self.n_sink and self.cache.masked:
-            self._keep_sink(key_states[:, :, 0])
+        if self.n_sink and cache.masked:
+            self._keep_sink(key_states[:, :, 0], rows, cache.seen)
         if self.layer.sinks_turn:
-            cos, sin = self.cache.turn(self.layer)
+            cos, sin = cache.turn(self.layer)
             moved = torch.addcmul(self.turned * cos, self.quarter, sin)
             self.keys[:, :, : self.n_sink, self.rotary.span] = moved.to(self.keys.dtype)
         return self.keys, self.values
