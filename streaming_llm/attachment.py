@@ -183,24 +183,13 @@ def changed(changes: list[Change]) -> Iterator[None]:
     """Attributes of modules have other values until leaving."""
     with ExitStack() as undo:
         for module, name, value in changes:
-            undo.callback(_set(module, name, value))
+            table = module._modules if isinstance(value, nn.Module) and name in module._modules else module.__dict__
+            if name in table:
+                undo.callback(table.__setitem__, name, table[name])
+            else:
+                undo.callback(table.pop, name, None)
+            table[name] = value
         yield
-
-
-def _set(module: nn.Module, name: str, value: Any) -> Any:
-    """Give an attribute of a module another value; returns what puts the old one back."""
-    table = module._modules if isinstance(value, nn.Module) and name in module._modules else module.__dict__
-    missing = name not in table
-    before = table.get(name)
-    table[name] = value
-
-    def put_back() -> None:
-        if missing:
-            table.pop(name, None)
-        else:
-            table[name] = before
-
-    return put_back
 
 
 def _switched_attention(model: nn.Module, prefix: str) -> list[Change]:
