@@ -16,7 +16,6 @@ from torch import Tensor
 from ..launch import launch, pdl_available, shared_memory, wait_for_input
 from .activations import activate
 from .recipe import Linear
-from .weights import Packed
 
 MOST_ROWS = 16
 """Rows up to which this is faster than cuBLAS, and the matrix units take at a time."""
@@ -71,7 +70,7 @@ def _few_rows(
 def are_few(x: Tensor, linear: Linear) -> bool:
     """Whether products of ``x`` ``[..., columns]`` with matrices like this one are for :func:`few_rows`."""
     plain = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.is_contiguous()
-    return plain and x.numel() // x.shape[-1] <= MOST_ROWS and not isinstance(linear.weight, Packed)
+    return plain and x.numel() // x.shape[-1] <= MOST_ROWS and not linear.bits
 
 
 def few_rows(
