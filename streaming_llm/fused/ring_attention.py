@@ -144,6 +144,7 @@ class RingAttention:
     WARPS = 4  # of a program with several query heads; one with a single head has one warp, which waits for no other
     TILE = 2048  # elements of a tile of keys, and of values, for each warp
     MOST_ROWS = 64  # of a tile: shorter ones are for more programs
+    FEW = 8192  # keys in all: where there are no more, tiles of a program with several heads are half as long
     STAGES = 3  # tiles that such a program has on their way
     PARTIAL = 4096  # elements of partial results that are put together at a time, for each warp
     WARPS_IN_ALL = 1056  # to aim for: eight for each of an H100's multiprocessors
@@ -157,7 +158,9 @@ class RingAttention:
         self.warps, least = (1, 1) if self.shared == 1 else (self.WARPS, 16)  # the matrix units take 16 or more
         self.dim_p = max(least, triton.next_power_of_2(head_dim))
         self.programs = batch * num_kv_heads * self.chunks
-        self.block = max(least, min(self.MOST_ROWS, self.TILE * self.warps // self.dim_p))
+        few = self.shared > 1 and self.programs * capacity <= self.FEW
+        most_rows = self.MOST_ROWS // 2 if few else self.MOST_ROWS
+        self.block = max(least, min(most_rows, self.TILE * self.warps // self.dim_p))
         blocks = max(1, capacity // self.block)  # the last program takes what is over
         per_split = triton.cdiv(blocks, max(1, min(blocks, self.WARPS_IN_ALL // (self.warps * self.programs))))
         self.splits, self.split_len = triton.cdiv(blocks, per_split), per_split * self.block
