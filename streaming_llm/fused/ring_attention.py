@@ -162,7 +162,9 @@ class RingAttention:
         most_rows = self.MOST_ROWS // 2 if few else self.MOST_ROWS
         self.block = max(least, min(most_rows, self.TILE * self.warps // self.dim_p))
         blocks = max(1, capacity // self.block)  # the last program takes what is over
-        per_split = triton.cdiv(blocks, max(1, min(blocks, self.WARPS_IN_ALL // (self.warps * self.programs))))
+        # Two for each head at least where they have one warp: so that few multiprocessors wait for the last ones.
+        wanted = max(2 if self.warps == 1 else 1, self.WARPS_IN_ALL // (self.warps * self.programs))
+        per_split = triton.cdiv(blocks, min(blocks, wanted))
         self.splits, self.split_len = triton.cdiv(blocks, per_split), per_split * self.block
         self.stages = 1 if self.shared == 1 else max(1, min(self.STAGES, per_split - 1))
         at_once = max(1, self.PARTIAL * self.warps // (self.dim_p * self.heads))
