@@ -135,11 +135,14 @@ class Attachment:
                 f"past_key_values is a {type(cache).__name__} of keys and values, which Transformers no longer uses: "
                 "give a cache (StreamingKVCache.from_model(model), or stream.new_cache())"
             )
-        self._at_hand.cache = cache if hasattr(cache, "take_plan") else None
-        if self._at_hand.cache is None:
+        self._at_hand.cache = None
+        if not hasattr(cache, "take_plan"):
             return None
         tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        if isinstance(cache, StreamingKVCache):
+            cache.require_rows(len(tokens))
         cache.begin(tokens.shape[1], attached=True)
+        self._at_hand.cache = cache
         if not isinstance(cache, StreamingKVCache):
             return None
         own: dict[str, Any] = {"position_ids": None, "cache_position": None}  # whatever was given

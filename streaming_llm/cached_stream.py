@@ -84,6 +84,14 @@ class CachedStream(Cache):
         if self.is_broken:
             raise RuntimeError(BROKEN)
 
+    def require_rows(self, n_rows: int) -> None:
+        """Raise ``ValueError`` where the cache holds other than ``n_rows`` streams."""
+        if self.n_seen and self.batch_size != n_rows:
+            raise ValueError(
+                f"this cache holds {self.batch_size} streams and was given tokens of {n_rows}: use a new cache, "
+                "reset(), batch_select_indices() or batch_repeat_interleave()"
+            )
+
     @property
     def _running(self) -> CacheForward:
         """The forward that has begun; ``RuntimeError`` where there is none."""

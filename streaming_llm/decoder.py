@@ -140,7 +140,7 @@ class StreamingDecoder:
         self._require_open()
         if token_ids.dim() != 1:
             raise ValueError(f"token_ids must be [batch], got {list(token_ids.shape)}")
-        self._require_batch(token_ids)
+        self.cache.require_rows(len(token_ids))
         return self._keep(self._engine.step(token_ids))
 
     @torch.no_grad()
@@ -158,7 +158,7 @@ class StreamingDecoder:
         """
         if token_ids.dim() != 2 or not token_ids.numel():
             raise ValueError(f"token_ids must be [batch, n >= 1], got {list(token_ids.shape)}")
-        self._require_batch(token_ids)
+        self.cache.require_rows(len(token_ids))
         logits = self.logits
         losses, logits = self._engine.score(logits, token_ids.to(logits.device))
         self._keep(logits)
@@ -286,11 +286,6 @@ class StreamingDecoder:
             decoder.close()
             raise
         return decoder
-
-    def _require_batch(self, token_ids: Tensor) -> None:
-        n_rows = self.cache.batch_size
-        if self.cache.n_seen and token_ids.shape[0] != n_rows:
-            raise ValueError(f"this decoder holds {n_rows} streams and was given ids of {token_ids.shape[0]}")
 
     def _require_open(self) -> None:
         if not self.close.alive:

@@ -66,8 +66,7 @@ def take_prompt(
         raise ValueError(f"{name} must hold at least one token, got {list(tokens.shape)}")
     mask = _mask(name, tokens, kwargs)
     n_rows = len(tokens)
-    if cache.n_seen and cache.batch_size != n_rows:
-        raise ValueError(f"the cache holds {cache.batch_size} streams and was given ids of {n_rows}")
+    cache.require_rows(n_rows)
     n_seen = [0] * n_rows
     if continues:
         _require_pending(cache, tokens, mask)

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from every_model import tiny_model
 from family_models import VOCAB, make_family
 from family_reference import family_reference_logits
 from streams import Ends, padded
@@ -92,6 +93,29 @@ def test_losses_and_zeros_at_padding(side, block_size):
         counted = mask[row, 1:].bool() & (mask[row].cumsum(0)[1:] > 1)
         assert (losses[row, counted] - expected[0]).abs().max() < TOLERANCE
         assert not losses[row, ~counted].any()
+
+
+@pytest.mark.parametrize("given", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (5, 3, 4)])
+@pytest.mark.parametrize("case", ["llama", "lfm2"])
+def test_other_rows_than_those_of_the_streams_are_refused(case, lengths, given):
+    model = tiny_model("lfm2") if case == "lfm2" else make_family(case)
+    ids, mask = padded([prompt(row)[:, :n] for row, n in enumerate(lengths)], "left")
+    others, of_others = padded([prompt(0)[:, : 1 + (row != 1)] for row in range(given)], "right")
+    with StreamingLLMWrapper(model, S, W) as stream, torch.no_grad():
+        cache, expected = stream.new_cache(), stream.new_cache()
+        for each in (cache, expected):
+            stream.prefill(ids, each, attention_mask=mask)
+        for feed in (
+            lambda: stream.prefill(others, cache, attention_mask=of_others),
+            lambda: stream.prefill(others, cache),
+            lambda: stream(others[:, :1], past_key_values=cache),
+            lambda: stream.generate(others, past_key_values=cache, continues=True, max_new_tokens=1),
+        ):
+            with pytest.raises(ValueError, match=f"holds 3 streams and was given .* of {given}"):
+                feed()
+        after = [stream(ids[:, :1], past_key_values=each).logits for each in (cache, expected)]
+        assert torch.equal(*after)
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma3"])

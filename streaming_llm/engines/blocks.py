@@ -106,6 +106,7 @@ def feed_rows(
     if block_size is None:
         block_size = default_block_size(cache.streaming_config.window_size, model)
     require_int("block_size", block_size, 1)
+    cache.require_rows(len(rows))
     n_rows, progress = len(rows), cache.progress.of_rows(len(rows))
     hidden: dict[int, Tensor] = {}
     for group in alike((len(row), *of_row) for row, of_row in zip(rows, progress, strict=True)):
