@@ -22,7 +22,14 @@ from .attention.interface import AT_HAND, DELEGATES, MASKLESS, STREAMING, refuse
 from .attention.kernel_choice import unwrapped
 from .attention.plan import ForwardAtHand
 from .attention.rewritten_layers import rewritten_forwards
-from .families import constant_up_to, decoder_of, exact_rotations, queries_scaled_from, transformers_model
+from .families import (
+    constant_up_to,
+    decoder_of,
+    exact_rotations,
+    family_of_model,
+    queries_scaled_from,
+    transformers_model,
+)
 from .kv_cache import StreamingKVCache
 
 ATTRIBUTE = "_streaming_attachment"
@@ -118,6 +125,9 @@ class Attachment:
         if decoder is not self.model.base_model:
             hooks.append(self.model.register_forward_pre_hook(_refuse_images, with_kwargs=True))
         self._scales_queries = queries_scaled_from(self.model.config) is not None
+        if family_of_model(self.model).has_state:
+            firsts = [module for module in decoder.modules() if vars(module).get("layer_idx") == 0]
+            hooks += [first.register_forward_pre_hook(self._first_layer) for first in firsts]
         self._parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]  # without self
         return [
             *hooks,
@@ -160,6 +170,10 @@ class Attachment:
         if cache.recurrent is not None:
             own["past_key_values"] = cache.recurrent.native(decoder, cache, len(tokens), tokens.device)
         return (), given | {name: value for name, value in own.items() if name in self._parameters}
+
+    def _first_layer(self, *unused: Any) -> None:
+        if self._at_hand.cache is not None:
+            self._at_hand.cache.first_layer_begins()
 
     def _after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache, self._at_hand.cache, self._at_hand.positions = self._at_hand.cache, None, None

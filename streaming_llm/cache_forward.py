@@ -24,11 +24,13 @@ class CacheForward:
 
     Attributes:
         layers_done: layers that have stored their tokens.
+        state_changes: a recurrent layer may have gone on, which is before others store their tokens.
         taken: the plans that layers have taken, also for those that attend to the same keys.
     """
 
     def __init__(self, n_tokens: int, progress: Progress, attached: bool) -> None:
-        self.n_tokens, self.attached, self.layers_done = n_tokens, attached, 0
+        self.n_tokens, self.attached = n_tokens, attached
+        self.layers_done, self.state_changes = 0, False
         self.taken: dict[int, Plan] = {}
         self._progress = progress
         self._plan: Plan | None = None

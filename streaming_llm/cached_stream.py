@@ -77,7 +77,8 @@ class CachedStream(Cache):
     @property
     def is_broken(self) -> bool:
         """Whether a forward is half done: its layers hold different tokens."""
-        return self._forward is not None and self._forward.layers_done > 0
+        forward = self._forward
+        return forward is not None and (forward.layers_done > 0 or forward.state_changes)
 
     def require_whole(self) -> None:
         """Raise ``RuntimeError`` where a forward ended before its last layer."""
@@ -129,6 +130,7 @@ class CachedStream(Cache):
         Raises:
             ValueError: ``position`` is smaller than the number of tokens that the cache holds.
         """
+        self.require_whole()
         require_int("position", position, min(self.n_seen, self.streaming_config.cache_size + 1))
         distance = position - self.progress.position
         for layer in self.layers:
@@ -148,6 +150,7 @@ class CachedStream(Cache):
         Raises:
             ValueError: the tokens that would come back into the window have been evicted, or rows are not equally far.
         """
+        self.require_whole()
         max_length = int(max_length)  # some versions pass a tensor
         if not self.progress.together:
             raise ValueError("rows that are not equally far cannot be cropped together")
@@ -201,6 +204,7 @@ class CachedStream(Cache):
 
     def take_rows(self, rows: list[int], n_rows: int) -> Self:
         """A cache of copies of these of its ``n_rows`` rows; an empty one, where nothing has been fed."""
+        self.require_whole()
         part = copy.copy(self)
         part.progress = copy.copy(self.progress)
         part.progress.select(rows, n_rows)
@@ -225,6 +229,7 @@ class CachedStream(Cache):
 
     def _select(self, select: Callable[[Tensor], Tensor]) -> None:
         """Rows that ``select`` takes of a tensor's first dimension."""
+        self.require_whole()
         if not self.progress.together:
             n_rows = len(self.progress.seen)
             self.progress.select(select(torch.arange(n_rows)).tolist(), n_rows)

@@ -211,6 +211,10 @@ class StreamingKVCache(SaveableCache):
         self.progress.advance(forward.n_tokens)
         self._forward = None
 
+    def first_layer_begins(self) -> None:
+        """The first layer of the model begins, which may be a recurrent one."""
+        self._running.state_changes = self.recurrent is not None
+
     def abandon(self) -> None:
         """A forward raised an error: if no layer has stored anything, it has not been."""
         if not self.is_broken:

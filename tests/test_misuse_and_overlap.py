@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from conftest import make_ids, make_neox
+from every_model import VOCAB, tiny_model
 from reference import reference_logits
 from streams import decode, forward_in_blocks, snapshot
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,6 +16,7 @@ from transformers import StaticCache
 
 from streaming_llm import StreamingDecoder, StreamingKVCache, StreamingLLMWrapper
 from streaming_llm.attachment import maskless_attention
+from streaming_llm.families import decoder_of
 
 
 def test_a_moved_stream_leaves_nothing_behind():
@@ -44,10 +46,40 @@ def test_an_interrupted_forward_is_noticed(tokens):
         with pytest.raises(MemoryError):
             forward_in_blocks(model, cache, ids, (100, 100 + tokens))
         handle.remove()
-        with pytest.raises(RuntimeError, match="ended before its last layer"):
-            decode(model, cache, ids[:, 100:101])
+        for use in (
+            lambda: decode(model, cache, ids[:, 100:101]),
+            lambda: stream.prefill(ids[:, 100:], cache),
+            lambda: cache.move_to(1000),
+            lambda: cache.crop(-1),
+            lambda: cache.batch_repeat_interleave(2),
+            lambda: cache.take_rows([0], 1),
+        ):
+            with pytest.raises(RuntimeError, match="ended before its last layer"):
+                use()
         cache.reset()
         assert (decode(model, cache, ids) - reference_logits(model, ids, 4, 60)).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("case", ["jamba", "lfm2", "qwen3_next"])
+def test_an_interruption_before_the_first_keys_is_noticed_where_layers_have_a_state(case):
+    model, ids = tiny_model(case), make_ids(20, vocab=VOCAB)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with StreamingLLMWrapper(model, 4, 60) as stream:
+        cache = stream.new_cache()
+        stream.prefill(ids[:, :18], cache)
+        with pytest.raises(ValueError, match="attention_mask hides"):  # before any layer
+            model(ids[:, 18:19], past_key_values=cache, attention_mask=torch.tensor([[0] + [1] * 18]))
+        expected = decode(model, copy.deepcopy(cache), ids[:, 18:])
+        handle = decoder_of(model).layers[0].register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            decode(model, copied := copy.deepcopy(cache), ids[:, 18:])
+        handle.remove()
+        assert torch.equal(decode(model, cache, ids[:, 18:]), expected)
+        with pytest.raises(RuntimeError, match="ended before its last layer"):
+            decode(model, copied, ids[:, 18:])
 
 
 def test_blocks_differentiate_with_math_and_refuse_with_flash():
