@@ -35,6 +35,9 @@ from .kv_cache import StreamingKVCache
 ATTRIBUTE = "_streaming_attachment"
 """Where an attached model keeps its attachment."""
 
+PAST_CONVOLUTIONS = 64
+"""A position that is larger than any short convolution of a model is long."""
+
 Change = tuple[nn.Module, str, Any]
 """A module, the name of an attribute, and its value while the model is attached."""
 
@@ -168,6 +171,8 @@ class Attachment:
         if counted:
             own["cache_position"] = own["position_ids"].amax(0)
         if cache.recurrent is not None:
+            if cache.n_seen:  # Lfm2 takes a small one for a place in its state, which begins to fill from the end
+                own["cache_position"] = own["cache_position"].clamp(min=PAST_CONVOLUTIONS)
             own["past_key_values"] = cache.recurrent.native(decoder, cache, len(tokens), tokens.device)
         return (), given | {name: value for name, value in own.items() if name in self._parameters}
 

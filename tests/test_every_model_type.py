@@ -109,6 +109,18 @@ def test_rows_of_unequal_length_scores_and_the_decoder(model_type):
 
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", WITH_STATE)
+def test_a_prompt_shorter_than_a_convolution(model_type):
+    model = tiny_model(model_type).double()
+    reference, allowed = reference_of(model)
+    for n in (1, 2, 3):
+        with StreamingDecoder(model, N_SINK, 16) as decoder:
+            decoder.prefill(IDS[:, :n])
+            logits = [decoder.step(token) for token in IDS[:, n:12].unbind(1)]
+        assert (torch.stack(logits, dim=1) - reference[:, n:12]).abs().max() < allowed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", WITH_STATE)
 def test_beams_are_those_of_two_rows_alone(model_type):
     model = tiny_model(model_type).double()
     with StreamingLLMWrapper(model, N_SINK, 16) as stream:
