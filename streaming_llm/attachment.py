@@ -31,6 +31,7 @@ from .families import (
     transformers_model,
 )
 from .kv_cache import StreamingKVCache
+from .saving import model_facts
 
 ATTRIBUTE = "_streaming_attachment"
 """Where an attached model keeps its attachment."""
@@ -131,6 +132,7 @@ class Attachment:
         if family_of_model(self.model).has_state:
             firsts = [module for module in decoder.modules() if vars(module).get("layer_idx") == 0]
             hooks += [first.register_forward_pre_hook(self._first_layer) for first in firsts]
+        self._facts = model_facts(self.model.config)
         self._parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]  # without self
         return [
             *hooks,
@@ -153,6 +155,7 @@ class Attachment:
             return None
         tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if isinstance(cache, StreamingKVCache):
+            cache.require_model(self._facts)
             cache.require_rows(len(tokens))
         cache.begin(tokens.shape[1], attached=True)
         self._at_hand.cache = cache

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .attention.interface import refuse_images
 from .engines.blocks import rows_of
 from .kv_cache import StreamingKVCache
+from .saving import model_facts
 
 
 def setting(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:
@@ -62,8 +63,8 @@ def take_prompt(
         if continues or cache.n_seen:
             raise ValueError(f"the cache has seen {cache.n_seen} tokens and no ids were given to go on with")
         return None
-    if not tokens.shape[1]:
-        raise ValueError(f"{name} must hold at least one token, got {list(tokens.shape)}")
+    if tokens.dim() != (3 if name == "inputs_embeds" else 2) or not tokens.numel():
+        raise ValueError(f"{name} must be [batch, length] of at least one token, got {list(tokens.shape)}")
     mask = _mask(name, tokens, kwargs)
     n_rows = len(tokens)
     cache.require_rows(n_rows)
@@ -123,12 +124,18 @@ def expand_size_of(model: nn.Module, kwargs: dict[str, Any]) -> int:
     return max(setting(model, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
 
 
-def refuse_arguments(model: nn.Module, cache: Any, continues: bool, kwargs: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for arguments of ``generate`` that would not stream, or not exactly."""
+def require_cache(model: nn.Module, cache: Any) -> None:
+    """Raise ``ValueError`` where ``cache`` is no cache of a stream of ``model``."""
     if not isinstance(cache, StreamingKVCache):
         raise ValueError(
             f"past_key_values must be a StreamingKVCache (stream.new_cache()), got {type(cache).__name__}"
         )
+    cache.require_model(model_facts(model.config))
+
+
+def refuse_arguments(model: nn.Module, cache: Any, continues: bool, kwargs: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for arguments of ``generate`` that would not stream, or not exactly."""
+    require_cache(model, cache)
     refuse_images(kwargs)
     for name in ("position_ids", "cache_position"):
         if kwargs.get(name) is not None:

@@ -14,7 +14,15 @@ from .engines import resolve_block_engine, resolve_engine
 from .engines.blocks import block_forward, feed_rows, rows_of
 from .engines.pool import EnginePool
 from .families import last_logits, transformers_model
-from .generate_arguments import Prompt, expand_size_of, is_drafting, refuse_arguments, setting, take_prompt
+from .generate_arguments import (
+    Prompt,
+    expand_size_of,
+    is_drafting,
+    refuse_arguments,
+    require_cache,
+    setting,
+    take_prompt,
+)
 from .generation import GenerationForwards
 from .kv_cache import StreamingKVCache
 
@@ -110,6 +118,7 @@ class StreamingLLMWrapper:
             Logits ``[batch, vocab]`` of each row's last token, in the model's dtype.
         """
         self._require_entered()
+        require_cache(transformers_model(self.model), cache)
         rows = rows_of(input_ids, attention_mask)
         hidden = feed_rows(self.model, cache, rows, self._block, block_size)
         return last_logits(transformers_model(self.model), hidden)

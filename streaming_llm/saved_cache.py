@@ -25,6 +25,11 @@ class SaveableCache(CachedStream):
 
     model_facts: dict[str, Any]
 
+    def require_model(self, facts: dict[str, Any]) -> None:
+        """Raise ``ValueError`` where the cache is of another model than that of these :func:`.saving.model_facts`."""
+        if facts != self.model_facts and (differing := saving.model_differences(self.model_facts, facts)):
+            raise ValueError("this cache is of another model: " + "; ".join(differing))
+
     def _identity(self) -> dict[str, Any]:
         """The facts that say of which cache a state is."""
         streaming, layouts = self.streaming_config, [layer.layout for layer in self.layers]

@@ -105,14 +105,18 @@ def rotation_facts(rotary: Rotary) -> dict[str, Any]:
     return values | others
 
 
-def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """What keeps a state with the facts ``theirs`` from a cache with the identity ``ours``, in words."""
-    there, here = theirs["model"], ours["model"]
-    found = [
+def model_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What sets two models apart by their facts, in words."""
+    return [
         f"{name}: {there[name]} there, {here[name]} here"
         for name in MODEL_FACTS
         if name in there and name in here and there[name] != here[name]
     ]
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What keeps a state with the facts ``theirs`` from a cache with the identity ``ours``, in words."""
+    found = model_differences(theirs["model"], ours["model"])
     for name in ("rotary_of_layer", "slots"):
         if not found and len(theirs[name]) != len(ours["rotary_of_layer"]):
             found.append(f"layers in {name}: {len(theirs[name])} there, {len(ours['rotary_of_layer'])} here")

@@ -132,6 +132,7 @@ def test_hidden_states_and_callback():
         (make_ids(1), {}, "two tokens"),
         (make_ids(10)[0], {}, r"\[batch, length\]"),
         (make_ids(10).float(), {}, "integer"),
+        (make_ids(0), {}, "at least two tokens"),
         ("a text", {}, "tokenizer"),
         (make_ids(10), {"block_size": 0}, "block_size"),
         (make_ids(10), {"window_size": 0}, "window_size"),

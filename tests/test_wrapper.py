@@ -7,8 +7,10 @@ import gc
 import pytest
 import torch
 from conftest import make_ids, make_neox
+from family_models import make_family
 from reference import reference_logits
 from streams import CONFIGS, CUTS, decode, forward_in_blocks, snapshot
+from transformers import DynamicCache
 
 from streaming_llm import StreamingDecoder, StreamingKVCache, StreamingLLMWrapper
 
@@ -90,6 +92,25 @@ def test_a_cache_of_another_model_is_noticed():
         other(ids, past_key_values=stream.new_cache(), use_cache=True)
 
 
+def test_a_cache_of_another_kind_of_model_is_refused():
+    model, ids = make_neox(), make_ids(30)
+    fewer_heads, llama = make_neox(num_attention_heads=2), make_family("llama")
+    others = (fewer_heads, "num_attention_heads: 2 there, 4 here"), (llama, "model_type: llama there, gpt_neox here")
+    with StreamingLLMWrapper(model, 4, 60) as stream, torch.no_grad():
+        for other, message in others:
+            cache = StreamingKVCache.from_model(other, 4, 60)
+            for feed in (
+                lambda cache: stream.prefill(ids, cache),
+                lambda cache: stream(ids, past_key_values=cache),
+                lambda cache: stream.generate(ids, past_key_values=cache, max_new_tokens=2),
+            ):
+                with pytest.raises(ValueError, match=f"another model: .*{message}"):
+                    feed(cache)
+        for no_stream in (None, DynamicCache()):
+            with pytest.raises(ValueError, match="must be a StreamingKVCache"):
+                stream.prefill(ids, no_stream)
+
+
 def test_plain_forwards_inside_the_wrapper_are_plain():
     model, ids = make_neox(torch.float64), make_ids(100)
     with torch.no_grad():
@@ -127,6 +148,10 @@ def test_misuse_is_named():
     decoder = StreamingDecoder(model, 4, 60)
     with pytest.raises(ValueError, match="length >= 1"):
         decoder.prefill(make_ids(0))
+    with pytest.raises(TypeError, match="as tokenizers give, got list"):
+        decoder.prefill([[1, 2]])
+    with stream, pytest.raises(ValueError, match=r"at least one token, got \[5\]"):
+        stream.generate(make_ids(5)[0], max_new_tokens=1)
     decoder.close()
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="flex_attention"):

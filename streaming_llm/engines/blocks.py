@@ -58,8 +58,11 @@ def rows_of(tokens: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
         attention_mask: ``[batch, length]``, 0 at padding; left or right.
 
     Raises:
+        TypeError: they are no tensor.
         ValueError: ids of another shape, a mask of another, or a row without a token.
     """
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"input_ids must be a tensor [batch, length], as tokenizers give, got {type(tokens).__name__}")
     if tokens.dim() not in (2, 3) or not tokens.numel():
         raise ValueError(f"input_ids must be [batch, length >= 1], got {list(tokens.shape)}")
     if attention_mask is None:
