@@ -174,8 +174,9 @@ class Attachment:
         if counted:
             own["cache_position"] = own["position_ids"].amax(0)
         if cache.recurrent is not None:
-            if cache.n_seen:  # Lfm2 takes a small one for a place in its state, which begins to fill from the end
-                own["cache_position"] = own["cache_position"].clamp(min=PAST_CONVOLUTIONS)
+            # It tells whether they go on. Lfm2 takes a small one for a place in its state, which fills from the end.
+            begin = max(cache.n_seen, PAST_CONVOLUTIONS) if cache.n_seen else 0
+            own["cache_position"] = torch.arange(begin, begin + tokens.shape[1], device=tokens.device)
             own["past_key_values"] = cache.recurrent.native(decoder, cache, len(tokens), tokens.device)
         return (), given | {name: value for name, value in own.items() if name in self._parameters}
 

@@ -112,8 +112,9 @@ def test_rows_of_unequal_length_scores_and_the_decoder(model_type):
 def test_a_prompt_shorter_than_a_convolution(model_type):
     model = tiny_model(model_type).double()
     reference, allowed = reference_of(model)
-    for n in (1, 2, 3):
+    for n, position in ((1, 0), (2, 0), (3, 0), (2, 1000)):
         with StreamingDecoder(model, N_SINK, 16) as decoder:
+            decoder.move_to(position)
             decoder.prefill(IDS[:, :n])
             logits = [decoder.step(token) for token in IDS[:, n:12].unbind(1)]
         assert (torch.stack(logits, dim=1) - reference[:, n:12]).abs().max() < allowed
