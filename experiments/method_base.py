@@ -118,6 +118,34 @@ class Method(ABC):
         raise NotImplementedError(f"{self.name} has no parallel scoring")
 
 
+class Cached(Method):
+    """A method with one of the library's caches, `_cache`, and what runs its steps, `_runner`: both are attached."""
+
+    parallel = True
+
+    @property
+    def engine(self) -> str:
+        return self.settings.engine
+
+    @property
+    def compile_sec(self) -> float:
+        return self._runner.compile_sec
+
+    def reset(self) -> None:
+        self._cache.reset()
+
+    def step(self, ids: Tensor) -> Tensor:
+        return self._runner.step(ids)
+
+    @property
+    def kv_cache_nbytes(self) -> int:
+        return self._cache.nbytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self._cache.nbytes // max(1, self._cache.layers[0].n_stored)
+
+
 class Capturing(Method):
     """A method that captures its steps of one shape at the first of them, where the engine is not `eager`."""
 
