@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from experiments.config import SetupError
-from experiments.memory import PeakMemory
-from experiments.progress import Show, perplexity_shown
-from experiments.stop_request import StopRequest
+from experiments.costs import PeakMemory
+from experiments.progress import Show, StopRequest, perplexity_shown
 from experiments.storage import differences, read_json, write_json
 from streaming_llm import StreamingKVCache, StreamingLLMWrapper
 from streaming_llm.blockwise import BlockScorer, in_blocks

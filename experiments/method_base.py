@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from experiments.costs import synchronise
 from experiments.engines import Forward, capture
-from experiments.timing import synchronise
 from streaming_llm.attachment import maskless_attention
 
 

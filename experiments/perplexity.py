@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.costs import measured, seconds, synchronise
 from experiments.method_base import Method
 from experiments.progress import LossDisplay
-from experiments.timing import measured, seconds, synchronise
 from streaming_llm.attachment import maskless_attention
 from streaming_llm.families import text_config
 

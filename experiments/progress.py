@@ -1,6 +1,9 @@
-"""What a person sees while cells run: a bar with the running perplexity, and how long the rest will take."""
+"""What a person sees while cells run, a bar and how long the rest will take; and the signals that stop a run."""
+
+from __future__ import annotations
 
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -116,3 +119,23 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+class StopRequest:
+    """Notes SIGINT and SIGTERM, for a loop to end between two steps; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.signal_number is not None:
+            raise KeyboardInterrupt
+        self.signal_number = number

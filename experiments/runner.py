@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from experiments.cell_queue import CellQueue, Probes
 from experiments.config import ExperimentConfig, SetupError
-from experiments.executors import InProcess
+from experiments.executors import CellQueue, InProcess, Probes
 from experiments.model_results import CELLS, ModelResults
 from experiments.models import ModelSource, find_model
 from experiments.plan import ModelPlan

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from experiments.cli import MODEL, OneLineParser, add_options, config_from, guarded
 from experiments.config import SetupError, at_least, first_line
+from experiments.costs import seconds
 from experiments.environment import device_name
 from experiments.measuring import resolve_machine
 from experiments.model_setup import keep_result
 from experiments.models import LoadedModel, find_model
 from experiments.storage import check_writable
-from experiments.timing import seconds
 from streaming_llm import resolve_block_engine, score_stream
 from streaming_llm.attachment import maskless_attention
 from streaming_llm.fused import fused_blocks

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from experiments.cli import MODEL, STREAM, TEXTS, OneLineParser, add_options, config_from, guarded
 from experiments.config import SetupError, at_least
-from experiments.memory import held_bytes, kind_of_held_bytes
+from experiments.costs import held_bytes, kind_of_held_bytes
 from experiments.model_setup import Subject, keep_result, make_decoder, set_up
 from experiments.storage import check_writable
 from experiments.texts import Text, default_datasets, load_texts

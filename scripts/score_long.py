@@ -26,9 +26,8 @@ from experiments.config import SetupError, at_least
 from experiments.environment import environment, what_matters
 from experiments.long_scoring import LongScoring, ScoringError, StoppedError
 from experiments.model_setup import Subject, set_up
-from experiments.progress import token_bar
+from experiments.progress import StopRequest, token_bar
 from experiments.results import SCHEMA_VERSION, read_result, save_result
-from experiments.stop_request import StopRequest
 from experiments.storage import check_writable, folder_lock, hash_of, now, remove_leftovers, set_aside, write_npz
 from experiments.texts import Text, load_as_one
 from experiments.tokens import DocumentStream

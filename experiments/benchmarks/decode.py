@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from experiments.benchmarks.contenders import CONSTANT_DENSE, CONTENDERS
+from experiments.costs import measured, seconds
 from experiments.methods import METHODS, Dense, Method, MethodSettings, Streaming
 from experiments.models import LoadedModel
 from experiments.perplexity import devices_of
-from experiments.timing import measured, seconds
 from personal_adapters.neox_flash import wrap_attention
 from personal_adapters.sdpa import ATTN_BACKENDS
 

@@ -9,7 +9,7 @@ import statistics
 import torch
 from transformers import DynamicCache
 
-from experiments.timing import seconds
+from experiments.costs import seconds
 from streaming_llm.placement import stored_nbytes
 
 _COPIES = 10

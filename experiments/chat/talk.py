@@ -17,7 +17,7 @@ from torch import Tensor
 
 from experiments.cli import EXIT_SIGNAL
 from experiments.config import SetupError
-from experiments.stop_request import StopRequest
+from experiments.progress import StopRequest
 from streaming_llm import StreamingDecoder
 
 from .text import ShownText
