@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from experiments.engines import forward_of, plain_forward, recomputing_engine, score
 from experiments.kvpress_support import PRESSES, import_adapter, kvpress_attention_functions, kvpress_unavailable
-from experiments.method_base import Cached, Capturing, Method, MethodSettings
+from experiments.method_base import (
+    Cached,
+    Capturing,
+    Method,
+    MethodSettings,
+    forward_of,
+    plain_forward,
+    recomputing_engine,
+    score,
+)
 from experiments.placements import Gapped, Rerotated
 from streaming_llm import StreamingDecoder
 from streaming_llm.attachment import maskless_attention

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.engines import recomputing_engine
+from experiments.method_base import recomputing_engine
 from experiments.methods import METHODS, REFERENCE_METHOD
 from experiments.plan import Cell
 from experiments.storage import now, read_json, set_aside, write_json

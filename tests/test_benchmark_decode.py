@@ -20,7 +20,7 @@ from experiments import quantised
 from experiments.benchmarks import contenders, decode, runner
 from experiments.benchmarks.contenders import CONTENDERS, Contender
 from experiments.benchmarks.decode import TOLERANCE, Bench, Cell, ConstantDense, Plan, Timing, in_turns
-from experiments.benchmarks.floor import copy_bytes_per_sec, kv_token_nbytes, step_nbytes, weight_nbytes
+from experiments.benchmarks.runner import copy_bytes_per_sec, kv_token_nbytes, step_nbytes, weight_nbytes
 from experiments.methods import METHODS, MethodSettings, Streaming
 from experiments.models import LoadedModel
 from experiments.plotting.decode_benchmark import figures
@@ -173,13 +173,13 @@ def test_quantising_needs_torchao(place, monkeypatch):
 
 
 def test_copy_speed_counts_reading_and_writing(monkeypatch):
-    from experiments import timing
-    from experiments.benchmarks import floor
+    from experiments import costs
+    from experiments.benchmarks import runner
 
-    monkeypatch.setattr(floor, "_CPU_NBYTES", 4096)
+    monkeypatch.setattr(runner, "_CPU_NBYTES", 4096)
     clock = iter(range(100))
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert copy_bytes_per_sec(torch.device("cpu")) == 2 * 4096 * floor._COPIES
+    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert copy_bytes_per_sec(torch.device("cpu")) == 2 * 4096 * runner._COPIES
 
 
 class Wrong(Streaming):

@@ -20,8 +20,7 @@ from experiments.config import SetupError
 from experiments.progress import StopRequest
 from streaming_llm import StreamingDecoder
 
-from .text import ShownText
-from .turns import Place, Turns, special_ids
+from .tokens import Place, ShownText, Turns, special_ids
 
 BETWEEN_TEXTS = "\n\n"
 AT_A_TIME = 1024

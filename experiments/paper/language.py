@@ -5,8 +5,7 @@ import statistics
 import numpy as np
 
 from experiments.kept import Found
-from experiments.paper.pieces import Experiment, Piece
-from experiments.paper.setting import Setting, curve, doubling
+from experiments.paper.setting import Experiment, Piece, Setting, curve, doubling
 from experiments.perplexity import perplexity
 
 

@@ -16,8 +16,7 @@ from experiments.config import SetupError
 from experiments.hub import hub_rows
 from experiments.kept import Found
 from experiments.paper.asking import Asked, answered, binned, method_sizes
-from experiments.paper.pieces import Experiment, Piece
-from experiments.paper.setting import Setting
+from experiments.paper.setting import Experiment, Piece, Setting
 from experiments.storage import hash_of
 
 MADE = "made"

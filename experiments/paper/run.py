@@ -8,9 +8,8 @@ from experiments.kept import Found, KeptWork
 from experiments.measuring import attempt
 from experiments.paper.attention import Attention
 from experiments.paper.language import CacheSizes, Curves, LineBreaks, Long, Positions, Sinks, Speed
-from experiments.paper.pieces import PIECES, Experiment, Piece
 from experiments.paper.questions import Questions
-from experiments.paper.setting import Setting
+from experiments.paper.setting import PIECES, Experiment, Piece, Setting
 from experiments.paper.streameval import StreamEval
 from experiments.progress import TimeEstimator
 from experiments.results import SCHEMA_VERSION, save_result

@@ -1,9 +1,13 @@
-"""What all experiments of a model share: the model on its device, the stream of tokens, and how long everything is."""
+"""What experiments are made of: pieces of work whose outcome is kept; and what all pieces of a model share, the model
+on its device, the stream of tokens, and how long everything is.
+"""
 
 import itertools
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +20,61 @@ from experiments.measuring import Machine, free_memory
 from experiments.method_base import MethodSettings
 from experiments.methods import METHODS
 from experiments.models import LoadedModel, ModelSource
-from experiments.paper.pieces import Piece
 from experiments.perplexity import compute_perplexity, perplexity
 from experiments.placements import model_call_engine
 from experiments.results import run_record
+from experiments.storage import hash_of
 from experiments.texts import Text
 from experiments.tokens import first_tokens
 from streaming_llm import StreamingConfig, resolve_block_engine
 from streaming_llm.engines.blocks import block_forward
+
+PIECES = ".pieces"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One computation. Pieces of equal `config` are the same; `name` tells it from others of its experiment.
+
+    `config`: JSON values that could change what is found, beside what is common to a model's pieces. `kind`: pieces
+    of one kind take about equally long for each of their `tokens`.
+    """
+
+    name: str
+    config: dict
+    compute: Callable[[], Found]
+    kind: tuple[str, ...]
+    tokens: int
+
+    @property
+    def stem(self) -> str:
+        """Names its record."""
+        return "".join(c if c.isalnum() or c in "-." else "_" for c in "-".join(self.kind[1:]))
+
+    @cached_property
+    def key(self) -> str:
+        """The same for pieces that are the same."""
+        return hash_of(self.config)
+
+
+class Experiment(ABC):
+    """A table or figure of the paper; `reference` says where it is there."""
+
+    name: str
+    title: str
+    reference: str
+
+    def why_not(self, setting) -> str | None:
+        """Why it cannot be had of a model; None if it can."""
+        return None
+
+    @abstractmethod
+    def pieces(self, setting) -> list[Piece]:
+        """What has to be computed, in order."""
+
+    @abstractmethod
+    def result(self, setting, found: dict[str, Found]) -> dict:
+        """What the result file says, from what the pieces found."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ import numpy as np
 
 from experiments.kept import Found
 from experiments.paper.asking import Asked, answered, binned, method_sizes
-from experiments.paper.pieces import Experiment, Piece
-from experiments.paper.setting import Setting
+from experiments.paper.setting import Experiment, Piece, Setting
 
 HEAD = "Below is a record of lines I want you to remember.\n"
 LINE = "The REGISTER_CONTENT in line {line} is <{value}>\n"
