@@ -129,7 +129,7 @@ class Method(ABC):
     @property
     def engine(self) -> str:
         """How a decode step really runs."""
-        return "eager"
+        return self.engine_for(self.settings.engine)
 
     @property
     def compile_sec(self) -> float:
@@ -190,10 +190,6 @@ class Cached(Method):
     parallel = True
 
     @property
-    def engine(self) -> str:
-        return self.settings.engine
-
-    @property
     def compile_sec(self) -> float:
         return self._runner.compile_sec
 
@@ -220,10 +216,6 @@ class Capturing(Method):
         self._captured: Forward | None = None
         self._compile_sec = 0.0
         stack.callback(setattr, self, "_captured", None)  # with the memory that it holds
-
-    @property
-    def engine(self) -> str:
-        return self.settings.engine
 
     @property
     def compile_sec(self) -> float:

@@ -20,10 +20,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from experiments.plotting.captions import caption
 from experiments.plotting.files import ABLATIONS
 from experiments.plotting.lines import Line, draw_lines, line_handles, line_styles, number_axis
-from experiments.plotting.metrics import METRICS, short_number
 from experiments.plotting.page import new_page, safe_name
 from experiments.plotting.script import Drawing, main
-from experiments.plotting.style import BAND, QUIET, dataset_label
+from experiments.plotting.style import BAND, METRICS, QUIET, dataset_label, short_number
 from experiments.plotting.table import Results, backends_of_each, series_of, why_missing
 
 SPEED = ("decode_toks_per_sec", "runtime_sec")  # the first of these that the files have

@@ -94,10 +94,9 @@ def prepare(options: argparse.Namespace, command: str, start: float):
     """
     from experiments.benchmarks.decode import Plan, Timing  # here: they import torch, which drawing does not need
     from experiments.benchmarks.rows import ResultFile
-    from experiments.benchmarks.runner import DecodeBenchmark
+    from experiments.benchmarks.runner import DecodeBenchmark, QuantisedSource, torchao
     from experiments.measuring import resolve_machine
     from experiments.models import find_model
-    from experiments.quantised import QuantisedSource, torchao
     from personal_adapters.sdpa import ATTN_BACKENDS, check_backend_available
 
     config = config_from(options)

@@ -16,7 +16,6 @@ from demo_training_support import ROOT  # puts scripts/ on the module path
 from evaluation_support import make_model_folder
 from packed_weights import quantise_
 
-from experiments import quantised
 from experiments.benchmarks import contenders, decode, runner
 from experiments.benchmarks.contenders import CONTENDERS, Contender
 from experiments.benchmarks.decode import TOLERANCE, Bench, Cell, ConstantDense, Plan, Timing, in_turns
@@ -157,8 +156,8 @@ def test_floor_counts_quantised_weights_as_they_are_stored():
 
 def test_quantised_models_are_named(place, monkeypatch):
     torchao = SimpleNamespace(Int8WeightOnlyConfig=lambda: "int8", quantize_=quantise_)
-    monkeypatch.setattr(quantised, "torchao", lambda: torchao)
-    monkeypatch.setattr(quantised, "version", lambda name: "0.0")
+    monkeypatch.setattr(runner, "torchao", lambda: torchao)
+    monkeypatch.setattr(runner, "version", lambda name: "0.0")
     assert place.run("--quantize", "int8", contenders=["eager"]) == 0
     (row,), (name,) = place.rows("eager"), place.result["models"]
     assert name == row["cell"]["model"] == f"{place.model}, int8"
@@ -174,7 +173,6 @@ def test_quantising_needs_torchao(place, monkeypatch):
 
 def test_copy_speed_counts_reading_and_writing(monkeypatch):
     from experiments import costs
-    from experiments.benchmarks import runner
 
     monkeypatch.setattr(runner, "_CPU_NBYTES", 4096)
     clock = iter(range(100))

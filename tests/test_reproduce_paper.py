@@ -11,11 +11,10 @@ import torch
 from evaluation_support import error_line, make_model_folder, make_text, make_tokenizer
 
 from experiments.config import SetupError
-from experiments.paper.asking import Asked, answered, method_sizes
+from experiments.paper.asking import Asked, answered, make_stream, method_sizes
 from experiments.paper.questions import conversation, read_questions
 from experiments.paper.run import EXPERIMENTS
 from experiments.paper.setting import Lengths, Setting, curve
-from experiments.paper.streameval import make_stream
 from experiments.plotting.paper_figures import DRAW
 from experiments.plotting.paper_page import REPORTED
 from experiments.reproduce_paper import main

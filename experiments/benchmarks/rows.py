@@ -12,8 +12,8 @@ from experiments.benchmarks.contenders import CONTENDERS
 from experiments.benchmarks.decode import DECODE, PREFILL, TOLERANCE, Cell, Timing
 from experiments.environment import environment, sources_hash, what_matters
 from experiments.measuring import Machine
+from experiments.progress import table
 from experiments.storage import hash_of, now, read_json, set_aside, write_json
-from experiments.summary import table
 
 SCHEMA_VERSION = 1
 BENCHMARK = "decode"

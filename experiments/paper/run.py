@@ -6,11 +6,11 @@ from pathlib import Path
 
 from experiments.kept import Found, KeptWork
 from experiments.measuring import attempt
+from experiments.paper.asking import StreamEval
 from experiments.paper.attention import Attention
 from experiments.paper.language import CacheSizes, Curves, LineBreaks, Long, Positions, Sinks, Speed
 from experiments.paper.questions import Questions
 from experiments.paper.setting import PIECES, Experiment, Piece, Setting
-from experiments.paper.streameval import StreamEval
 from experiments.progress import TimeEstimator
 from experiments.results import SCHEMA_VERSION, save_result
 from experiments.storage import hash_of, now, remove_leftovers

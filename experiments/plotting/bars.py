@@ -16,8 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from . import style
 from .captions import caption, missing_lines
-from .metrics import ARROWS, METRICS, Metric, short_number, tick_number
 from .page import new_page, tag, text_width, wrap
+from .style import ARROWS, METRICS, Metric, short_number, tick_number
 from .table import SERIES, backends_of_each, series_of
 
 BAR_IN = 6.6 / 72  # a bar's width, which its value has to fit into

@@ -14,8 +14,8 @@ from matplotlib.transforms import ScaledTranslation
 
 from experiments.plotting import style
 from experiments.plotting.lines import number_axis
-from experiments.plotting.metrics import short_number
 from experiments.plotting.page import new_page, save
+from experiments.plotting.style import short_number
 
 ROW_IN = 11 / 72
 OWN_ATTENTION = style.BackendStyle("", "-", True, 5.6)

@@ -9,9 +9,9 @@ import pandas as pd
 
 from . import style
 from .captions import caption, memory_note
-from .metrics import MINUS, TIMES, short_number
 from .page import embedded, fill_template, safe_name
 from .script import Drawing
+from .style import MINUS, TIMES, short_number
 from .table import Results, series_of, why_missing
 
 DASH = "\N{EN DASH}"
