@@ -226,15 +226,15 @@ def _files_fingerprint(folder: Path) -> str:
 
 
 def _hub(name: str) -> ModelSource:
-    answer = ask_hub(name, "model")
-    commit = answer.commit or _cached_commit(name)
+    known, reason = ask_hub(name, "model")
+    commit = known or _cached_commit(name)
     if commit is None:
         raise SetupError(
             f"model {name!r} was not found: it is not {DEMO_MODEL!r}, not {RANDOM_PREFIX}<size>, not a local folder, "
-            f"not in this machine's hub cache, and the hub gave no answer ({answer.reason}); "
+            f"not in this machine's hub cache, and the hub gave no answer ({reason}); "
             "pass the path of a local folder instead: --model path/to/folder"
         )
-    options = {"local_files_only": answer.commit is None, "revision": commit}
+    options = {"local_files_only": known is None, "revision": commit}
     return ModelSource(name, _slug(name.replace("/", "--")), "trained", f"hub:{name}@{commit}", name, options)
 
 

@@ -31,11 +31,11 @@ NOT_TIMED = "with a decode sample of 0 nothing is timed"
 
 
 @dataclass(frozen=True)
-class PerplexityResult:
-    """Perplexity and speed of one run. Times in seconds unless the name says otherwise; None with a reason.
+class RunFigures:
+    """The figures of one run. Times in seconds unless the name says otherwise; None with a reason.
 
     `runtime_sec` = `prefill_sec` + `decode_sec`; `first_token_latency_sec` is the first decode step and `ttft_sec`
-    the prefill and that step. `nll` holds the losses in nats of the tokens at `position` in the stream.
+    the prefill and that step.
     """
 
     perplexity: float | None
@@ -48,9 +48,15 @@ class PerplexityResult:
     decode_toks_per_sec: float | None
     tpot_ms: float | None
     peak_memory_mb: float | None
-    peak_memory_kind: str
     kv_cache_mb: float
     kv_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class PerplexityResult(RunFigures):
+    """Perplexity and speed of one run; `nll` holds the losses in nats of the tokens at `position` in the stream."""
+
+    peak_memory_kind: str
     engine: str
     prompt_tokens: int
     scoring: str

@@ -7,29 +7,17 @@ import itertools
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from experiments.method_base import recomputing_engine
 from experiments.methods import METHODS, REFERENCE_METHOD
+from experiments.perplexity import RunFigures
 from experiments.plan import Cell
 from experiments.storage import now, read_json, set_aside, write_json
 
 SCHEMA_VERSION = 1
-FIGURES = (
-    "perplexity",
-    "runtime_sec",
-    "prefill_sec",
-    "first_token_latency_sec",
-    "ttft_sec",
-    "decode_sec",
-    "decode_tokens",
-    "decode_toks_per_sec",
-    "tpot_ms",
-    "peak_memory_mb",
-    "kv_cache_mb",
-    "kv_bytes_per_token",
-)
+FIGURES = tuple(item.name for item in fields(RunFigures))
 _PARALLEL_FIGURES = ("scoring_sec", "scored_tokens")  # only of a run that was scored in parallel
 COMPARISONS = ("speedup", "compression_ratio", "ppl_increase_percent")
 _ABOUT_THE_RUN = ("timestamp", "environment")  # differ between two writings of one result

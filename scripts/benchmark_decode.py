@@ -162,10 +162,11 @@ def read_result(path: Path) -> dict:
 
 def draw(options: argparse.Namespace, results: list[dict]) -> int:
     """Draw results and say which files that gave."""
-    from experiments.plotting.decode_benchmark import draw as draw_figures
+    from experiments.plotting.decode_benchmark import figures
+    from experiments.plotting.page import save
 
-    for path in draw_figures(results, options.figures, tuple(options.format)):
-        print(path)
+    for name, figure in figures(results).items():
+        print(*save(figure, name, options.figures, options.format), sep="\n")
     return 0
 
 
