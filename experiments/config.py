@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 
+from experiments.kvpress_support import PRESSES
+
 EXPERIMENTS = ("main", "ablation_window_size", "ablation_n_sink")
 ENGINES = ("auto", "eager", "graph", "graph+compile", "fused", "fused-triton")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -60,12 +62,6 @@ def _methods() -> Iterable[str]:
     return METHODS
 
 
-def _presses() -> Iterable[str]:
-    from experiments.kvpress_support import PRESSES
-
-    return PRESSES
-
-
 def _option(default, help: str, **details):
     """A field with what a command line says about it.
 
@@ -113,7 +109,7 @@ class ExperimentConfig:
     repeats: int = _number(1, 1, "N", "runs of each cell, interleaved; figures are medians; default: 1")
     scoring: str = _option("decode", _SCORING_HELP, known=("decode", "parallel"))
     decode_sample: int = _number(128, 0, "N", "steps timed under parallel scoring and in ablations; default: 128")
-    kvpress_press: str = _option("streaming_llm", _PRESS_HELP, known=_presses)
+    kvpress_press: str = _option("streaming_llm", _PRESS_HELP, known=PRESSES)
     ablation_window_sizes: tuple[int, ...] | None = _number(
         None, 1, "W", "default: the five largest powers of two within the context", many=True
     )

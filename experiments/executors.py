@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from experiments.config import ExperimentConfig, SetupError
 from experiments.measuring import Bench, Outcome, outcome_of
@@ -111,12 +112,11 @@ class InProcess:
     def measure(self, queue: CellQueue) -> Iterator[Outcome]:
         """Measure tasks until there are no more; yields each outcome as it comes."""
         while (task := queue.next()) is not None:
-            yield self._measure(task, f"{queue.title(task.cell)}, left: {queue.time_left()}")
-
-    def _measure(self, task: Task, title: str) -> Outcome:
-        trained = task.source.weights == "trained"  # perplexities of random weights mean nothing
-        with token_bar(title, self.config.progress, lambda: task.steps, trained) as show:
-            return outcome_of(lambda: self.bench.measure(task, LossDisplay(show)), task.cell)
+            title = f"{queue.title(task.cell)}, left: {queue.time_left()}"
+            trained = task.source.weights == "trained"  # perplexities of random weights mean nothing
+            with token_bar(title, self.config.progress, lambda task=task: task.steps, trained) as show:
+                outcome = outcome_of(partial(self.bench.measure, task, LossDisplay(show)), task.cell)
+            yield outcome
 
     def close(self) -> None:
         """Give back what is held for other processes: nothing."""

@@ -154,6 +154,7 @@ _COLUMNS = (  # heading, key, format
     ("memory MB", "peak_memory_mb", "{:.0f}"),
 )
 _MISSING = "-"
+_REASON_CHARS = 80
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -194,7 +195,9 @@ def _headings(results: Sequence[dict]) -> list[str]:
 
 def _note(block: dict) -> str:
     """Why a block has no figures."""
-    return "" if block["status"] == "ok" else f"{block['status']}: {_short(block['reason'])}"
+    reason = block.get("reason") or ""
+    short = reason if len(reason) <= _REASON_CHARS else reason[: _REASON_CHARS - 3] + "..."
+    return "" if block["status"] == "ok" else f"{block['status']}: {short}"
 
 
 def ablation_table(result: dict) -> str:
@@ -205,10 +208,6 @@ def ablation_table(result: dict) -> str:
         figures = _figures(entry)
         rows.append([str(entry["n_sink"]), str(entry["window_size"]), figures[0], figures[4], note])
     return table(["sinks", "window", "perplexity", "ms/token", ""], rows)
-
-
-def _short(reason: str, length: int = 80) -> str:
-    return reason if len(reason) <= length else reason[: length - 3] + "..."
 
 
 def cell_line(run: dict, show_perplexity: bool = True) -> str:

@@ -63,7 +63,8 @@ def method_block(runs: Runs, header: dict, reference: Runs | None) -> dict:
     facts = {key: value for key, value in records[0].items() if key not in names}
     block |= _comparisons(runs, block | facts, header, reference) | facts
     if len(records) > 1:
-        block["spread"] = {name: _spread([record[name] for record in records]) for name in names}
+        values = {name: [record[name] for record in records] for name in names}
+        block["spread"] = {name: None if None in some else [min(some), max(some)] for name, some in values.items()}
     return block | {"runs": records}
 
 
@@ -72,10 +73,6 @@ def median(values: Sequence[float | None]) -> float | None:
     if None in values:
         return None
     return values[0] if len(set(values)) == 1 else statistics.median(values)
-
-
-def _spread(values: Sequence[float | None]) -> list[float] | None:
-    return None if None in values else [min(values), max(values)]
 
 
 def evicts(num_tokens: int, cache_size: int, method: str = "streaming") -> bool:

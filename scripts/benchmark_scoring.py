@@ -98,10 +98,9 @@ def build_parser() -> OneLineParser:
     add = add_options(parser, "sizes, in tokens", ("n_sink", "window_size"), **defaults).add_argument
     add("--block-size", type=int, default=16384, metavar="N", help="of a block and of a chunk; default: 16384")
     add("--tokens", type=int, default=131_072, metavar="N", help="scored in a run; default: 131072")
-    peaks = "further lengths to measure the memory at"
-    add("--peak-tokens", type=int, nargs="+", default=[], metavar="N", help=peaks)
+    add("--peak-tokens", type=int, nargs="+", default=[], metavar="N", help="further lengths to measure the memory at")
     add("--repeats", type=int, default=3, metavar="N", help="interleaved runs; default: 3")
-    add("--output", type=Path, default=None, metavar="FILE.json", help="the result, if kept")
+    add("--output", type=Path, metavar="FILE.json", help="the result, if kept")
     return parser
 
 

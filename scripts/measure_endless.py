@@ -133,7 +133,7 @@ def build_parser() -> OneLineParser:
     add("--tokens", type=int, default=100_000, metavar="N", help="thousands, at least two; default: 100,000")
     add("--streams", type=int, default=1, metavar="B", help="generated side by side; default: 1")
     add("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
-    add("--output", type=Path, default=None, metavar="FILE.json", help="the result, if it is to be kept")
+    add("--output", type=Path, metavar="FILE.json", help="the result, if it is to be kept")
     return parser
 
 

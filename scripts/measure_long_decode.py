@@ -149,7 +149,7 @@ def build_parser() -> OneLineParser:
     changes = {"attn_backend_list": {"flags": ("--attn-backend",)}, "datasets": texts}
     add = add_options(parser, "what is measured", names, ("model", "attn_backend_list"), **changes).add_argument
     add("--tokens", type=int, default=1_000_000, metavar="N", help="thousands, behind a prompt; default: 1,000,000")
-    add("--output", type=Path, default=None, metavar="FILE.json", help="the result, if it is to be kept")
+    add("--output", type=Path, metavar="FILE.json", help="the result, if it is to be kept")
     return parser
 
 

@@ -61,14 +61,14 @@ def build_parser() -> OneLineParser:
     texts = {"flags": ("--datasets", "--dataset"), "help": "as of run_final_experiments.py; several make one stream; "
              "default: demo_encyclopaedia"}  # fmt: skip
     add = add_options(parser, "what is scored", ("model", *TEXTS), ("model",), datasets=texts).add_argument
-    add("--max-tokens", type=int, default=None, metavar="N", help="default: the whole text")
+    add("--max-tokens", type=int, metavar="N", help="default: the whole text")
     each = "put the beginning-of-sequence token before each document (default: at the very start alone)"
     add("--bos-per-document", action="store_true", help=each)
     fresh = "also score the last FRACTION of the stream as a fresh stream, to tell drift from difficult text"
-    add("--fresh-tail", type=float, default=None, metavar="FRACTION", help=fresh)
+    add("--fresh-tail", type=float, metavar="FRACTION", help=fresh)
     how, backend = (*STREAM, "attn_backend_list", *MODEL[1:]), {"flags": ("--attn-backend",)}
     add = add_options(parser, "how it is computed", how, how, attn_backend_list=backend).add_argument
-    add("--block-size", type=int, default=None, metavar="N", help="tokens at a time; default: suits device and window")
+    add("--block-size", type=int, metavar="N", help="tokens at a time; default: suits device and window")
     nll = {"help": "keep each token's loss: <stem>.streaming.nll.npz (nll, position) beside the result"}
     force = {"help": "start anew, whatever checkpoint or result there is"}
     names = ("save_token_nll", "force", "progress")

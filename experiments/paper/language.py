@@ -65,15 +65,15 @@ class LineBreaks(Experiment):
 
     name, title, reference = "line-breaks", "Do sinks need to mean anything?", "Table 1"
 
-    def _line_breaks(self, setting: Setting):
-        ids = setting.ids(setting.lengths.book).clone()
-        ids[:, : setting.n_sink] = setting.info.tokenizer("\n", add_special_tokens=False).input_ids[-1]
-        return ids
-
     def pieces(self, setting: Setting) -> list[Piece]:
         cache, limit = setting.lengths.cache, setting.lengths.book
-        broken = setting.losses("line breaks", "streaming", cache, limit, first="line breaks",
-                                ids=lambda: self._line_breaks(setting))  # fmt: skip
+
+        def line_breaks():
+            ids = setting.ids(limit).clone()
+            ids[:, : setting.n_sink] = setting.info.tokenizer("\n", add_special_tokens=False).input_ids[-1]
+            return ids
+
+        broken = setting.losses("line breaks", "streaming", cache, limit, first="line breaks", ids=line_breaks)
         window = setting.losses("window", "streaming", cache, limit, n_sink=0)
         return [window, setting.losses("first tokens", "streaming", cache, limit), broken]
 

@@ -174,7 +174,11 @@ def short_number(value: float) -> str:
         return f"{value:.0e}".replace("-", MINUS)
     if abs(value) < 5e-4:
         return "0"
-    return _shortened(value, 0.9995, _three_digits)
+
+    def three_digits(value: float) -> str:
+        return f"{value:.{sum(abs(value) < limit for limit in (99.95, 9.995, 0.9995))}f}"
+
+    return _shortened(value, 0.9995, three_digits)
 
 
 def tick_number(value: float) -> str:
@@ -185,8 +189,3 @@ def tick_number(value: float) -> str:
 def _shortened(value: float, share: float, write: Callable[[float], str]) -> str:
     limit, suffix = next((s for s in _SUFFIXES if abs(value) >= share * s[0]), (1.0, ""))
     return f"{write(value / limit)}{suffix}".replace("-", MINUS)
-
-
-def _three_digits(value: float) -> str:
-    size = abs(value)
-    return f"{value:.{0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.9995 else 3}f}"
