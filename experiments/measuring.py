@@ -4,7 +4,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -186,13 +186,13 @@ def require_methods(config: ExperimentConfig) -> None:
         raise SetupError(f"kvpress_press {config.kvpress_press!r} cannot run: {PRESSES[config.kvpress_press].cannot}")
 
 
-def attempt(compute: Callable[[], Value]) -> tuple[Value | None, str]:
+def attempt(compute: Callable[[], Value], reason_of: Callable | None = None) -> tuple[Value | None, Any]:
     """What a piece of work gives, or why it gives nothing: the boundary at which whatever goes wrong becomes a reason,
-    and the other pieces go on."""
+    as `describe` or `reason_of` words it, and the other pieces go on."""
     try:
         return compute(), ""
     except Exception as error:  # whatever it is, it concerns this piece
-        reason = describe(error)
+        reason = (reason_of or describe)(error)
     free_memory()  # what the failed run held must not be missing to the next one
     return None, reason
 

@@ -110,6 +110,9 @@ class Method(ABC):
     bounded = True  # a token sees at most cache_size tokens before it
     parallel = False  # `score` gives its losses without the token loop
     optional = False  # taken by default, it is skipped where it cannot run
+    compile_sec = 0.0  # spent on capturing and compiling so far: in the first steps, never again for the same sizes
+    kv_cache_nbytes = 0  # bytes of keys and values held between steps
+    kv_bytes_per_token = 0  # by which one more kept token lets them grow; known once some are held
 
     def __init__(self, model, settings: MethodSettings):
         self.model = model
@@ -130,11 +133,6 @@ class Method(ABC):
     def engine(self) -> str:
         """How a decode step really runs."""
         return self.engine_for(self.settings.engine)
-
-    @property
-    def compile_sec(self) -> float:
-        """Seconds spent on capturing and compiling so far: in the first steps, and never again for the same sizes."""
-        return 0.0
 
     def __enter__(self):
         with ExitStack() as stack:  # what was attached before an error is undone
@@ -160,16 +158,6 @@ class Method(ABC):
     @abstractmethod
     def step(self, ids: Tensor) -> Tensor:
         """One more token, [1] -> logits [1, vocab]. Does not wait for the device."""
-
-    @property
-    def kv_cache_nbytes(self) -> int:
-        """Bytes of keys and values held between steps."""
-        return 0
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes by which one more kept token lets the held keys and values grow; known once some are held."""
-        return 0
 
     @property
     def details(self) -> dict:
@@ -214,12 +202,8 @@ class Capturing(Method):
     def _attach(self, stack: ExitStack) -> None:
         super()._attach(stack)
         self._captured: Forward | None = None
-        self._compile_sec = 0.0
+        self.compile_sec = 0.0
         stack.callback(setattr, self, "_captured", None)  # with the memory that it holds
-
-    @property
-    def compile_sec(self) -> float:
-        return self._compile_sec
 
     def _by_capture(self, forward: Forward, ids: Tensor, written: Sequence[Tensor] = ()) -> Tensor:
         """`forward(ids)` by what was captured; `written` is put back after the trial runs of a capture."""
@@ -230,5 +214,5 @@ class Capturing(Method):
             for x, before in held:
                 x.copy_(before)
             synchronise(ids.device)
-            self._compile_sec += time.perf_counter() - start
+            self.compile_sec += time.perf_counter() - start
         return self._captured(ids)

@@ -26,10 +26,7 @@ from experiments.plotting.style import BAND, METRICS, QUIET, dataset_label, shor
 from experiments.plotting.table import Results, backends_of_each, series_of, why_missing
 
 SPEED = ("decode_toks_per_sec", "runtime_sec")  # the first of these that the files have
-X_LABELS = {
-    "window_size": "window_size (recent tokens kept; log axis)",
-    "n_sink": "n_sink (first tokens kept)",
-}
+X_LABELS = {"window_size": "window_size (recent tokens kept; log axis)", "n_sink": "n_sink (first tokens kept)"}
 TITLES = {"window_size": "How large a window", "n_sink": "How many sinks"}
 PANEL_IN = 1.4
 

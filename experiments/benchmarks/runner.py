@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -19,7 +20,7 @@ from experiments.benchmarks.decode import DECODE, Bench, Cell, Plan, Timing, in_
 from experiments.benchmarks.rows import FIGURE, ResultFile
 from experiments.config import SetupError
 from experiments.costs import seconds
-from experiments.measuring import Machine, describe, free_memory
+from experiments.measuring import Machine, attempt, describe, free_memory
 from experiments.models import LoadedModel, ModelSource
 from streaming_llm.placement import stored_nbytes
 
@@ -115,6 +116,11 @@ def copy_bytes_per_sec(device: torch.device, repeats: int = 5) -> float:
     return 2 * nbytes * _COPIES / statistics.median(times)
 
 
+def _status_and_reason(error: Exception) -> tuple[str, str]:
+    """Some errors say that a contender cannot run here."""
+    return ("skipped", str(error)) if isinstance(error, ValueError | ImportError) else ("failed", describe(error))
+
+
 @dataclass
 class DecodeBenchmark:
     """Runs a plan into a result file.
@@ -167,18 +173,11 @@ class DecodeBenchmark:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def _run_cell(self, bench: Bench, cell: Cell, count: int, copy_speed: float) -> None:
-        """Run one cell. This is the boundary at which a failure becomes a reason, and the others go on."""
-        status = reason = ""
-        try:
-            runs = bench.run(cell, count)
-        except (ValueError, ImportError) as error:  # it says that it cannot run here
-            status, reason = "skipped", str(error)
-        except Exception as error:  # whatever it is, it concerns this cell
-            status, reason = "failed", describe(error)
-        if reason:
-            free_memory()  # what the failed run held must not be missing to the next one
-            self.file.fail(cell, status, reason)
-            self.say(f"{cell}: {status}: {reason}")
+        """Run one cell, and keep its runs or why there are none."""
+        runs, reason = attempt(partial(bench.run, cell, count), _status_and_reason)
+        if runs is None:
+            self.file.fail(cell, *reason)
+            self.say(f"{cell}: {': '.join(reason)}")
             return
         noted = self.file.models[cell.model]
         nbytes = (noted["weight_bytes_per_step"], noted["kv_bytes_per_token"])

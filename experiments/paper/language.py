@@ -7,6 +7,7 @@ import numpy as np
 from experiments.kept import Found
 from experiments.paper.setting import Experiment, Piece, Setting, curve, doubling
 from experiments.perplexity import perplexity
+from experiments.results import median
 
 
 def _row(found: Found, **also) -> dict:
@@ -139,8 +140,7 @@ class Speed(Experiment):
         for (method, cache), values in runs.items():
             row = {"method": method, "cache_size": cache, "engine": values[0]["engine"], "runs": len(values)}
             for figure in ("tpot_ms", "peak_memory_mb", "kv_cache_mb", "prefill_sec"):
-                known = [value[figure] for value in values if value[figure] is not None]
-                row[figure] = statistics.median(known) if known else None
+                row[figure] = median([value[figure] for value in values])
             row["peak_memory_kind"] = values[0]["peak_memory_kind"]
             rows.append(row)
         times = {(row["method"], row["cache_size"]): row["tpot_ms"] for row in rows}
