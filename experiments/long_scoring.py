@@ -56,34 +56,31 @@ class Pass:
     waiting_for_text_sec: float = 0.0
 
 
+@dataclass
 class LongScoring:
     """Passes over texts, each resumable, with a model inside a `StreamingLLMWrapper`.
 
     `identity`: JSON values that a checkpoint has to share with this run to be taken up. `every_sec`: seconds between
-    checkpoints; 0 for one after each block. `say` is
-    told when a checkpoint has been written. Raises SetupError where the checkpoint in `work` is of another run, or
-    cannot be read.
+    checkpoints; 0 for one after each block. `say` is told when a checkpoint has been written. Raises SetupError where
+    the checkpoint in `work` is of another run, or cannot be read.
     """
 
-    def __init__(
-        self,
-        work: Path,
-        identity: dict,
-        stream: StreamingLLMWrapper,
-        block_size: int,
-        every_sec: float,
-        stop: StopRequest,
-        say: Callable[[str], None],
-    ):
-        self.work, self.identity, self.stream = work, identity, stream
-        self.block_size, self.every_sec, self.stop = block_size, every_sec, stop
-        self.memory, self.say = PeakMemory(stream.model.get_input_embeddings().weight.device), say
+    work: Path
+    identity: dict
+    stream: StreamingLLMWrapper
+    block_size: int
+    every_sec: float
+    stop: StopRequest
+    say: Callable[[str], None]
+
+    def __post_init__(self):
+        self.memory = PeakMemory(self.stream.model.get_input_embeddings().weight.device)
         self.memory.start()
         self.passes: dict[str, Pass] = {}
         self.facts = {"sessions": 1, "checkpoint_sec": 0.0, "peak_memory_mb": None}
         self._saved: dict | None = None  # the stream in the checkpoint, until it is taken up
-        if (work / CHECKPOINT).exists():
-            saved = read_checkpoint(work / CHECKPOINT, identity)
+        if (self.work / CHECKPOINT).exists():
+            saved = read_checkpoint(self.work / CHECKPOINT, self.identity)
             self.passes = {name: Pass(**values) for name, values in saved["passes"].items()}
             self.facts = saved["facts"] | {"sessions": saved["facts"]["sessions"] + 1}
             self._saved = saved["stream"]

@@ -158,5 +158,5 @@ class ModelResults:
         """Save a file; whether something else was there, which has been set aside."""
         saved = save_result(path, value, keep_previous=self.config.force)
         if saved.aside is not None or not quiet:
-            self.say(str(saved))
+            self.say(saved.line)
         return saved.aside is not None

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments.method_base import recomputing_engine
 from experiments.methods import METHODS, REFERENCE_METHOD
@@ -182,17 +183,11 @@ def read_result(path: Path) -> dict:
     return value
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What became of a result file: `did` is "wrote", "updated" or "unchanged"; what was there may be at `aside`."""
+class Saved(NamedTuple):
+    """What became of a result file: a line that begins with wrote, updated or unchanged; `aside`: what was there."""
 
-    path: Path
-    did: str
+    line: str
     aside: Path | None = None
-    why: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.did}: {self.path}" + (f"; {self.why} is kept as {self.aside}" if self.aside else "")
 
 
 def save_result(path: Path, value: dict, keep_previous: bool = False) -> Saved:
@@ -203,19 +198,19 @@ def save_result(path: Path, value: dict, keep_previous: bool = False) -> Saved:
     """
     if not path.exists():
         write_json(path, value)
-        return Saved(path, "wrote")
+        return Saved(f"wrote: {path}")
     try:
         previous = read_result(path)
         if previous["config_hash"] == value["config_hash"] and not keep_previous:
             if _substance(previous) == _substance(value):
-                return Saved(path, "unchanged")
+                return Saved(f"unchanged: {path}")
             write_json(path, value)
-            return Saved(path, "updated")
+            return Saved(f"updated: {path}")
         aside, why = set_aside(path, previous["config_hash"][:8]), "the earlier result"
     except ValueError as error:
         aside, why = set_aside(path, "unreadable"), f"what was there ({error})"
     write_json(path, value)
-    return Saved(path, "wrote", aside, why)
+    return Saved(f"wrote: {path}; {why} is kept as {aside}", aside)
 
 
 def _substance(value: dict) -> dict:

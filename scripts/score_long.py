@@ -173,7 +173,7 @@ def score(job: Job, command: str) -> None:
         if options.save_token_nll:
             write_npz(job.token_nll_path, nll=np.asarray(losses), position=np.arange(1, len(losses) + 1))
             say(f"wrote: {job.token_nll_path}")
-        say(str(save_result(options.output, value, keep_previous=options.force)))
+        say(save_result(options.output, value, keep_previous=options.force).line)
         say(loss_figures.in_words(value))
     del losses, tail  # mapped from files that are removed
     run.discard()

@@ -103,4 +103,4 @@ class PaperModel:
         value |= {"config_hash": hash_of(self.common | {"pieces": [piece.config for piece in pieces]})}
         value |= experiment.result(self.setting, found) if found else {"rows": []}
         value |= {"status": "failed" if failed else "ok", "failed": failed, "timestamp": now()}
-        self.say(str(save_result(self.folder / f"{experiment.name}.json", value)))
+        self.say(save_result(self.folder / f"{experiment.name}.json", value).line)

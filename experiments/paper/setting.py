@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -127,25 +126,23 @@ class Lengths:
                        stream_queries=min(lengths.stream_queries, max(1, most // 200)))  # fmt: skip
 
 
+@dataclass
 class Setting:
     """A model, loaded when it is first needed, and the stream that it is given."""
 
-    def __init__(
-        self,
-        config: ExperimentConfig,
-        source: ModelSource,
-        machine: Machine,
-        text: Text,
-        lengths: Lengths,
-        questions: Path | None,
-    ):
-        self.config, self.source, self.machine, self.text = config, source, machine, text
-        self.lengths, self.questions = lengths, questions
-        self.info = source.info()
+    config: ExperimentConfig
+    source: ModelSource
+    machine: Machine
+    text: Text
+    lengths: Lengths
+    questions: str | None
+
+    def __post_init__(self):
+        self.info = self.source.info()
         if self.info.tokenizer is None:
-            raise SetupError(f"model {source.name!r} has random weights, whose perplexities mean nothing")
-        self.beginning = self.info.beginning(config.bos)
-        self.n_sink = 4 if config.n_sink is None else config.n_sink
+            raise SetupError(f"model {self.source.name!r} has random weights, whose perplexities mean nothing")
+        self.beginning = self.info.beginning(self.config.bos)
+        self.n_sink = 4 if self.config.n_sink is None else self.config.n_sink
         self._loaded: LoadedModel | None = None
         self._ids: Tensor | None = None
 
