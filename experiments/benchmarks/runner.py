@@ -13,7 +13,6 @@ from functools import partial
 from importlib.metadata import version
 
 import torch
-from transformers import DynamicCache
 
 from experiments.benchmarks.contenders import CONTENDERS
 from experiments.benchmarks.decode import DECODE, Bench, Cell, Plan, Timing, in_turns
@@ -21,6 +20,7 @@ from experiments.benchmarks.rows import FIGURE, ResultFile
 from experiments.config import SetupError
 from experiments.costs import seconds
 from experiments.measuring import Machine, attempt, describe, free_memory
+from experiments.methods import Dense, MethodSettings
 from experiments.models import LoadedModel, ModelSource
 from streaming_llm.placement import stored_nbytes
 
@@ -88,13 +88,10 @@ def kv_token_nbytes(model) -> int:
 
     Configurations do not say: Falcon stores its shared heads once or repeated, by version.
     """
-    cache = DynamicCache(config=model.config)
-    model(
-        torch.zeros(1, 1, dtype=torch.int64, device=model.get_input_embeddings().weight.device),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    with Dense(model, MethodSettings(0, 1)) as method:
+        method.reset()
+        method.prefill(torch.zeros(1, 1, dtype=torch.int64, device=model.get_input_embeddings().weight.device))
+        return method.kv_bytes_per_token
 
 
 def step_nbytes(weights: int, token: int, cache_size: int, batch_size: int) -> int:

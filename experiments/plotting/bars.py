@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
@@ -152,8 +151,7 @@ def _draw_panel(ax: Axes, cells: pd.DataFrame, metric: Metric, panel_in: float) 
         end = np.nanmax([value, high, floor])
         artists = [ax.add_artist(bar), ax.text(end, row.y, f"\xa0{short_number(value)}", in_layout=False, **text)]
         if not np.isnan(low):
-            whisker = Line2D([low, high], [row.y, row.y], color=style.INK, lw=0.8, solid_capstyle="butt")
-            artists.append(ax.add_artist(whisker))
+            artists += ax.plot([low, high], [row.y, row.y], color=style.INK, lw=0.8, solid_capstyle="butt")
         for artist in artists:
             tag(artist, row.method, row.backend)
 
