@@ -138,18 +138,15 @@ class ExperimentConfig:
         for item in fields(self):
             if item.metadata.get("many"):
                 object.__setattr__(self, item.name, _many(item, getattr(self, item.name)))
-            self._check(item)
+            value, details = getattr(self, item.name), item.metadata
+            known = details.get("known")
+            for one in () if value is None else value if details.get("many") else (value,):
+                if "low" in details:
+                    at_least(item.name, one, details["low"])
+                if known is not None and one not in (names := known() if callable(known) else known):
+                    raise unknown_name(item.name, one, names)
         if self.output_dir is not None:
             object.__setattr__(self, "output_dir", Path(self.output_dir))
-
-    def _check(self, item: Field) -> None:
-        value, details = getattr(self, item.name), item.metadata
-        known = details.get("known")
-        for one in () if value is None else value if details.get("many") else (value,):
-            if "low" in details:
-                at_least(item.name, one, details["low"])
-            if known is not None and one not in (names := known() if callable(known) else known):
-                raise unknown_name(item.name, one, names)
 
 
 def _many(item: Field, value) -> tuple | None:

@@ -161,7 +161,9 @@ class LongScoring:
             stream = {"cache": f"cache-{time.time_ns()}.safetensors"}
             scorer.cache.save(self.work / stream["cache"])
             stream["last_hidden"] = scorer.last_hidden[0, 0].double().tolist()
-        self._note_peak()
+        figure = self.memory.stop()  # the highest peak of all sessions, as far as they came to a checkpoint
+        known = [value for value in (self.facts["peak_memory_mb"], figure.peak_mb) if value is not None]
+        self.facts |= {"peak_memory_mb": max(known, default=None), "peak_memory_kind": figure.kind}
         passes = {name: asdict(state) for name, state in self.passes.items()}
         value = {"format": CHECKPOINT_FORMAT, "identity": self.identity, "passes": passes, "facts": self.facts}
         write_json(self.work / CHECKPOINT, value | {"stream": stream})
@@ -169,12 +171,6 @@ class LongScoring:
             if stream is None or path.name != stream["cache"]:
                 path.unlink()
         self.facts["checkpoint_sec"] += time.perf_counter() - begin
-
-    def _note_peak(self) -> None:
-        """The highest peak of all sessions, as far as they came to a checkpoint."""
-        figure = self.memory.stop()
-        known = [value for value in (self.facts["peak_memory_mb"], figure.peak_mb) if value is not None]
-        self.facts |= {"peak_memory_mb": max(known, default=None), "peak_memory_kind": figure.kind}
 
 
 def read_checkpoint(path: Path, identity: dict) -> dict:

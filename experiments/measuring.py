@@ -105,7 +105,12 @@ class Bench:
     def __init__(self, config: ExperimentConfig):
         self.config = config
         self.machine = resolve_machine(config)
-        require_methods(config)
+        for name in config.methods or ():  # one that was named has to be able to run
+            reason = METHODS[name].unavailable()
+            if reason is not None:
+                raise SetupError(f"method {name!r} cannot run here: {reason}")
+        if reason := PRESSES[config.kvpress_press].cannot:
+            raise SetupError(f"kvpress_press {config.kvpress_press!r} cannot run: {reason}")
         self._source: ModelSource | None = None
         self._loaded: LoadedModel | None = None
 
@@ -174,16 +179,6 @@ class Bench:
                 raise SetupError(f"method {name!r} cannot run with model {loaded.name!r}: {reason}")
             skipped[name] = reason
         return tuple(able), skipped
-
-
-def require_methods(config: ExperimentConfig) -> None:
-    """Raise SetupError where a method that was named cannot run in this environment."""
-    for name in config.methods or ():
-        reason = METHODS[name].unavailable()
-        if reason is not None:
-            raise SetupError(f"method {name!r} cannot run here: {reason}")
-    if PRESSES[config.kvpress_press].cannot:
-        raise SetupError(f"kvpress_press {config.kvpress_press!r} cannot run: {PRESSES[config.kvpress_press].cannot}")
 
 
 def attempt(compute: Callable[[], Value], reason_of: Callable | None = None) -> tuple[Value | None, Any]:

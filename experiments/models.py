@@ -188,7 +188,11 @@ def find_model(name: str, seed: int = 0) -> ModelSource:
     if name == DEMO_MODEL:
         return _folder(name, DEMO_FOLDER, slug="")
     if name.startswith(RANDOM_PREFIX):
-        return _random(name, seed)
+        size = name.removeprefix(RANDOM_PREFIX)
+        if size not in RANDOM_SIZES:
+            raise unknown_name(f"size in {RANDOM_PREFIX}<size>:", size, RANDOM_SIZES)
+        slug = _slug(name.replace(":", "-"))
+        return ModelSource(name, slug, "random", f"random:{size}:seed={seed}", size, seed=seed)
     if (file := gguf_file(Path(name))) is not None:
         options = {"local_files_only": True, "gguf_file": file.name}
         return ModelSource(name, _slug(file.stem), "trained", f"gguf:{sha256_of(file)}", str(file.parent), options)
@@ -255,11 +259,3 @@ def _attention(model_config) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]._supports_sdpa else "eager"
-
-
-def _random(name: str, seed: int) -> ModelSource:
-    size = name.removeprefix(RANDOM_PREFIX)
-    if size not in RANDOM_SIZES:
-        raise unknown_name(f"size in {RANDOM_PREFIX}<size>:", size, RANDOM_SIZES)
-    slug = _slug(name.replace(":", "-"))
-    return ModelSource(name, slug, "random", f"random:{size}:seed={seed}", size, seed=seed)
