@@ -105,8 +105,7 @@ def _draw_panel(ax: Axes, rows: pd.DataFrame, key: str, series: list, styles: di
         ax.set_ylim(0, 1.1 * factor * rows[[key, f"{key}_high"]].max(axis=None))
     for setting in rows.loc[rows[key].isna(), "setting"]:
         ax.plot(setting, 0.05, "x", color=QUIET, ms=3.2, mew=0.9, transform=ax.get_xaxis_transform())
-    ax.set_title(METRICS[key].title)
-    ax.set_ylabel(label)
+    ax.set(title=METRICS[key].title, ylabel=label)
 
 
 def _setting_axis(ax: Axes, kind: str, settings: list[int]) -> None:

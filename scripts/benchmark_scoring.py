@@ -131,7 +131,10 @@ def run(argv: list[str]) -> int:
                 machine.wrap(loaded, backend)
                 engine = resolve_block_engine(loaded.model, options.block_engine)
                 backends[backend] = {"status": "ok"} | measure(loaded, options, engine)
-                print(f"{what}: {line(backends[backend])}", flush=True)
+                speed, peaks = (backends[backend][name] for name in ("toks_per_sec", "peak_memory_mb"))
+                ratio = f"ratio {backends[backend]['streaming_to_dense']:.2f}, peak MB by tokens {peaks}"
+                speeds = f"streaming {speed['streaming']:,.0f} tokens/s, dense chunks {speed['dense_chunks']:,.0f}"
+                print(f"{what}: {speeds}, {ratio}", flush=True)
             except (SetupError, ValueError, RuntimeError) as error:  # out of memory among them
                 reason = first_line(error)
                 backends[backend] = {"status": "failed", "reason": reason}
@@ -140,15 +143,6 @@ def run(argv: list[str]) -> int:
             keep_result(options.output, result, machine, "benchmark_scoring.py", argv, config.seed)
         del loaded
     return 1 if failed else 0
-
-
-def line(figures: dict) -> str:
-    """The figures of a model and a backend, for the eye."""
-    speed, peaks = figures["toks_per_sec"], figures["peak_memory_mb"]
-    return (
-        f"streaming {speed['streaming']:,.0f} tokens/s, dense chunks {speed['dense_chunks']:,.0f}, ratio "
-        f"{figures['streaming_to_dense']:.2f}, peak MB by tokens {peaks}"
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -205,19 +205,16 @@ class Bench:
         """Logits [1 + CHECKED_STEPS, batch, vocab] of the eager decoder with math, or why there are none."""
         if cell.conditions not in self._references:
             self._references.clear()  # one set of conditions is measured at a time
+            wrap_attention(self.model, "math")
             try:
-                self._references[cell.conditions] = self._reference_logits(cell, ids)
+                with Streaming(self.model, self._settings(cell, "eager")) as method:
+                    method.reset()
+                    rows = [method.prefill(ids[:, : cell.length])]
+                    rows += [method.step(ids[:, cell.length + i]).clone() for i in range(CHECKED_STEPS)]
+                    self._references[cell.conditions] = torch.stack(rows)
             except torch.OutOfMemoryError:
                 self._references[cell.conditions] = "the eager decoder with math ran out of memory"
         return self._references[cell.conditions]
-
-    def _reference_logits(self, cell: Cell, ids: Tensor) -> Tensor:
-        wrap_attention(self.model, "math")
-        with Streaming(self.model, self._settings(cell, "eager")) as method:
-            method.reset()
-            rows = [method.prefill(ids[:, : cell.length])]
-            rows += [method.step(ids[:, cell.length + i]).clone() for i in range(CHECKED_STEPS)]
-        return torch.stack(rows)
 
     def _compare(self, rows: list[Tensor], reference: Tensor | str) -> dict:
         if isinstance(reference, str):

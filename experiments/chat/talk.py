@@ -161,9 +161,7 @@ def require_numbers(logits: Tensor) -> None:
 
 def say(text: str) -> None:
     """Show text at once."""
-    if text:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    print(text, end="", flush=True)
 
 
 def note(line: str) -> None:

@@ -140,9 +140,8 @@ class Metric:
         """
         smaller = {"s": "ms", "ms": "µs"}.get(self.unit) if 0 < largest < 1 else None
         unit = smaller or self.unit
-        return f"{self.axis} ({unit}) {ARROWS[self.better]}" if unit else f"{self.axis} {ARROWS[self.better]}", (
-            1e3 if smaller else 1.0
-        )
+        words = f"{self.axis} ({unit})" if unit else self.axis
+        return f"{words} {ARROWS[self.better]}", 1e3 if smaller else 1.0
 
 
 METRICS = {
