@@ -11,9 +11,11 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import ENGINES, StreamingConfig, __version__, supported_families
@@ -98,7 +100,8 @@ def model_report(name: str, streaming: StreamingConfig) -> str:
     if path.suffix == ".gguf" and path.is_file():
         config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     else:
-        config = transformers.AutoConfig.from_pretrained(name)
+        here = path.exists() or not _hub_answers(name)
+        config = transformers.AutoConfig.from_pretrained(name, local_files_only=here)
     layouts, rotaries = layer_layouts(config, streaming), rotaries_from_config(config)
     kept = Counter((layout.config.n_sink, layout.config.window_size) for layout in layouts)
     layers = ", ".join(
@@ -106,6 +109,17 @@ def model_report(name: str, streaming: StreamingConfig) -> str:
     )
     turned = sorted({rotary.rotary_dim for rotary in rotaries})
     return f"{name} ({config.model_type}) streams: {layers}; rotated dimensions: {', '.join(map(str, turned))}"
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the hub says anything about a model, asked once: Transformers tries again for half a minute."""
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=10)
+    except (HfHubHTTPError, HFValidationError):
+        return True  # that there is none, or that one has to log in: Transformers says so
+    except Exception:  # no network: each version of the hub's client has errors of its own
+        return False
+    return True
 
 
 def main() -> int:

@@ -143,20 +143,19 @@ class Attachment:
         if not isinstance(cache, StreamingKVCache):
             return None
         own: dict[str, Any] = {"position_ids": None, "cache_position": None}  # whatever was given
-        if cache.recurrent is not None:
-            own["past_key_values"] = cache.recurrent.native(decoder, cache, len(tokens), tokens.device)
-            first = cache.progress.position  # some of these models would begin at 0 again
-            own["cache_position"] = torch.arange(first, first + tokens.shape[1], device=tokens.device)
-            own["position_ids"] = own["cache_position"].unsqueeze(0)
+        first, counted = cache.progress.position, cache.recurrent is not None or self._scales_queries
         if not cache.progress.together:
             rows = cache.progress.of_rows(len(tokens))
             own["position_ids"] = torch.tensor([[seen + offset] for seen, offset in rows], device=tokens.device)
+        elif counted:  # some of these models would begin at 0 again
+            own["position_ids"] = torch.arange(first, first + tokens.shape[1], device=tokens.device).unsqueeze(0)
         if self._scales_queries:  # they grow with their position, which is that in the cache
-            first, n_tokens, last = cache.progress.position, tokens.shape[1], cache.streaming_config.cache_size
-            here = torch.arange(first, first + n_tokens, device=tokens.device).unsqueeze(0)
-            self._at_hand.positions = here if own["position_ids"] is None else own["position_ids"]
+            self._at_hand.positions, last = own["position_ids"], cache.streaming_config.cache_size
             own["position_ids"] = (self._at_hand.positions - max(cache.progress.offset)).clamp(max=last)
+        if counted:
             own["cache_position"] = own["position_ids"].amax(0)
+        if cache.recurrent is not None:
+            own["past_key_values"] = cache.recurrent.native(decoder, cache, len(tokens), tokens.device)
         return (), given | {name: value for name, value in own.items() if name in self._parameters}
 
     def _after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

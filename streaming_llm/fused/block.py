@@ -46,7 +46,7 @@ def projected(x: Tensor, attention: Attention) -> list[Tensor]:
 
 
 def projected_as_one(x: Tensor, attention: Attention) -> Tensor:
-    """The same, one after the other, ``[..., attention.width]``."""
+    """The outputs of :func:`projected`, one after the other, ``[..., attention.width]``."""
     if are_few(x, attention.projections[0]):
         return few_rows(x, attention.projections, clip=attention.clip)
     outputs = projected(x, attention)

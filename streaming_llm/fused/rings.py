@@ -102,21 +102,26 @@ def _begin_step(
     wait_for_input(PDL)
     row, part = tl.program_id(0), tl.program_id(1)
     if part == 0:
-        now, offset = tl.load(seen_ptr + row), tl.load(offset_ptr + row)
-        tl.store(seen_ptr + row, now + 1)
         which = tl.arange(0, 4)[:, None]  # a power of two; the last one is not used
         pair = tl.arange(0, WIDTH_P)[None, :]
+        now, offset = tl.load(seen_ptr + row), tl.load(offset_ptr + row)
+        states = ()
+        for state in tl.static_range(STATES):  # all loads come first: one behind a store would wait for it
+            n_sink, window = tl.load(sizes_ptr + 2 * state), tl.load(sizes_ptr + 2 * state + 1)
+            inv_freq = tl.load(inv_freq_ptr + state * WIDTH + pair, pair < WIDTH, 0.0)
+            states = states + ((n_sink, window, inv_freq, tl.load(factors_ptr + state)),)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
+        tl.store(seen_ptr + row, now + 1)
         inside = (pair < WIDTH) & (which < 3)
         for state in tl.static_range(STATES):
+            n_sink, window, inv_freq, scaling = states[state]  # type: ignore[var-annotated]
             place = state * tl.num_programs(0) + row
-            n_sink, window = tl.load(sizes_ptr + 2 * state), tl.load(sizes_ptr + 2 * state + 1)
             slot = tl.where(now < n_sink, now, n_sink + (now - n_sink) % (window + 1))
             tl.store(counters_ptr + place * 2, now)
             tl.store(counters_ptr + place * 2 + 1, slot)
             in_cache = tl.minimum(now, n_sink + window)
             position = tl.where(which == 0, now + offset, tl.where(which == 1, in_cache + offset, now - in_cache))
-            angle = position.to(tl.float64) * tl.load(inv_freq_ptr + state * WIDTH + pair, pair < WIDTH, 0.0)
-            factor = tl.where(which < 2, tl.load(factors_ptr + state), 1.0)
+            angle = position.to(tl.float64) * inv_freq
+            factor = tl.where(which < 2, scaling, 1.0)
             to = angles_ptr + (place * 6 + which * 2) * WIDTH + pair
             tl.store(to, (tl.cos(angle) * factor).to(tl.float32), inside)
             tl.store(to + WIDTH, (tl.sin(angle) * factor).to(tl.float32), inside)
