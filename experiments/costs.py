@@ -46,15 +46,23 @@ class PeakMemory:
             for device in self.devices:
                 torch.cuda.reset_peak_memory_stats(device)
         elif sys.platform == "linux":
-            _return_freed_heap()
-            self._resettable = _reset_peak_rss()
+            with contextlib.suppress(AttributeError, OSError):  # without it, memory that earlier runs freed may count
+                ctypes.CDLL(None).malloc_trim(0)
+            try:
+                _CLEAR_REFS.write_text("5")  # reset the peak resident set size to the current one
+                self._resettable = True
+            except OSError:
+                self._resettable = False
 
     def stop(self) -> MemoryFigure:
         if self._on_cuda:
             peak = sum(torch.cuda.max_memory_allocated(device) for device in self.devices)
             return MemoryFigure(peak / 1e6, "CUDA memory allocated")
         if sys.platform == "linux" and self._resettable:
-            return MemoryFigure(_peak_rss_mb(), "resident size of the whole process")
+            peaks = [line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+            if not peaks:
+                raise RuntimeError(f"{_STATUS} has no line VmHWM")
+            return MemoryFigure(int(peaks[0]) * 1024 / 1e6, "resident size of the whole process")
         return MemoryFigure(None, "this system has no resettable peak of a process's resident size")
 
 
@@ -71,27 +79,6 @@ def held_bytes(device: torch.device) -> int:
 def kind_of_held_bytes(device: torch.device) -> str:
     """What `held_bytes` counts, in words."""
     return "CUDA memory allocated" if device.type == "cuda" else "resident size of the process"
-
-
-def _return_freed_heap() -> None:
-    """Give memory that earlier runs freed back to the system, so that it does not count for the next one."""
-    with contextlib.suppress(AttributeError, OSError):  # without it, memory that earlier runs freed may count
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _reset_peak_rss() -> bool:
-    try:
-        _CLEAR_REFS.write_text("5")  # 5: reset the peak resident set size to the current one
-    except OSError:
-        return False
-    return True
-
-
-def _peak_rss_mb() -> float:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError(f"{_STATUS} has no line VmHWM")
 
 
 _ATTEMPTS = 3

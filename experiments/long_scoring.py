@@ -6,7 +6,6 @@ checkpoint that counts them; when it is taken up, the losses are cut back to it.
 """
 
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -98,10 +97,6 @@ class LongScoring:
                 with closing(read_ahead(chunks(state.tokens))) as tokens:
                     self._score(state, losses, in_blocks(tokens, self.block_size), show or (lambda *_: None))
             return losses.read()
-
-    def discard(self) -> None:
-        """Remove the work folder, once there is a result."""
-        shutil.rmtree(self.work)
 
     def _score(self, state: Pass, losses: "_Losses", blocks: Iterator[Tensor], show: Show) -> None:
         scorer, seen = self._scorer(), state.tokens

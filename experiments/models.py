@@ -230,8 +230,11 @@ def _files_fingerprint(folder: Path) -> str:
 
 
 def _hub(name: str) -> ModelSource:
+    from huggingface_hub import try_to_load_from_cache
+
     known, reason = ask_hub(name, "model")
-    commit = known or _cached_commit(name)
+    copy = try_to_load_from_cache(name, "config.json")  # .../snapshots/<commit>/config.json
+    commit = known or (Path(copy).parent.name if isinstance(copy, str) else None)
     if commit is None:
         raise SetupError(
             f"model {name!r} was not found: it is not {DEMO_MODEL!r}, not {RANDOM_PREFIX}<size>, not a local folder, "
@@ -240,14 +243,6 @@ def _hub(name: str) -> ModelSource:
         )
     options = {"local_files_only": known is None, "revision": commit}
     return ModelSource(name, _slug(name.replace("/", "--")), "trained", f"hub:{name}@{commit}", name, options)
-
-
-def _cached_commit(name: str) -> str | None:
-    """The commit of the hub model that this machine holds a copy of, if any."""
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(name, "config.json")
-    return Path(path).parent.name if isinstance(path, str) else None  # .../snapshots/<commit>/config.json
 
 
 def _attention(model_config) -> str:

@@ -7,6 +7,7 @@ python scripts/score_long.py --datasets book.txt --output book.json
 import argparse
 import math
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ def score(job: Job, command: str) -> None:
         say(save_result(options.output, value, keep_previous=options.force).line)
         say(loss_figures.in_words(value))
     del losses, tail  # mapped from files that are removed
-    run.discard()
+    shutil.rmtree(job.work)
 
 
 def tail_chunks(job: Job, start: int, position: int) -> Iterator[Tensor]:

@@ -54,20 +54,16 @@ def read_questions(name: str) -> list[Question]:
         return _of(make_records(1000, seed=0), name)
     path = Path(name)
     if path.exists() or path.suffix in (".jsonl", ".json"):
-        return _of(_records(path), name)
+        try:
+            text = path.read_text(encoding="utf-8")
+            parts = [text] if path.suffix == ".json" else filter(str.strip, text.splitlines())
+            records = [json.loads(part) for part in parts]
+        except (OSError, ValueError) as error:
+            raise SetupError(f"questions {path}: cannot be read ({error})") from None
+        return _of(records[0] if path.suffix == ".json" else records, name)
     repo, _, rest = name.partition(":")
     config, _, split = rest.partition("@")
     return _of(hub_rows(name, repo, config or None, split or "test")[0], name)
-
-
-def _records(path: Path) -> list[dict]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise SetupError(f"questions {path}: cannot be read ({error})") from None
 
 
 def _of(records: Iterable[dict], name: str) -> list[Question]:
