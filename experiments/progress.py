@@ -180,17 +180,12 @@ def main_table(results: Sequence[dict]) -> str:
             engine = block.get("engine", "eager")
             how = result["backend"] if engine == "eager" else f"{result['backend']}, {engine}"
             rows.append([result["dataset_key"], f"{block['label']} ({how})", *_figures(block), _note(block)])
-    return table(["data set", "method", *_headings(results), ""], rows)
-
-
-def _headings(results: Sequence[dict]) -> list[str]:
-    """Of the columns; a runtime that is that of a sample of the steps says so."""
     headings = [heading for heading, _, _ in _COLUMNS]
     blocks = [result[name] for result in results if result["scoring"] == "parallel" for name in result["methods"]]
-    if blocks:
-        steps = max((block["decode_tokens"] or 0 for block in blocks), default=0)
+    if blocks:  # the runtime is that of a sample of the steps
+        steps = max(block["decode_tokens"] or 0 for block in blocks)
         headings[headings.index("runtime s")] = f"s for prefill + {steps} tokens"
-    return headings
+    return table(["data set", "method", *headings, ""], rows)
 
 
 def _note(block: dict) -> str:

@@ -67,7 +67,8 @@ def quality(nll: np.ndarray, ids: np.ndarray) -> dict:
     """Tenths of streams, losses and ids [streams, tokens]: perplexity over all streams, distinct 4-grams of one on
     average; and of each stream the last tenth's as multiples of the first's."""
     means = np.stack([part.mean(axis=1, dtype=np.float64) for part in np.array_split(nll, 10, axis=1)])
-    grams = np.array([[_distinct_4grams(row) for row in part] for part in np.array_split(ids, 10, axis=1)])
+    windows = [np.lib.stride_tricks.sliding_window_view(part, 4, axis=1) for part in np.array_split(ids, 10, axis=1)]
+    grams = np.array([[len(np.unique(row, axis=0)) for row in part] for part in windows])
     return {
         "perplexity_by_tenths": np.exp(means.mean(axis=1)).tolist(),
         "distinct_4grams_by_tenths": grams.mean(axis=1).tolist(),
@@ -76,10 +77,6 @@ def quality(nll: np.ndarray, ids: np.ndarray) -> dict:
         "perplexity_ratio_of_each": np.exp(means[-1] - means[0]).tolist(),
         "distinct_4grams_ratio_of_each": (grams[-1] / grams[0]).tolist(),
     }
-
-
-def _distinct_4grams(ids: np.ndarray) -> int:
-    return len({tuple(gram) for gram in np.lib.stride_tricks.sliding_window_view(ids, 4).tolist()})
 
 
 def measure(options: argparse.Namespace, subject: Subject) -> dict:
