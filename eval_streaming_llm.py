@@ -34,7 +34,7 @@ def build_parser() -> OneLineParser:
     how = ("attn_backend_list", "engine", *MODEL[1:], "device_map")
     add_options(parser, "how it is computed", how, one, attn_backend_list=backend)
     group = add_options(parser, "output", ("repeats", "progress"))
-    group.add_argument("--output", type=Path, default=None, metavar="FILE", help="also write the result as JSON")
+    group.add_argument("--output", type=Path, metavar="FILE", help="also write the result as JSON")
     return parser
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 
+from experiments.kvpress_support import PRESSES
+
 EXPERIMENTS = ("main", "ablation_window_size", "ablation_n_sink")
 ENGINES = ("auto", "eager", "graph", "graph+compile", "fused", "fused-triton")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -60,12 +62,6 @@ def _methods() -> Iterable[str]:
     return METHODS
 
 
-def _presses() -> Iterable[str]:
-    from experiments.kvpress_support import PRESSES
-
-    return PRESSES
-
-
 def _option(default, help: str, **details):
     """A field with what a command line says about it.
 
@@ -113,7 +109,7 @@ class ExperimentConfig:
     repeats: int = _number(1, 1, "N", "runs of each cell, interleaved; figures are medians; default: 1")
     scoring: str = _option("decode", _SCORING_HELP, known=("decode", "parallel"))
     decode_sample: int = _number(128, 0, "N", "steps timed under parallel scoring and in ablations; default: 128")
-    kvpress_press: str = _option("streaming_llm", _PRESS_HELP, known=_presses)
+    kvpress_press: str = _option("streaming_llm", _PRESS_HELP, known=PRESSES)
     ablation_window_sizes: tuple[int, ...] | None = _number(
         None, 1, "W", "default: the five largest powers of two within the context", many=True
     )
@@ -142,18 +138,15 @@ class ExperimentConfig:
         for item in fields(self):
             if item.metadata.get("many"):
                 object.__setattr__(self, item.name, _many(item, getattr(self, item.name)))
-            self._check(item)
+            value, details = getattr(self, item.name), item.metadata
+            known = details.get("known")
+            for one in () if value is None else value if details.get("many") else (value,):
+                if "low" in details:
+                    at_least(item.name, one, details["low"])
+                if known is not None and one not in (names := known() if callable(known) else known):
+                    raise unknown_name(item.name, one, names)
         if self.output_dir is not None:
             object.__setattr__(self, "output_dir", Path(self.output_dir))
-
-    def _check(self, item: Field) -> None:
-        value, details = getattr(self, item.name), item.metadata
-        known = details.get("known")
-        for one in () if value is None else value if details.get("many") else (value,):
-            if "low" in details:
-                at_least(item.name, one, details["low"])
-            if known is not None and one not in (names := known() if callable(known) else known):
-                raise unknown_name(item.name, one, names)
 
 
 def _many(item: Field, value) -> tuple | None:

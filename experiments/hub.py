@@ -5,7 +5,6 @@ on this machine is used. Without it, a machine without network waits through man
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import ModuleType
 
 from experiments.config import SetupError, first_line
@@ -14,38 +13,28 @@ _TIMEOUT_SEC = 10
 _SPLITS = ("test", "validation", "train")  # the first that a data set has is taken
 
 
-@dataclass(frozen=True)
-class HubAnswer:
-    """Whether the hub knows a repository: its commit, or None with the reason why the hub gave no answer."""
+def ask_hub(repo: str, kind: str) -> tuple[str | None, str]:
+    """The commit of a "model" or "dataset" repository, or None, with the reason why the hub gave no answer.
 
-    commit: str | None
-    reason: str = ""
-
-
-def ask_hub(repo: str, kind: str) -> HubAnswer:
-    """Ask for the commit of a "model" or "dataset" repository; raises SetupError if the hub says there is none."""
+    Raises SetupError if the hub says that there is none.
+    """
     import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors
 
     api = huggingface_hub.HfApi()
     ask = {"model": api.model_info, "dataset": api.dataset_info}[kind]
     try:
-        return HubAnswer(ask(repo, timeout=_TIMEOUT_SEC).sha)
-    except OfflineModeIsEnabled:
-        return HubAnswer(None, "HF_HUB_OFFLINE is set")
-    except GatedRepoError:
+        return ask(repo, timeout=_TIMEOUT_SEC).sha, ""
+    except errors.OfflineModeIsEnabled:
+        return None, "HF_HUB_OFFLINE is set"
+    except errors.GatedRepoError:
         raise SetupError(f"{kind} {repo!r}: the hub asks you to log in and accept its terms first") from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise SetupError(f"{kind} {repo!r}: the hub knows no such {kind}") from None
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise SetupError(f"{kind} {repo!r} is no valid hub name: {error}") from None
     except Exception as error:  # each version of the hub's client has network errors of its own
-        return HubAnswer(None, f"{type(error).__name__}: {error}")
+        return None, f"{type(error).__name__}: {error}"
 
 
 def datasets_library(name: str) -> ModuleType:
@@ -67,15 +56,15 @@ def hub_rows(name: str, repo: str, config: str | None, split: str | None) -> tup
     `split` None: the first of test, validation and train that there is. `name`: what the errors call it.
     """
     datasets = datasets_library(name)
-    answer = ask_hub(repo, "dataset")
-    offline = answer.commit is None
+    commit, reason = ask_hub(repo, "dataset")
+    offline = commit is None
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = offline or before  # else the library retries for long
     try:
         download = datasets.DownloadConfig(local_files_only=offline, max_retries=1)
         found = datasets.load_dataset(repo, config, split=split, download_config=download)
     except Exception as error:  # a missing copy, a broken download: the kinds differ between versions
-        reason = answer.reason or f"{type(error).__name__}: {first_line(error)}"
+        reason = reason or f"{type(error).__name__}: {first_line(error)}"
         raise SetupError(
             f"data set {name} could not be loaded: the hub was asked and this machine's cache was looked at "
             f"({reason}); pass a local file instead: --datasets path/to/text.txt"

@@ -12,7 +12,6 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import kvpress
@@ -27,8 +26,11 @@ from streaming_llm.families import layer_windows, rotaries_from_model
 logging.getLogger("kvpress.presses.base_press").setLevel(logging.ERROR)
 
 
-class _PartialKeyRerotationPress(KeyRerotationPress):
-    """Key re-rotation limited to the rotary dimensions (GPT-NeoX rotates a quarter of each head)."""
+class RerotatingScorerPress(KeyRerotationPress, ScorerPress):
+    """Key re-rotation as a `ScorerPress`, which is all that `DecodingPress` takes, limited to the rotary dimensions.
+
+    (GPT-NeoX rotates a quarter of each head.)
+    """
 
     @staticmethod
     def rerotate_keys(module, indices: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -41,24 +43,6 @@ class _PartialKeyRerotationPress(KeyRerotationPress):
         rest = keys[..., rotary_dim:]
         rest = rest.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, rest.shape[-1]))
         return torch.cat([rotated, rest], dim=-1)
-
-
-@dataclass
-class RerotatingScorerPress(ScorerPress):
-    """A `ScorerPress`, which is all that `DecodingPress` takes, that compresses with key re-rotation."""
-
-    press: ScorerPress | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._rerotating = _PartialKeyRerotationPress(self.press)
-
-    def post_init_from_model(self, model):
-        self._rerotating.post_init_from_model(model)
-
-    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
-        self._rerotating.compression_ratio = self.compression_ratio
-        return self._rerotating.compress(module, hidden_states, keys, values, attentions, kwargs)
 
 
 class _AttentionView:
@@ -117,7 +101,7 @@ def build_press(name: str, cache_size: int, n_sink: int) -> DecodingPress:
     if entry.cannot:
         raise ValueError(f"kvpress_press {name!r} cannot run: {entry.cannot}")
     options = {entry.sink_keyword: n_sink} if entry.sink_keyword else {}
-    press = RerotatingScorerPress(press=getattr(kvpress, entry.class_name)(**options))
+    press = RerotatingScorerPress(getattr(kvpress, entry.class_name)(**options))
     return DecodingPress(press, compression_interval=1, target_size=cache_size)
 
 

@@ -87,11 +87,6 @@ def kvpress_unavailable() -> str | None:
 _patched: dict[str, object] = {}  # Transformers' attention functions as importing kvpress leaves them
 
 
-def _is_transformers_own(function: object) -> bool:
-    # Functions that others registered pass the work on to these, and take their arguments in another order.
-    return (getattr(function, "__module__", None) or "").startswith("transformers.")
-
-
 def import_adapter() -> ModuleType:
     """`experiments.kvpress_neox`, importing kvpress with it but keeping Transformers' attention functions in force."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -102,8 +97,10 @@ def import_adapter() -> ModuleType:
     finally:
         after = {name: f for name, f in ALL_ATTENTION_FUNCTIONS.items() if before.get(name) is not f}
         if after:
-            own = (name for name in after if _is_transformers_own(before.get(name)))
-            _patched.update((name, after[name]) for name in own)
+            for name, function in after.items():
+                # Functions that others registered pass the work on to Transformers' own, with other arguments.
+                if (getattr(before.get(name), "__module__", None) or "").startswith("transformers."):
+                    _patched[name] = function
             _put_back(before, after)
 
 

@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -141,9 +142,7 @@ class StreamingLM(HFLM):
         if len(rows[-1]) < 2:  # the shortest: an empty document has none to predict
             return [*(self._whole(rows[:-1]) if len(rows) > 1 else []), 0.0]
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.int64)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
+        ids = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
         totals = torch.zeros(len(rows), dtype=torch.float64, device=lengths.device)
 
         def add(start: int, nll: Tensor, hidden: Tensor) -> None:

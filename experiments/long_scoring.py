@@ -6,7 +6,6 @@ checkpoint that counts them; when it is taken up, the losses are cut back to it.
 """
 
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,9 +19,8 @@ import torch
 from torch import Tensor
 
 from experiments.config import SetupError
-from experiments.memory import PeakMemory
-from experiments.progress import Show, perplexity_shown
-from experiments.stop_request import StopRequest
+from experiments.costs import PeakMemory
+from experiments.progress import Show, StopRequest, perplexity_shown
 from experiments.storage import differences, read_json, write_json
 from streaming_llm import StreamingKVCache, StreamingLLMWrapper
 from streaming_llm.blockwise import BlockScorer, in_blocks
@@ -57,34 +55,31 @@ class Pass:
     waiting_for_text_sec: float = 0.0
 
 
+@dataclass
 class LongScoring:
     """Passes over texts, each resumable, with a model inside a `StreamingLLMWrapper`.
 
     `identity`: JSON values that a checkpoint has to share with this run to be taken up. `every_sec`: seconds between
-    checkpoints; 0 for one after each block. `say` is
-    told when a checkpoint has been written. Raises SetupError where the checkpoint in `work` is of another run, or
-    cannot be read.
+    checkpoints; 0 for one after each block. `say` is told when a checkpoint has been written. Raises SetupError where
+    the checkpoint in `work` is of another run, or cannot be read.
     """
 
-    def __init__(
-        self,
-        work: Path,
-        identity: dict,
-        stream: StreamingLLMWrapper,
-        block_size: int,
-        every_sec: float,
-        stop: StopRequest,
-        say: Callable[[str], None],
-    ):
-        self.work, self.identity, self.stream = work, identity, stream
-        self.block_size, self.every_sec, self.stop = block_size, every_sec, stop
-        self.memory, self.say = PeakMemory(stream.model.get_input_embeddings().weight.device), say
+    work: Path
+    identity: dict
+    stream: StreamingLLMWrapper
+    block_size: int
+    every_sec: float
+    stop: StopRequest
+    say: Callable[[str], None]
+
+    def __post_init__(self):
+        self.memory = PeakMemory(self.stream.model.get_input_embeddings().weight.device)
         self.memory.start()
         self.passes: dict[str, Pass] = {}
         self.facts = {"sessions": 1, "checkpoint_sec": 0.0, "peak_memory_mb": None}
         self._saved: dict | None = None  # the stream in the checkpoint, until it is taken up
-        if (work / CHECKPOINT).exists():
-            saved = read_checkpoint(work / CHECKPOINT, identity)
+        if (self.work / CHECKPOINT).exists():
+            saved = read_checkpoint(self.work / CHECKPOINT, self.identity)
             self.passes = {name: Pass(**values) for name, values in saved["passes"].items()}
             self.facts = saved["facts"] | {"sessions": saved["facts"]["sessions"] + 1}
             self._saved = saved["stream"]
@@ -102,10 +97,6 @@ class LongScoring:
                 with closing(read_ahead(chunks(state.tokens))) as tokens:
                     self._score(state, losses, in_blocks(tokens, self.block_size), show or (lambda *_: None))
             return losses.read()
-
-    def discard(self) -> None:
-        """Remove the work folder, once there is a result."""
-        shutil.rmtree(self.work)
 
     def _score(self, state: Pass, losses: "_Losses", blocks: Iterator[Tensor], show: Show) -> None:
         scorer, seen = self._scorer(), state.tokens
@@ -165,7 +156,9 @@ class LongScoring:
             stream = {"cache": f"cache-{time.time_ns()}.safetensors"}
             scorer.cache.save(self.work / stream["cache"])
             stream["last_hidden"] = scorer.last_hidden[0, 0].double().tolist()
-        self._note_peak()
+        figure = self.memory.stop()  # the highest peak of all sessions, as far as they came to a checkpoint
+        known = [value for value in (self.facts["peak_memory_mb"], figure.peak_mb) if value is not None]
+        self.facts |= {"peak_memory_mb": max(known, default=None), "peak_memory_kind": figure.kind}
         passes = {name: asdict(state) for name, state in self.passes.items()}
         value = {"format": CHECKPOINT_FORMAT, "identity": self.identity, "passes": passes, "facts": self.facts}
         write_json(self.work / CHECKPOINT, value | {"stream": stream})
@@ -173,12 +166,6 @@ class LongScoring:
             if stream is None or path.name != stream["cache"]:
                 path.unlink()
         self.facts["checkpoint_sec"] += time.perf_counter() - begin
-
-    def _note_peak(self) -> None:
-        """The highest peak of all sessions, as far as they came to a checkpoint."""
-        figure = self.memory.stop()
-        known = [value for value in (self.facts["peak_memory_mb"], figure.peak_mb) if value is not None]
-        self.facts |= {"peak_memory_mb": max(known, default=None), "peak_memory_kind": figure.kind}
 
 
 def read_checkpoint(path: Path, identity: dict) -> dict:

@@ -20,7 +20,7 @@ from experiments import (
     plot_fixed_eval_results,
     plot_stream_curves,
 )
-from experiments.plotting.report import Picture, Run, build_page
+from experiments.plotting.report import Run, build_page, picture
 from experiments.plotting.script import Drawing, draw_styled, make_parser, read_or_explain
 from experiments.plotting.table import Results, find_roots
 
@@ -54,7 +54,7 @@ def illustrate(results: Results, top: Path, save: Callable[[Drawing], None] = la
             if drawing.figure is not None:  # what was not asked for (losses, another backend) is not missing
                 missing |= dict.fromkeys(drawing.missing)
                 save(drawing)
-                pictures.append(Picture.of(drawing, name, datasets))
+                pictures.append(picture(drawing, name, datasets))
     return Run(name, results, pictures, [*missing, *(f"{path.name}: {text}" for path, text in results.problems)])
 
 

@@ -4,7 +4,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -105,7 +105,12 @@ class Bench:
     def __init__(self, config: ExperimentConfig):
         self.config = config
         self.machine = resolve_machine(config)
-        require_methods(config)
+        for name in config.methods or ():  # one that was named has to be able to run
+            reason = METHODS[name].unavailable()
+            if reason is not None:
+                raise SetupError(f"method {name!r} cannot run here: {reason}")
+        if reason := PRESSES[config.kvpress_press].cannot:
+            raise SetupError(f"kvpress_press {config.kvpress_press!r} cannot run: {reason}")
         self._source: ModelSource | None = None
         self._loaded: LoadedModel | None = None
 
@@ -176,23 +181,13 @@ class Bench:
         return tuple(able), skipped
 
 
-def require_methods(config: ExperimentConfig) -> None:
-    """Raise SetupError where a method that was named cannot run in this environment."""
-    for name in config.methods or ():
-        reason = METHODS[name].unavailable()
-        if reason is not None:
-            raise SetupError(f"method {name!r} cannot run here: {reason}")
-    if PRESSES[config.kvpress_press].cannot:
-        raise SetupError(f"kvpress_press {config.kvpress_press!r} cannot run: {PRESSES[config.kvpress_press].cannot}")
-
-
-def attempt(compute: Callable[[], Value]) -> tuple[Value | None, str]:
+def attempt(compute: Callable[[], Value], reason_of: Callable | None = None) -> tuple[Value | None, Any]:
     """What a piece of work gives, or why it gives nothing: the boundary at which whatever goes wrong becomes a reason,
-    and the other pieces go on."""
+    as `describe` or `reason_of` words it, and the other pieces go on."""
     try:
         return compute(), ""
     except Exception as error:  # whatever it is, it concerns this piece
-        reason = describe(error)
+        reason = (reason_of or describe)(error)
     free_memory()  # what the failed run held must not be missing to the next one
     return None, reason
 

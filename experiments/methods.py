@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from experiments.engines import forward_of, plain_forward, recomputing_engine, score
 from experiments.kvpress_support import PRESSES, import_adapter, kvpress_attention_functions, kvpress_unavailable
-from experiments.method_base import Capturing, Method, MethodSettings
+from experiments.method_base import (
+    Cached,
+    Capturing,
+    Method,
+    MethodSettings,
+    forward_of,
+    plain_forward,
+    recomputing_engine,
+    score,
+)
 from experiments.placements import Gapped, Rerotated
 from streaming_llm import StreamingDecoder
 from streaming_llm.attachment import maskless_attention
@@ -131,11 +139,10 @@ class KVPress(Dense):
     score = Method.score
 
 
-class Streaming(Method):
+class Streaming(Cached):
     """StreamingLLM: S sinks and the last W tokens, exact, in a ring buffer."""
 
     name, label = "streaming", "StreamingLLM"
-    parallel = True
 
     @staticmethod
     def engine_for(engine: str) -> str:
@@ -147,33 +154,11 @@ class Streaming(Method):
         return self.settings.n_sink, self.settings.window_size
 
     def _attach(self, stack: ExitStack) -> None:
-        self._decoder = stack.enter_context(StreamingDecoder(self.model, *self.sizes, self.settings.engine))
-
-    @property
-    def engine(self) -> str:
-        return self._decoder.engine
-
-    @property
-    def compile_sec(self) -> float:
-        return self._decoder.compile_sec
-
-    def reset(self) -> None:
-        self._decoder.reset()
+        self._runner = stack.enter_context(StreamingDecoder(self.model, *self.sizes, self.settings.engine))
+        self._cache = self._runner.cache
 
     def prefill(self, ids: Tensor) -> Tensor:
-        return self._decoder.prefill(ids)
-
-    def step(self, ids: Tensor) -> Tensor:
-        return self._decoder.step(ids)
-
-    @property
-    def kv_cache_nbytes(self) -> int:
-        return self._decoder.cache_nbytes
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        held = self._decoder.cache
-        return held.nbytes // max(1, held.layers[0].n_stored)
+        return self._runner.prefill(ids)
 
     def score(self, ids: Tensor) -> Tensor:
         return score(self.model, ids, *self.sizes, self.settings.engine)

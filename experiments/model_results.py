@@ -136,15 +136,11 @@ class ModelResults:
         for name in value["methods"]:
             own = self.root / "fixed_eval" / f"{file.first.dataset}_{name}_backend-{file.first.backend}.json"
             self._save(own, fixed_eval_result(value, name), quiet=True)
-        if self.config.save_token_nll and self.plan.source.weights != "random":
-            self._write_losses(file, path)
-
-    def _write_losses(self, file: FilePlan, path: Path) -> None:
-        for cell in reversed(file.cells):  # of several engines the first one's stay
-            if cell in self.done:
-                losses = self.store.load(cell, self.hashes[cell]).arrays
-                if len(losses["nll"]):
-                    write_npz(path.with_name(f"{file.stem}.{cell.method}.nll.npz"), **losses)
+        wanted = self.config.save_token_nll and self.plan.source.weights != "random"
+        for cell in reversed(file.cells) if wanted else ():  # of several engines the first one's stay
+            losses = self.store.load(cell, self.hashes[cell]).arrays if cell in self.done else {"nll": ()}
+            if len(losses["nll"]):
+                write_npz(path.with_name(f"{file.stem}.{cell.method}.nll.npz"), **losses)
 
     def _write_ablation(self, file: FilePlan) -> None:
         entries = [self._runs(cell) for cell in file.cells]
@@ -158,5 +154,5 @@ class ModelResults:
         """Save a file; whether something else was there, which has been set aside."""
         saved = save_result(path, value, keep_previous=self.config.force)
         if saved.aside is not None or not quiet:
-            self.say(str(saved))
+            self.say(saved.line)
         return saved.aside is not None

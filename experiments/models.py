@@ -188,7 +188,11 @@ def find_model(name: str, seed: int = 0) -> ModelSource:
     if name == DEMO_MODEL:
         return _folder(name, DEMO_FOLDER, slug="")
     if name.startswith(RANDOM_PREFIX):
-        return _random(name, seed)
+        size = name.removeprefix(RANDOM_PREFIX)
+        if size not in RANDOM_SIZES:
+            raise unknown_name(f"size in {RANDOM_PREFIX}<size>:", size, RANDOM_SIZES)
+        slug = _slug(name.replace(":", "-"))
+        return ModelSource(name, slug, "random", f"random:{size}:seed={seed}", size, seed=seed)
     if (file := gguf_file(Path(name))) is not None:
         options = {"local_files_only": True, "gguf_file": file.name}
         return ModelSource(name, _slug(file.stem), "trained", f"gguf:{sha256_of(file)}", str(file.parent), options)
@@ -226,24 +230,19 @@ def _files_fingerprint(folder: Path) -> str:
 
 
 def _hub(name: str) -> ModelSource:
-    answer = ask_hub(name, "model")
-    commit = answer.commit or _cached_commit(name)
+    from huggingface_hub import try_to_load_from_cache
+
+    known, reason = ask_hub(name, "model")
+    copy = try_to_load_from_cache(name, "config.json")  # .../snapshots/<commit>/config.json
+    commit = known or (Path(copy).parent.name if isinstance(copy, str) else None)
     if commit is None:
         raise SetupError(
             f"model {name!r} was not found: it is not {DEMO_MODEL!r}, not {RANDOM_PREFIX}<size>, not a local folder, "
-            f"not in this machine's hub cache, and the hub gave no answer ({answer.reason}); "
+            f"not in this machine's hub cache, and the hub gave no answer ({reason}); "
             "pass the path of a local folder instead: --model path/to/folder"
         )
-    options = {"local_files_only": answer.commit is None, "revision": commit}
+    options = {"local_files_only": known is None, "revision": commit}
     return ModelSource(name, _slug(name.replace("/", "--")), "trained", f"hub:{name}@{commit}", name, options)
-
-
-def _cached_commit(name: str) -> str | None:
-    """The commit of the hub model that this machine holds a copy of, if any."""
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(name, "config.json")
-    return Path(path).parent.name if isinstance(path, str) else None  # .../snapshots/<commit>/config.json
 
 
 def _attention(model_config) -> str:
@@ -255,11 +254,3 @@ def _attention(model_config) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]._supports_sdpa else "eager"
-
-
-def _random(name: str, seed: int) -> ModelSource:
-    size = name.removeprefix(RANDOM_PREFIX)
-    if size not in RANDOM_SIZES:
-        raise unknown_name(f"size in {RANDOM_PREFIX}<size>:", size, RANDOM_SIZES)
-    slug = _slug(name.replace(":", "-"))
-    return ModelSource(name, slug, "random", f"random:{size}:seed={seed}", size, seed=seed)

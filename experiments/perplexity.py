@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.costs import measured, seconds, synchronise
 from experiments.method_base import Method
 from experiments.progress import LossDisplay
-from experiments.timing import measured, seconds, synchronise
 from streaming_llm.attachment import maskless_attention
 from streaming_llm.families import text_config
 
@@ -31,11 +31,11 @@ NOT_TIMED = "with a decode sample of 0 nothing is timed"
 
 
 @dataclass(frozen=True)
-class PerplexityResult:
-    """Perplexity and speed of one run. Times in seconds unless the name says otherwise; None with a reason.
+class RunFigures:
+    """The figures of one run. Times in seconds unless the name says otherwise; None with a reason.
 
     `runtime_sec` = `prefill_sec` + `decode_sec`; `first_token_latency_sec` is the first decode step and `ttft_sec`
-    the prefill and that step. `nll` holds the losses in nats of the tokens at `position` in the stream.
+    the prefill and that step.
     """
 
     perplexity: float | None
@@ -48,9 +48,15 @@ class PerplexityResult:
     decode_toks_per_sec: float | None
     tpot_ms: float | None
     peak_memory_mb: float | None
-    peak_memory_kind: str
     kv_cache_mb: float
     kv_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class PerplexityResult(RunFigures):
+    """Perplexity and speed of one run; `nll` holds the losses in nats of the tokens at `position` in the stream."""
+
+    peak_memory_kind: str
     engine: str
     prompt_tokens: int
     scoring: str
@@ -164,27 +170,9 @@ def perplexity(nll: np.ndarray) -> float:
     return math.exp(mean)
 
 
-def _timing(prefill: float, first: float | None, end: float, steps: int) -> tuple[dict, dict[str, str]]:
-    """Figures from clock readings in seconds since the start, and reasons for those that there are none of.
-
-    `first`: after the first decode step, None where there was none.
-    """
-    decode = end - prefill
-    figures = {
-        "runtime_sec": end,
-        "prefill_sec": prefill,
-        "first_token_latency_sec": None if first is None else first - prefill,
-        "ttft_sec": first,
-        "decode_sec": decode,
-        "decode_tokens": steps,
-        "decode_toks_per_sec": steps / decode if steps else None,
-        "tpot_ms": 1e3 * decode / steps if steps else None,
-    }
-    return figures, {name: NO_DECODE for name, value in figures.items() if value is None}
-
-
 def _decode(method: Method, ids: Tensor, prompt: int, progress: LossDisplay) -> tuple[tuple[dict, dict], Tensor]:
-    """Prefill `prompt` tokens, then feed the others but the last: losses [N - 1] of which those before P - 1 are 0.
+    """Prefill `prompt` tokens, then feed the others but the last: figures of time, reasons for those that there are
+    none of, and losses [N - 1] of which those before P - 1 are 0.
 
     ids [1, N]. Every loss is that of the next token, in float32 (float64 for a float64 model).
     """
@@ -212,7 +200,18 @@ def _decode(method: Method, ids: Tensor, prompt: int, progress: LossDisplay) -> 
     synchronise(ids.device)
     end = time.perf_counter() - start
     steps = max(0, n_tokens - 1 - prompt)
-    return _timing(prefill, first, end if steps else prefill, steps), nll
+    end = end if steps else prefill
+    figures = {
+        "runtime_sec": end,
+        "prefill_sec": prefill,
+        "first_token_latency_sec": None if first is None else first - prefill,
+        "ttft_sec": first,
+        "decode_sec": end - prefill,
+        "decode_tokens": steps,
+        "decode_toks_per_sec": steps / (end - prefill) if steps else None,
+        "tpot_ms": 1e3 * (end - prefill) / steps if steps else None,
+    }
+    return (figures, {name: NO_DECODE for name, value in figures.items() if value is None}), nll
 
 
 @torch.inference_mode()

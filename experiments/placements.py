@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from experiments.method_base import Capturing, Method, MethodSettings
+from experiments.method_base import Cached, Capturing, MethodSettings
 from experiments.perplexity import token_losses
 from streaming_llm import StreamingConfig, StreamingKVCache
 from streaming_llm.attachment import attached
@@ -29,14 +29,13 @@ def model_call_engine(engine: str) -> str:
     return "eager" if engine == "eager" else "graph"
 
 
-class Gapped(Method):
+class Gapped(Cached):
     """Sinks and window, every token at its position in the stream.
 
     A streaming cache of a rotation of no dimensions: the model rotates the keys, and the cache turns no sink.
     """
 
     name, label = "gapped", "Gapped"
-    parallel = True
     engine_for = staticmethod(model_call_engine)
 
     def _attach(self, stack: ExitStack) -> None:
@@ -48,31 +47,9 @@ class Gapped(Method):
         sizes = StreamingConfig(self.settings.n_sink, self.settings.window_size)
         return StreamingKVCache(transformers_model(self.model).config, config=sizes, rotary=UNROTATED)
 
-    @property
-    def engine(self) -> str:
-        return self._runner.name
-
-    @property
-    def compile_sec(self) -> float:
-        return self._runner.compile_sec
-
-    def reset(self) -> None:
-        self._cache.reset()
-
     def prefill(self, ids: Tensor) -> Tensor:
         hidden = feed_rows(self.model, self._cache, list(ids), block_forward(self.model, "eager"))
         return last_logits(transformers_model(self.model), hidden)
-
-    def step(self, ids: Tensor) -> Tensor:
-        return self._runner.step(ids)
-
-    @property
-    def kv_cache_nbytes(self) -> int:
-        return self._cache.nbytes
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return self._cache.nbytes // max(1, self._cache.layers[0].n_stored)
 
     def score(self, ids: Tensor) -> Tensor:
         with attached(self.model):

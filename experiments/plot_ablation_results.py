@@ -20,17 +20,13 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from experiments.plotting.captions import caption
 from experiments.plotting.files import ABLATIONS
 from experiments.plotting.lines import Line, draw_lines, line_handles, line_styles, number_axis
-from experiments.plotting.metrics import METRICS, short_number
 from experiments.plotting.page import new_page, safe_name
 from experiments.plotting.script import Drawing, main
-from experiments.plotting.style import BAND, QUIET, dataset_label
+from experiments.plotting.style import BAND, METRICS, QUIET, dataset_label, short_number
 from experiments.plotting.table import Results, backends_of_each, series_of, why_missing
 
 SPEED = ("decode_toks_per_sec", "runtime_sec")  # the first of these that the files have
-X_LABELS = {
-    "window_size": "window_size (recent tokens kept; log axis)",
-    "n_sink": "n_sink (first tokens kept)",
-}
+X_LABELS = {"window_size": "window_size (recent tokens kept; log axis)", "n_sink": "n_sink (first tokens kept)"}
 TITLES = {"window_size": "How large a window", "n_sink": "How many sinks"}
 PANEL_IN = 1.4
 
@@ -109,8 +105,7 @@ def _draw_panel(ax: Axes, rows: pd.DataFrame, key: str, series: list, styles: di
         ax.set_ylim(0, 1.1 * factor * rows[[key, f"{key}_high"]].max(axis=None))
     for setting in rows.loc[rows[key].isna(), "setting"]:
         ax.plot(setting, 0.05, "x", color=QUIET, ms=3.2, mew=0.9, transform=ax.get_xaxis_transform())
-    ax.set_title(METRICS[key].title)
-    ax.set_ylabel(label)
+    ax.set(title=METRICS[key].title, ylabel=label)
 
 
 def _setting_axis(ax: Axes, kind: str, settings: list[int]) -> None:

@@ -41,11 +41,7 @@ def draw(results: Results) -> list[Drawing]:
         figure = bar_figure(cells, keys, f"All metrics{words}", [memory_note(cells)])
         name = f"comprehensive_{dataset}{f'_{mode}' if mode else ''}"
         drawings.append(Drawing(name, figure, missing_lines(cells, keys)))
-    return [*drawings, *draw_kernel_ratio(results)]
-
-
-def draw_kernel_ratio(results: Results) -> list[Drawing]:
-    """What the kernel switch is for; nothing to show where all results have one backend."""
+    # What the kernel switch is for; nothing to show where all results have one backend.
     stated = results.cells[results.cells["stated"].astype(bool)]
     others = stated[stated["backend"] != REFERENCE_BACKEND]
     note = "right of the line: the kernel that the legend names is faster than math"
@@ -53,7 +49,7 @@ def draw_kernel_ratio(results: Results) -> list[Drawing]:
     lines = missing_lines(others, RATIOS) if figure else []
     if len(stated) and not figure:
         lines = [f"math against another kernel: all results have the backend {stated['backend'].iloc[0]}"]
-    return [Drawing("comprehensive_kernel_ratio", figure, lines)]
+    return [*drawings, Drawing("comprehensive_kernel_ratio", figure, lines)]
 
 
 if __name__ == "__main__":

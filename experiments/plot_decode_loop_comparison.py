@@ -13,8 +13,6 @@ from pathlib import Path
 if not __package__:  # as a script, on a machine where the project is not installed: drawing needs no torch
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pandas as pd
-
 from experiments.plotting.bars import bar_figure
 from experiments.plotting.captions import missing_lines
 from experiments.plotting.script import Drawing, main
@@ -24,15 +22,10 @@ KEYS = ["decode_toks_per_sec", "tpot_ms", "first_token_latency_sec", "perplexity
 OLDER_KEYS = ["runtime_sec"]  # what older files have in place of a time per token
 
 
-def decode_loop_cells(results: Results) -> pd.DataFrame:
-    """The cells that were measured in a decode loop."""
-    cells = results.cells
-    return cells[(cells["mode"] == "decode_loop") | ((cells["mode"] == "") & cells["stated"])]
-
-
 def draw(results: Results) -> list[Drawing]:
     """All figures of this script."""
-    cells = decode_loop_cells(results)
+    cells = results.cells
+    cells = cells[(cells["mode"] == "decode_loop") | ((cells["mode"] == "") & cells["stated"])]
     older = (cells["tpot_ms"].isna() & (cells["status"] == "ok")).any()
     keys = [key for key in [*KEYS, *(OLDER_KEYS if older else [])] if cells[key].notna().any()]
     figure = bar_figure(cells, keys, "The decode loop, token by token")

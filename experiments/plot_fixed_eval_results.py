@@ -15,9 +15,8 @@ if not __package__:  # as a script, on a machine where the project is not instal
 
 from experiments.plotting.bars import bar_figure
 from experiments.plotting.captions import missing_lines
-from experiments.plotting.metrics import METRICS
 from experiments.plotting.script import Drawing, main
-from experiments.plotting.style import MODE_LABELS
+from experiments.plotting.style import METRICS, MODE_LABELS
 from experiments.plotting.table import Results
 
 FIGURES = {

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from experiments.cell_queue import CellQueue
 from experiments.config import ExperimentConfig, SetupError, first_line, unknown_name
 from experiments.environment import ROOT, commit, sources_hash
+from experiments.executors import CellQueue
 from experiments.measuring import Bench, Outcome, outcome_of
 from experiments.models import ModelSource
 from experiments.plan import Facts, Task

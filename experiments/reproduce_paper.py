@@ -15,11 +15,9 @@ from experiments.cli import GOES_ON, MODEL, TEXTS, OneLineParser, add_options, c
 from experiments.config import SetupError, at_least, unknown_name
 from experiments.measuring import resolve_machine
 from experiments.models import find_model
-from experiments.paper.pieces import PIECES
 from experiments.paper.questions import read_questions
-from experiments.paper.run import PaperModel
-from experiments.paper.setting import Lengths, Setting
-from experiments.paper.table import EXPERIMENTS
+from experiments.paper.run import EXPERIMENTS, PaperModel
+from experiments.paper.setting import PIECES, Lengths, Setting
 from experiments.plotting.paper_page import write_pages
 from experiments.storage import check_writable, folder_lock
 from experiments.texts import default_datasets, load_as_one

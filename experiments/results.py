@@ -7,29 +7,18 @@ import itertools
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
-from experiments.engines import recomputing_engine
+from experiments.method_base import recomputing_engine
 from experiments.methods import METHODS, REFERENCE_METHOD
+from experiments.perplexity import RunFigures
 from experiments.plan import Cell
 from experiments.storage import now, read_json, set_aside, write_json
 
 SCHEMA_VERSION = 1
-FIGURES = (
-    "perplexity",
-    "runtime_sec",
-    "prefill_sec",
-    "first_token_latency_sec",
-    "ttft_sec",
-    "decode_sec",
-    "decode_tokens",
-    "decode_toks_per_sec",
-    "tpot_ms",
-    "peak_memory_mb",
-    "kv_cache_mb",
-    "kv_bytes_per_token",
-)
+FIGURES = tuple(item.name for item in fields(RunFigures))
 _PARALLEL_FIGURES = ("scoring_sec", "scored_tokens")  # only of a run that was scored in parallel
 COMPARISONS = ("speedup", "compression_ratio", "ppl_increase_percent")
 _ABOUT_THE_RUN = ("timestamp", "environment")  # differ between two writings of one result
@@ -75,7 +64,8 @@ def method_block(runs: Runs, header: dict, reference: Runs | None) -> dict:
     facts = {key: value for key, value in records[0].items() if key not in names}
     block |= _comparisons(runs, block | facts, header, reference) | facts
     if len(records) > 1:
-        block["spread"] = {name: _spread([record[name] for record in records]) for name in names}
+        values = {name: [record[name] for record in records] for name in names}
+        block["spread"] = {name: None if None in some else [min(some), max(some)] for name, some in values.items()}
     return block | {"runs": records}
 
 
@@ -84,10 +74,6 @@ def median(values: Sequence[float | None]) -> float | None:
     if None in values:
         return None
     return values[0] if len(set(values)) == 1 else statistics.median(values)
-
-
-def _spread(values: Sequence[float | None]) -> list[float] | None:
-    return None if None in values else [min(values), max(values)]
 
 
 def evicts(num_tokens: int, cache_size: int, method: str = "streaming") -> bool:
@@ -197,17 +183,11 @@ def read_result(path: Path) -> dict:
     return value
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What became of a result file: `did` is "wrote", "updated" or "unchanged"; what was there may be at `aside`."""
+class Saved(NamedTuple):
+    """What became of a result file: a line that begins with wrote, updated or unchanged; `aside`: what was there."""
 
-    path: Path
-    did: str
+    line: str
     aside: Path | None = None
-    why: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.did}: {self.path}" + (f"; {self.why} is kept as {self.aside}" if self.aside else "")
 
 
 def save_result(path: Path, value: dict, keep_previous: bool = False) -> Saved:
@@ -218,19 +198,19 @@ def save_result(path: Path, value: dict, keep_previous: bool = False) -> Saved:
     """
     if not path.exists():
         write_json(path, value)
-        return Saved(path, "wrote")
+        return Saved(f"wrote: {path}")
     try:
         previous = read_result(path)
         if previous["config_hash"] == value["config_hash"] and not keep_previous:
             if _substance(previous) == _substance(value):
-                return Saved(path, "unchanged")
+                return Saved(f"unchanged: {path}")
             write_json(path, value)
-            return Saved(path, "updated")
+            return Saved(f"updated: {path}")
         aside, why = set_aside(path, previous["config_hash"][:8]), "the earlier result"
     except ValueError as error:
         aside, why = set_aside(path, "unreadable"), f"what was there ({error})"
     write_json(path, value)
-    return Saved(path, "wrote", aside, why)
+    return Saved(f"wrote: {path}; {why} is kept as {aside}", aside)
 
 
 def _substance(value: dict) -> dict:

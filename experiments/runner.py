@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from experiments.cell_queue import CellQueue, Probes
 from experiments.config import ExperimentConfig, SetupError
-from experiments.executors import InProcess
+from experiments.executors import CellQueue, InProcess, Probes
 from experiments.model_results import CELLS, ModelResults
 from experiments.models import ModelSource, find_model
 from experiments.plan import ModelPlan
+from experiments.progress import ablation_table, cell_line, main_table
 from experiments.storage import check_writable, folder_lock
-from experiments.summary import ablation_table, cell_line, main_table
 from experiments.texts import default_datasets, load_texts
 
 _NBYTES_NEEDED = 2**20  # what a run writes at least: records, losses and result files

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from streaming_llm import StreamingConfig, StreamingKVCache
 from streaming_llm.attachment import attached
@@ -33,10 +34,7 @@ def states_at(
     Rows are ids, each a stream of its own. They begin together; what pads the shorter ones behind their ends is seen
     by nobody.
     """
-    lengths = [len(row) for row in rows]
-    ids = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        ids[index, : lengths[index]] = torch.as_tensor(row)
+    ids = pad_sequence([torch.as_tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
     parts: list[list[Tensor]] = [[] for _ in rows]
     wanted = [torch.tensor(list(places), dtype=torch.int64) for places in wanted]
     device, start = model.get_input_embeddings().weight.device, 0

@@ -158,7 +158,8 @@ def _find(name: str, text_key: str) -> Text:
     if path.exists():
         if _kind(path) is None:
             raise SetupError(f"data set {path}: not one of {_READABLE}")
-        return _named(_stem(path), path.stem, path.name, lambda: _file(path, text_key))
+        stem = (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).stem
+        return _named(stem, path.stem, path.name, lambda: _file(path, text_key))
     if _kind(path) is not None or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SetupError(f"data set {name}: no such file or folder")
     if "/" in name:
@@ -198,10 +199,6 @@ def _kind(path: Path) -> str | None:
     if compressed and not kind:
         return ".txt"
     return kind if kind in FILE_TYPES else None
-
-
-def _stem(path: Path) -> str:
-    return path.with_suffix("").stem if path.suffix.lower() in COMPRESSIONS else path.stem
 
 
 # Reading files

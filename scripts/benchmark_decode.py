@@ -46,12 +46,12 @@ def build_parser() -> OneLineParser:
     subject = ("model", "attn_backend_list", "dtype", "device", "seed")
     add = add_options(parser, "what is compared", subject, attn_backend_list=backends).add_argument
     packed = "quantise the models' weights with torchao; results say so after the model's name"
-    add("--quantize", choices=("int8", "int4"), default=None, help=packed)
-    add("--contenders", nargs="+", default=None, metavar="NAME", help=f"{', '.join(CONTENDERS)}; default: all")
+    add("--quantize", choices=("int8", "int4"), help=packed)
+    add("--contenders", nargs="+", metavar="NAME", help=f"{', '.join(CONTENDERS)}; default: all")
     add = add_options(parser, "sizes, in tokens", ("n_sink",), n_sink={"default": 4}).add_argument
     numbers = {"type": int, "metavar": "N"}
     sizes = "sinks and window together; default: 256 for the demo model alone, else 2048"
-    add("--cache-sizes", nargs="+", default=None, help=sizes, **numbers)
+    add("--cache-sizes", nargs="+", help=sizes, **numbers)
     add("--batch-sizes", nargs="+", default=[1], help="default: 1", **numbers)
     prompts = "also time prompts of these lengths (with the first cache size)"
     add("--prefill-lengths", nargs="+", default=[], help=prompts, **numbers)
@@ -61,14 +61,12 @@ def build_parser() -> OneLineParser:
     add("--repeats", default=3, help="interleaved runs; default: 3", **numbers)
     seconds = {"type": float, "metavar": "SEC"}
     add("--max-run-seconds", default=5.0, help="fewer steps in a run that would take longer; default: 5", **seconds)
-    late = "start no run after so many seconds; the same command goes on from there"
-    add("--max-seconds", default=None, help=late, **seconds)
+    add("--max-seconds", help="start no run after so many seconds; the same command goes on from there", **seconds)
     add = parser.add_argument_group("output").add_argument
-    add("--output", type=Path, default=None, metavar="FILE", help="the JSON file to write or go on with")
-    add("--figures", type=Path, default=None, metavar="DIR", help="draw figures into this folder")
+    add("--output", type=Path, metavar="FILE", help="the JSON file to write or go on with")
+    add("--figures", type=Path, metavar="DIR", help="draw figures into this folder")
     add("--format", nargs="+", choices=("png", "pdf", "svg"), default=["png"], help="default: png")
-    only = "measure nothing, draw these files"
-    add("--plot-only", type=Path, nargs="+", default=None, metavar="FILE", help=only)
+    add("--plot-only", type=Path, nargs="+", metavar="FILE", help="measure nothing, draw these files")
     return parser
 
 
@@ -94,10 +92,9 @@ def prepare(options: argparse.Namespace, command: str, start: float):
     """
     from experiments.benchmarks.decode import Plan, Timing  # here: they import torch, which drawing does not need
     from experiments.benchmarks.rows import ResultFile
-    from experiments.benchmarks.runner import DecodeBenchmark
+    from experiments.benchmarks.runner import DecodeBenchmark, QuantisedSource, torchao
     from experiments.measuring import resolve_machine
     from experiments.models import find_model
-    from experiments.quantised import QuantisedSource, torchao
     from personal_adapters.sdpa import ATTN_BACKENDS, check_backend_available
 
     config = config_from(options)
@@ -163,10 +160,11 @@ def read_result(path: Path) -> dict:
 
 def draw(options: argparse.Namespace, results: list[dict]) -> int:
     """Draw results and say which files that gave."""
-    from experiments.plotting.decode_benchmark import draw as draw_figures
+    from experiments.plotting.decode_benchmark import figures
+    from experiments.plotting.page import save
 
-    for path in draw_figures(results, options.figures, tuple(options.format)):
-        print(path)
+    for name, figure in figures(results).items():
+        print(*save(figure, name, options.figures, options.format), sep="\n")
     return 0
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from experiments.cli import MODEL, OneLineParser, add_options, config_from, guarded
 from experiments.config import SetupError, at_least, first_line
+from experiments.costs import seconds
 from experiments.environment import device_name
 from experiments.measuring import resolve_machine
 from experiments.model_setup import keep_result
 from experiments.models import LoadedModel, find_model
 from experiments.storage import check_writable
-from experiments.timing import seconds
 from streaming_llm import resolve_block_engine, score_stream
 from streaming_llm.attachment import maskless_attention
 from streaming_llm.fused import fused_blocks
@@ -98,10 +98,9 @@ def build_parser() -> OneLineParser:
     add = add_options(parser, "sizes, in tokens", ("n_sink", "window_size"), **defaults).add_argument
     add("--block-size", type=int, default=16384, metavar="N", help="of a block and of a chunk; default: 16384")
     add("--tokens", type=int, default=131_072, metavar="N", help="scored in a run; default: 131072")
-    peaks = "further lengths to measure the memory at"
-    add("--peak-tokens", type=int, nargs="+", default=[], metavar="N", help=peaks)
+    add("--peak-tokens", type=int, nargs="+", default=[], metavar="N", help="further lengths to measure the memory at")
     add("--repeats", type=int, default=3, metavar="N", help="interleaved runs; default: 3")
-    add("--output", type=Path, default=None, metavar="FILE.json", help="the result, if kept")
+    add("--output", type=Path, metavar="FILE.json", help="the result, if kept")
     return parser
 
 
@@ -132,7 +131,10 @@ def run(argv: list[str]) -> int:
                 machine.wrap(loaded, backend)
                 engine = resolve_block_engine(loaded.model, options.block_engine)
                 backends[backend] = {"status": "ok"} | measure(loaded, options, engine)
-                print(f"{what}: {line(backends[backend])}", flush=True)
+                speed, peaks = (backends[backend][name] for name in ("toks_per_sec", "peak_memory_mb"))
+                ratio = f"ratio {backends[backend]['streaming_to_dense']:.2f}, peak MB by tokens {peaks}"
+                speeds = f"streaming {speed['streaming']:,.0f} tokens/s, dense chunks {speed['dense_chunks']:,.0f}"
+                print(f"{what}: {speeds}, {ratio}", flush=True)
             except (SetupError, ValueError, RuntimeError) as error:  # out of memory among them
                 reason = first_line(error)
                 backends[backend] = {"status": "failed", "reason": reason}
@@ -141,15 +143,6 @@ def run(argv: list[str]) -> int:
             keep_result(options.output, result, machine, "benchmark_scoring.py", argv, config.seed)
         del loaded
     return 1 if failed else 0
-
-
-def line(figures: dict) -> str:
-    """The figures of a model and a backend, for the eye."""
-    speed, peaks = figures["toks_per_sec"], figures["peak_memory_mb"]
-    return (
-        f"streaming {speed['streaming']:,.0f} tokens/s, dense chunks {speed['dense_chunks']:,.0f}, ratio "
-        f"{figures['streaming_to_dense']:.2f}, peak MB by tokens {peaks}"
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

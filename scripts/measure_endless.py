@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from experiments.cli import MODEL, STREAM, OneLineParser, add_options, config_from, guarded
 from experiments.config import SetupError, at_least
-from experiments.memory import held_bytes, kind_of_held_bytes
+from experiments.costs import held_bytes, kind_of_held_bytes
 from experiments.model_setup import Subject, keep_result, make_decoder, set_up
 from experiments.storage import check_writable
 from streaming_llm import StreamingConfig, StreamingDecoder, score_stream
@@ -67,7 +67,8 @@ def quality(nll: np.ndarray, ids: np.ndarray) -> dict:
     """Tenths of streams, losses and ids [streams, tokens]: perplexity over all streams, distinct 4-grams of one on
     average; and of each stream the last tenth's as multiples of the first's."""
     means = np.stack([part.mean(axis=1, dtype=np.float64) for part in np.array_split(nll, 10, axis=1)])
-    grams = np.array([[_distinct_4grams(row) for row in part] for part in np.array_split(ids, 10, axis=1)])
+    windows = [np.lib.stride_tricks.sliding_window_view(part, 4, axis=1) for part in np.array_split(ids, 10, axis=1)]
+    grams = np.array([[len(np.unique(row, axis=0)) for row in part] for part in windows])
     return {
         "perplexity_by_tenths": np.exp(means.mean(axis=1)).tolist(),
         "distinct_4grams_by_tenths": grams.mean(axis=1).tolist(),
@@ -76,10 +77,6 @@ def quality(nll: np.ndarray, ids: np.ndarray) -> dict:
         "perplexity_ratio_of_each": np.exp(means[-1] - means[0]).tolist(),
         "distinct_4grams_ratio_of_each": (grams[-1] / grams[0]).tolist(),
     }
-
-
-def _distinct_4grams(ids: np.ndarray) -> int:
-    return len({tuple(gram) for gram in np.lib.stride_tricks.sliding_window_view(ids, 4).tolist()})
 
 
 def measure(options: argparse.Namespace, subject: Subject) -> dict:
@@ -133,7 +130,7 @@ def build_parser() -> OneLineParser:
     add("--tokens", type=int, default=100_000, metavar="N", help="thousands, at least two; default: 100,000")
     add("--streams", type=int, default=1, metavar="B", help="generated side by side; default: 1")
     add("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
-    add("--output", type=Path, default=None, metavar="FILE.json", help="the result, if it is to be kept")
+    add("--output", type=Path, metavar="FILE.json", help="the result, if it is to be kept")
     return parser
 
 

@@ -10,7 +10,6 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # perhaps in a checkout that is not installed
@@ -22,22 +21,15 @@ from tqdm import tqdm
 
 from experiments.cli import MODEL, STREAM, TEXTS, OneLineParser, add_options, config_from, guarded
 from experiments.config import SetupError, at_least
-from experiments.memory import held_bytes, kind_of_held_bytes
+from experiments.costs import held_bytes, kind_of_held_bytes
 from experiments.model_setup import Subject, keep_result, make_decoder, set_up
 from experiments.storage import check_writable
-from experiments.texts import Text, default_datasets, load_texts
+from experiments.texts import default_datasets, load_texts
 from experiments.tokens import first_tokens
 from streaming_llm import StreamingDecoder, resolve_block_engine, score_stream
 
 CHUNKS = 1000
 """Parts of the stream whose times are taken: a hundredth is the median of ten."""
-
-
-def read_tokens(subject: Subject, texts: Sequence[Text], length: int) -> tuple[Tensor, float]:
-    """Ids [1, length] of texts one behind the other, over and over; and how often all of them are in it."""
-    front, tokenizer = subject.beginning.ids, subject.loaded.tokenizer
-    once = torch.cat([first_tokens(text, tokenizer, front, length) for text in texts], dim=1)
-    return once.repeat(1, -(-length // once.shape[1]))[:, :length], length / once.shape[1]
 
 
 def decode(decoder: StreamingDecoder, ids: Tensor, prompt: int) -> tuple[Tensor, list[float], list[int]]:
@@ -104,7 +96,9 @@ def measure(options: Namespace, subject: Subject) -> dict:
     config, model, device = subject.streaming, subject.loaded.model, subject.machine.device
     names = options.datasets or default_datasets(has_tokenizer=True)
     texts, prompt = load_texts(names, options.text_key), config.cache_size
-    ids, times = read_tokens(subject, texts, prompt + options.tokens)
+    front, length = subject.beginning.ids, prompt + options.tokens
+    once = torch.cat([first_tokens(text, subject.loaded.tokenizer, front, length) for text in texts], dim=1)
+    ids = once.repeat(1, -(-length // once.shape[1]))[:, :length]  # one behind the other, over and over
     with make_decoder(subject.loaded, config, options.engine) as decoder:
         nll, chunk_ms, memory = decode(decoder, ids, prompt)
         engine, compile_sec, cache_bytes = decoder.engine, decoder.compile_sec, decoder.cache_nbytes
@@ -115,7 +109,7 @@ def measure(options: Namespace, subject: Subject) -> dict:
         "decode_engine": engine,
         "scoring_engine": resolve_block_engine(model),
         "texts": [text.dataset for text in texts],
-        "texts_repeated": times,
+        "texts_repeated": length / once.shape[1],
         "prompt_tokens": prompt,
         "tokens": options.tokens,
         "compile_sec": compile_sec,
@@ -149,7 +143,7 @@ def build_parser() -> OneLineParser:
     changes = {"attn_backend_list": {"flags": ("--attn-backend",)}, "datasets": texts}
     add = add_options(parser, "what is measured", names, ("model", "attn_backend_list"), **changes).add_argument
     add("--tokens", type=int, default=1_000_000, metavar="N", help="thousands, behind a prompt; default: 1,000,000")
-    add("--output", type=Path, default=None, metavar="FILE.json", help="the result, if it is to be kept")
+    add("--output", type=Path, metavar="FILE.json", help="the result, if it is to be kept")
     return parser
 
 

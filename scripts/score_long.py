@@ -7,6 +7,7 @@ python scripts/score_long.py --datasets book.txt --output book.json
 import argparse
 import math
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,9 +27,8 @@ from experiments.config import SetupError, at_least
 from experiments.environment import environment, what_matters
 from experiments.long_scoring import LongScoring, ScoringError, StoppedError
 from experiments.model_setup import Subject, set_up
-from experiments.progress import token_bar
+from experiments.progress import StopRequest, token_bar
 from experiments.results import SCHEMA_VERSION, read_result, save_result
-from experiments.stop_request import StopRequest
 from experiments.storage import check_writable, folder_lock, hash_of, now, remove_leftovers, set_aside, write_npz
 from experiments.texts import Text, load_as_one
 from experiments.tokens import DocumentStream
@@ -62,14 +62,14 @@ def build_parser() -> OneLineParser:
     texts = {"flags": ("--datasets", "--dataset"), "help": "as of run_final_experiments.py; several make one stream; "
              "default: demo_encyclopaedia"}  # fmt: skip
     add = add_options(parser, "what is scored", ("model", *TEXTS), ("model",), datasets=texts).add_argument
-    add("--max-tokens", type=int, default=None, metavar="N", help="default: the whole text")
+    add("--max-tokens", type=int, metavar="N", help="default: the whole text")
     each = "put the beginning-of-sequence token before each document (default: at the very start alone)"
     add("--bos-per-document", action="store_true", help=each)
     fresh = "also score the last FRACTION of the stream as a fresh stream, to tell drift from difficult text"
-    add("--fresh-tail", type=float, default=None, metavar="FRACTION", help=fresh)
+    add("--fresh-tail", type=float, metavar="FRACTION", help=fresh)
     how, backend = (*STREAM, "attn_backend_list", *MODEL[1:]), {"flags": ("--attn-backend",)}
     add = add_options(parser, "how it is computed", how, how, attn_backend_list=backend).add_argument
-    add("--block-size", type=int, default=None, metavar="N", help="tokens at a time; default: suits device and window")
+    add("--block-size", type=int, metavar="N", help="tokens at a time; default: suits device and window")
     nll = {"help": "keep each token's loss: <stem>.streaming.nll.npz (nll, position) beside the result"}
     force = {"help": "start anew, whatever checkpoint or result there is"}
     names = ("save_token_nll", "force", "progress")
@@ -174,10 +174,10 @@ def score(job: Job, command: str) -> None:
         if options.save_token_nll:
             write_npz(job.token_nll_path, nll=np.asarray(losses), position=np.arange(1, len(losses) + 1))
             say(f"wrote: {job.token_nll_path}")
-        say(str(save_result(options.output, value, keep_previous=options.force)))
+        say(save_result(options.output, value, keep_previous=options.force).line)
         say(loss_figures.in_words(value))
     del losses, tail  # mapped from files that are removed
-    run.discard()
+    shutil.rmtree(job.work)
 
 
 def tail_chunks(job: Job, start: int, position: int) -> Iterator[Tensor]:

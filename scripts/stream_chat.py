@@ -19,7 +19,7 @@ if __name__ == "__main__":  # perhaps in a checkout that is not installed
 import torch
 
 from experiments.chat.talk import Talk, note, say
-from experiments.chat.turns import Turns
+from experiments.chat.tokens import Turns
 from experiments.cli import EXIT_INTERRUPTED, MODEL, STREAM, OneLineParser, add_options, config_from, guarded
 from experiments.config import SetupError, at_least
 from experiments.model_setup import Subject, make_decoder, set_up, weights_fingerprint

@@ -99,13 +99,6 @@ def claimed_minimum(package: str) -> str:
     return bound
 
 
-def released(package: str) -> list[str]:
-    """Every version that the package index has, as pip sees it."""
-    what = f"no versions of {package} found; name them with --transformers"
-    told = _run([sys.executable, "-m", "pip", "index", "versions", package, "--disable-pip-version-check"], what)
-    return told.partition("Available versions: ")[2].splitlines()[0].split(", ")
-
-
 # Environments
 
 
@@ -242,7 +235,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def planned(args: argparse.Namespace) -> list[tuple[str, str | None]]:
     """``(transformers, torch)`` to run; ``None`` stands for the PyTorch that is installed."""
-    versions = args.transformers or oldest_and_newest(released("transformers"), claimed_minimum("transformers"))
+    versions = args.transformers
+    if not versions:  # every one that the package index has, as pip sees it
+        what = "no versions of transformers found; name them with --transformers"
+        command = [sys.executable, "-m", "pip", "index", "versions", "transformers", "--disable-pip-version-check"]
+        known = _run(command, what).partition("Available versions: ")[2].splitlines()[0].split(", ")
+        versions = oldest_and_newest(known, claimed_minimum("transformers"))
     if not args.torch:
         return [(version, None) for version in versions]
     chosen = args.transformers or [versions[0], versions[-1]]  # each PyTorch with the ends of the range

@@ -24,13 +24,7 @@ import tokenizers
 import torch
 import transformers
 from torch.utils.data import SequentialSampler
-from transformers import (
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    HfArgumentParser,
-    ProgressCallback,
-    Trainer,
-)
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, HfArgumentParser, ProgressCallback, Trainer
 
 from experiments.cli import EXIT_FAILED, guarded
 from experiments.config import SetupError

@@ -16,11 +16,10 @@ from demo_training_support import ROOT  # puts scripts/ on the module path
 from evaluation_support import make_model_folder
 from packed_weights import quantise_
 
-from experiments import quantised
 from experiments.benchmarks import contenders, decode, runner
 from experiments.benchmarks.contenders import CONTENDERS, Contender
 from experiments.benchmarks.decode import TOLERANCE, Bench, Cell, ConstantDense, Plan, Timing, in_turns
-from experiments.benchmarks.floor import copy_bytes_per_sec, kv_token_nbytes, step_nbytes, weight_nbytes
+from experiments.benchmarks.runner import copy_bytes_per_sec, kv_token_nbytes, step_nbytes, weight_nbytes
 from experiments.methods import METHODS, MethodSettings, Streaming
 from experiments.models import LoadedModel
 from experiments.plotting.decode_benchmark import figures
@@ -157,8 +156,8 @@ def test_floor_counts_quantised_weights_as_they_are_stored():
 
 def test_quantised_models_are_named(place, monkeypatch):
     torchao = SimpleNamespace(Int8WeightOnlyConfig=lambda: "int8", quantize_=quantise_)
-    monkeypatch.setattr(quantised, "torchao", lambda: torchao)
-    monkeypatch.setattr(quantised, "version", lambda name: "0.0")
+    monkeypatch.setattr(runner, "torchao", lambda: torchao)
+    monkeypatch.setattr(runner, "version", lambda name: "0.0")
     assert place.run("--quantize", "int8", contenders=["eager"]) == 0
     (row,), (name,) = place.rows("eager"), place.result["models"]
     assert name == row["cell"]["model"] == f"{place.model}, int8"
@@ -173,13 +172,12 @@ def test_quantising_needs_torchao(place, monkeypatch):
 
 
 def test_copy_speed_counts_reading_and_writing(monkeypatch):
-    from experiments import timing
-    from experiments.benchmarks import floor
+    from experiments import costs
 
-    monkeypatch.setattr(floor, "_CPU_NBYTES", 4096)
+    monkeypatch.setattr(runner, "_CPU_NBYTES", 4096)
     clock = iter(range(100))
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert copy_bytes_per_sec(torch.device("cpu")) == 2 * 4096 * floor._COPIES
+    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert copy_bytes_per_sec(torch.device("cpu")) == 2 * 4096 * runner._COPIES
 
 
 class Wrong(Streaming):

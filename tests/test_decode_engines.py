@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 from conftest import make_ids, make_neox
 
-from experiments import engines, measuring, method_base, methods
+from experiments import measuring, method_base, methods
 from experiments.config import SetupError
 from experiments.methods import METHODS, MethodSettings
 from experiments.perplexity import compute_perplexity
@@ -63,7 +63,7 @@ def captured(monkeypatch) -> list[tuple[int, ...]]:
         monkeypatch.setitem(ENGINES, name, kind)
     monkeypatch.setattr(StandInEngine, "made", [])
     monkeypatch.setattr(method_base, "capture", capture)
-    monkeypatch.setattr(methods, "forward_of", lambda model, engine: engines.plain_forward(model))
+    monkeypatch.setattr(methods, "forward_of", lambda model, engine: method_base.plain_forward(model))
     return shapes
 
 
@@ -73,9 +73,9 @@ def test_on_a_cpu_another_engine_is_refused_before_anything_is_computed(world):
             world.run(engine="graph", methods=names)
     assert not world.root.exists()
     with pytest.raises(ValueError, match="needs a CUDA device, and the model is on cpu: choose eager"):
-        engines.forward_of(make_neox(), "fused")
+        method_base.forward_of(make_neox(), "fused")
     with pytest.raises(ValueError, match="no engine 'warp' re-computes"):
-        engines.forward_of(make_neox(), "warp")
+        method_base.forward_of(make_neox(), "warp")
 
 
 def test_every_method_is_compared_with_the_baseline_of_its_own_engine(world, tmp_path, captured):
@@ -195,7 +195,7 @@ def test_capturing_is_over_before_the_measurement_also_without_warm_up(captured,
 )  # fmt: skip
 def test_parallel_scoring_runs_the_engine_s_own_blocks(monkeypatch, name, engine, blocks):
     asked = []
-    monkeypatch.setattr(engines, "score_stream", lambda *args, engine: asked.append(engine))
+    monkeypatch.setattr(method_base, "score_stream", lambda *args, engine: asked.append(engine))
     METHODS[name](make_neox(), MethodSettings(S, W, engine=engine)).score(make_ids(N))
     assert asked == [blocks]
 

@@ -163,10 +163,10 @@ def result(config_hash="a" * 64, **changes):
 
 def test_saving_sets_aside_what_is_something_else(tmp_path):
     path = tmp_path / "x.json"
-    assert save_result(path, result()).did == "wrote"
-    assert save_result(path, result(timestamp="now")).did == "unchanged"
+    assert save_result(path, result()).line.startswith("wrote: ")
+    assert save_result(path, result(timestamp="now")).line.startswith("unchanged: ")
     assert read_json(path)["timestamp"] == "then"
-    assert save_result(path, result(figure=2)).did == "updated"
+    assert save_result(path, result(figure=2)).line.startswith("updated: ")
     assert save_result(path, result("b" * 64)).aside.name == "x.aaaaaaaa.json"
     assert read_json(tmp_path / "superseded" / "x.aaaaaaaa.json")["figure"] == 2
     assert save_result(path, result("b" * 64), keep_previous=True).aside.name == "x.bbbbbbbb.json"
@@ -174,5 +174,5 @@ def test_saving_sets_aside_what_is_something_else(tmp_path):
         path.write_text(foreign)
         saved = save_result(path, result())
         assert saved.aside.read_text() == foreign
-        assert str(saved.aside) in str(saved)
+        assert str(saved.aside) in saved.line
         assert read_json(path) == result()

@@ -14,7 +14,7 @@ from family_reference import family_reference_logits
 from packed_weights import quantise_, unpacked
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from experiments.engines import capture
+from experiments.method_base import capture
 from personal_adapters.neox_flash import wrap_attention
 from streaming_llm import StreamingDecoder, score_stream
 from streaming_llm.fused import fused_forward, why_not_fused

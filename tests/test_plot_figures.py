@@ -15,9 +15,8 @@ from experiments.plot_ablation_results import ablation_keys, missing_settings, p
 from experiments.plot_stream_curves import bin_edges, memory_line, missing, perplexity_line, plot_stream_curves
 from experiments.plotting import style
 from experiments.plotting.captions import caption
-from experiments.plotting.metrics import MINUS, TIMES, short_number
 from experiments.plotting.script import draw_styled
-from experiments.plotting.style import BACKENDS, METHODS
+from experiments.plotting.style import BACKENDS, METHODS, MINUS, TIMES, short_number
 from experiments.plotting.table import read_results
 
 

@@ -11,13 +11,12 @@ import torch
 from evaluation_support import error_line, make_model_folder, make_text, make_tokenizer
 
 from experiments.config import SetupError
-from experiments.paper.asking import Asked, answered, method_sizes
+from experiments.paper.asking import Asked, answered, make_stream, method_sizes
 from experiments.paper.questions import conversation, read_questions
+from experiments.paper.run import EXPERIMENTS
 from experiments.paper.setting import Lengths, Setting, curve
-from experiments.paper.streameval import make_stream
-from experiments.paper.table import EXPERIMENTS
-from experiments.plotting.paper_facts import REPORTED
 from experiments.plotting.paper_figures import DRAW
+from experiments.plotting.paper_page import REPORTED
 from experiments.reproduce_paper import main
 
 SMALL = ("--cache-size", "24", "--max-eval-tokens", "300", "--samples", "1", "--device", "cpu")
@@ -58,8 +57,8 @@ def test_every_experiment_is_drawn_and_has_the_paper_s_figures():
     assert set(EXPERIMENTS) == set(REPORTED) == set(DRAW)
     for name, experiment in EXPERIMENTS.items():
         reported = REPORTED[name]
-        assert all(len(row) == len(reported.head) for row in reported.rows)
-        assert name == "positions" or experiment.reference == reported.where
+        assert all(len(row) == len(reported["head"]) for row in reported.get("rows", ()))
+        assert name == "positions" or experiment.reference == reported["where"]
 
 
 def test_a_stream_of_facts_asks_for_a_line_so_many_lines_back():

@@ -28,8 +28,7 @@ from experiments.config import SetupError
 from experiments.long_scoring import CHECKPOINT, LongScoring, StoppedError, read_ahead
 from experiments.loss_figures import equal_edges, log_edges, tail_length
 from experiments.texts import Text, load_as_one
-from experiments.token_windows import token_ids
-from experiments.tokens import DocumentStream
+from experiments.tokens import DocumentStream, token_ids
 from personal_adapters.neox_flash import wrap_attention
 from streaming_llm import StreamingLLMWrapper, blockwise, score_stream
 

@@ -29,8 +29,8 @@ from streaming_llm.sampling import Sampling
 from streaming_llm.saving import read
 
 import stream_chat  # isort: skip
-from experiments.chat.text import LONGEST_RUN, ShownText  # isort: skip
-from experiments.chat.turns import Turns  # isort: skip
+from experiments.chat.tokens import LONGEST_RUN, ShownText  # isort: skip
+from experiments.chat.tokens import Turns  # isort: skip
 
 SCRIPT = ROOT / "scripts" / "stream_chat.py"
 SIZES = ["--n-sink", "2", "--window-size", "14", "--device", "cpu"]

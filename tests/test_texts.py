@@ -126,8 +126,6 @@ def test_several_data_sets_as_one(tmp_path):
 
 
 def test_data_sets_of_the_hub(monkeypatch, datasets):
-    from experiments.hub import HubAnswer
-
     asked = []
 
     def load_dataset(repo, config, split, download_config):
@@ -135,7 +133,7 @@ def test_data_sets_of_the_hub(monkeypatch, datasets):
         table = datasets.Dataset.from_dict({"body": ["one", "", "two"]})
         return table if split else datasets.DatasetDict({"train": table, "validation": table})
 
-    monkeypatch.setattr("experiments.hub.ask_hub", lambda repo, kind: HubAnswer("c0ffee"))
+    monkeypatch.setattr("experiments.hub.ask_hub", lambda repo, kind: ("c0ffee", ""))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     names = ["someone/books", "someone/books:new@train[:10]"]
     one, other = load_texts(names, text_key="body")

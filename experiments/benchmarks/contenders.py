@@ -27,10 +27,6 @@ class Contender:
     attention: str = ""
     at_once: bool = False
 
-    def backends(self, chosen: tuple[str, ...]) -> tuple[str, ...]:
-        """What computes its attention, in turn."""
-        return (self.attention,) if self.attention else chosen
-
     @property
     def compared_with(self) -> str | None:
         """The re-computation with the same engine, which its speedup is relative to; None where there is none."""

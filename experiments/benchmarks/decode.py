@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from experiments.benchmarks.contenders import CONSTANT_DENSE, CONTENDERS
+from experiments.costs import measured, seconds
 from experiments.methods import METHODS, Dense, Method, MethodSettings, Streaming
 from experiments.models import LoadedModel
 from experiments.perplexity import devices_of
-from experiments.timing import measured, seconds
 from personal_adapters.neox_flash import wrap_attention
 from personal_adapters.sdpa import ATTN_BACKENDS
 
@@ -77,7 +78,7 @@ class Plan:
                 Cell(kind, model, cache_size, self.n_sink, batch_size, length, name, backend)
                 for name in self.contenders
                 if kind == DECODE or CONTENDERS[name].prefills
-                for backend in CONTENDERS[name].backends(self.backends)
+                for backend in ([CONTENDERS[name].attention] if CONTENDERS[name].attention else self.backends)
             ]
             for batch_size in self.batch_sizes
             for kind, cache_size, length in sizes
@@ -136,8 +137,9 @@ class Bench:
         check = self._reference(cell, ids) if checked else None
         with self._open(cell) as method:
             if cell.kind == PREFILL:
-                self._time_prefill(method, ids[:, : cell.length])  # warms up
-                return [self._one_prefill(method, ids[:, : cell.length]) for _ in range(count)]
+                prefill = partial(self._time_prefill, method, ids[:, : cell.length])
+                prefill()  # warms up
+                return [self._measured(method, prefill) for _ in range(count)]
             method.reset()
             logits = method.prefill(ids[:, : cell.length])
             tokens = [column.contiguous() for column in ids[:, cell.length :].unbind(1)]
@@ -146,11 +148,12 @@ class Bench:
             del rows, logits
             for token in tokens[CHECKED_STEPS : self.timing.warmup]:
                 method.step(token)
-            return [self._one_decode(method, tokens) | {"check": found} for _ in range(count)]
-
-    def _one_decode(self, method: Method, tokens: list[Tensor]) -> dict:
-        run = self._measured(method, lambda: self._time_steps(method, tokens))
-        return run | {"compile_sec": method.compile_sec, "kv_cache_mb": method.kv_cache_nbytes / 1e6}
+            runs = []
+            for _ in range(count):
+                run = self._measured(method, partial(self._time_steps, method, tokens))
+                held = {"compile_sec": method.compile_sec, "kv_cache_mb": method.kv_cache_nbytes / 1e6}
+                runs.append(run | held | {"check": found})
+            return runs
 
     def _time_steps(self, method: Method, tokens: list[Tensor]) -> dict:
         """Milliseconds per step, over fewer steps where they take long."""
@@ -162,12 +165,9 @@ class Bench:
         steps = max(_MIN_STEPS, min(self.timing.steps, int(self.timing.max_sec / probe)))
         return {"tpot_ms": 1e3 * feed(tokens[:steps]) / steps, "steps": steps}
 
-    def _one_prefill(self, method: Method, ids: Tensor) -> dict:
-        return self._measured(method, lambda: {"prefill_ms": 1e3 * self._time_prefill(method, ids)})
-
-    def _time_prefill(self, method: Method, ids: Tensor) -> float:
+    def _time_prefill(self, method: Method, ids: Tensor) -> dict:
         method.reset()
-        return seconds(lambda: method.prefill(ids), self.loaded.device)
+        return {"prefill_ms": 1e3 * seconds(lambda: method.prefill(ids), self.loaded.device)}
 
     def _measured(self, method: Method, run: Callable[[], dict]) -> dict:
         figures, peak = measured(method, run, devices_of(self.model))
@@ -205,19 +205,16 @@ class Bench:
         """Logits [1 + CHECKED_STEPS, batch, vocab] of the eager decoder with math, or why there are none."""
         if cell.conditions not in self._references:
             self._references.clear()  # one set of conditions is measured at a time
+            wrap_attention(self.model, "math")
             try:
-                self._references[cell.conditions] = self._reference_logits(cell, ids)
+                with Streaming(self.model, self._settings(cell, "eager")) as method:
+                    method.reset()
+                    rows = [method.prefill(ids[:, : cell.length])]
+                    rows += [method.step(ids[:, cell.length + i]).clone() for i in range(CHECKED_STEPS)]
+                    self._references[cell.conditions] = torch.stack(rows)
             except torch.OutOfMemoryError:
                 self._references[cell.conditions] = "the eager decoder with math ran out of memory"
         return self._references[cell.conditions]
-
-    def _reference_logits(self, cell: Cell, ids: Tensor) -> Tensor:
-        wrap_attention(self.model, "math")
-        with Streaming(self.model, self._settings(cell, "eager")) as method:
-            method.reset()
-            rows = [method.prefill(ids[:, : cell.length])]
-            rows += [method.step(ids[:, cell.length + i]).clone() for i in range(CHECKED_STEPS)]
-        return torch.stack(rows)
 
     def _compare(self, rows: list[Tensor], reference: Tensor | str) -> dict:
         if isinstance(reference, str):

@@ -12,8 +12,8 @@ from experiments.benchmarks.contenders import CONTENDERS
 from experiments.benchmarks.decode import DECODE, PREFILL, TOLERANCE, Cell, Timing
 from experiments.environment import environment, sources_hash, what_matters
 from experiments.measuring import Machine
+from experiments.progress import table
 from experiments.storage import hash_of, now, read_json, set_aside, write_json
-from experiments.summary import table
 
 SCHEMA_VERSION = 1
 BENCHMARK = "decode"
@@ -139,12 +139,10 @@ class ResultFile:
         row |= {figure: statistics.median(values), "spread_ms": [min(values), max(values)]}
         facts = ("engine", "compile_sec", "kv_cache_mb", "peak_memory_mb", "peak_memory_kind", "check")
         row |= {name: runs[0][name] for name in facts if name in runs[0]}
+        row["toks_per_sec"] = 1e3 * cell.batch_size * (1 if cell.kind == DECODE else cell.length) / row[figure]
         if cell.kind == DECODE:
-            row["toks_per_sec"] = 1e3 * cell.batch_size / row[figure]
             row["floor_ms"] = statistics.median(1e3 * run["step_nbytes"] / run["copy_bytes_per_sec"] for run in runs)
             row["ratio_to_floor"] = row[figure] / row["floor_ms"]
-        else:
-            row["toks_per_sec"] = 1e3 * cell.batch_size * cell.length / row[figure]
         return row | {"runs": list(runs)}
 
     def _speedup(self, cell: Cell, row: dict, rows: dict[Cell, dict]) -> dict:

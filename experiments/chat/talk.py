@@ -17,11 +17,10 @@ from torch import Tensor
 
 from experiments.cli import EXIT_SIGNAL
 from experiments.config import SetupError
-from experiments.stop_request import StopRequest
+from experiments.progress import StopRequest
 from streaming_llm import StreamingDecoder
 
-from .text import ShownText
-from .turns import Place, Turns, special_ids
+from .tokens import Place, ShownText, Turns, special_ids
 
 BETWEEN_TEXTS = "\n\n"
 AT_A_TIME = 1024
@@ -162,9 +161,7 @@ def require_numbers(logits: Tensor) -> None:
 
 def say(text: str) -> None:
     """Show text at once."""
-    if text:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    print(text, end="", flush=True)
 
 
 def note(line: str) -> None:

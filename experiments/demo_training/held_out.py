@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from experiments.config import SetupError
-from experiments.summary import table
+from experiments.progress import table
 from streaming_llm import score_stream
 
 N_SINK = 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -99,7 +98,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[np.ndarray]:
     """The token ids of each document, without special tokens, uint16 `[tokens]`."""
     encoded: list[np.ndarray] = []
-    for start in tqdm(range(0, len(documents), ENCODED_AT_ONCE), desc="encoding", disable=not sys.stderr.isatty()):
+    for start in tqdm(range(0, len(documents), ENCODED_AT_ONCE), desc="encoding", disable=None):
         some = documents[start : start + ENCODED_AT_ONCE]
         rows = tokenizer(some, add_special_tokens=False, verbose=False).input_ids
         encoded += [np.asarray(row, dtype=np.uint16) for row in rows]

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from experiments.kept import Found
-from experiments.paper.pieces import Experiment, Piece
-from experiments.paper.setting import Setting
+from experiments.paper.setting import Experiment, Piece, Setting
 from personal_adapters.neox_flash import unwrap_attention
 from streaming_llm import StreamingLLMWrapper
 

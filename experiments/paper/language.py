@@ -5,9 +5,9 @@ import statistics
 import numpy as np
 
 from experiments.kept import Found
-from experiments.paper.pieces import Experiment, Piece
-from experiments.paper.setting import Setting, curve, doubling
+from experiments.paper.setting import Experiment, Piece, Setting, curve, doubling
 from experiments.perplexity import perplexity
+from experiments.results import median
 
 
 def _row(found: Found, **also) -> dict:
@@ -66,15 +66,15 @@ class LineBreaks(Experiment):
 
     name, title, reference = "line-breaks", "Do sinks need to mean anything?", "Table 1"
 
-    def _line_breaks(self, setting: Setting):
-        ids = setting.ids(setting.lengths.book).clone()
-        ids[:, : setting.n_sink] = setting.info.tokenizer("\n", add_special_tokens=False).input_ids[-1]
-        return ids
-
     def pieces(self, setting: Setting) -> list[Piece]:
         cache, limit = setting.lengths.cache, setting.lengths.book
-        broken = setting.losses("line breaks", "streaming", cache, limit, first="line breaks",
-                                ids=lambda: self._line_breaks(setting))  # fmt: skip
+
+        def line_breaks():
+            ids = setting.ids(limit).clone()
+            ids[:, : setting.n_sink] = setting.info.tokenizer("\n", add_special_tokens=False).input_ids[-1]
+            return ids
+
+        broken = setting.losses("line breaks", "streaming", cache, limit, first="line breaks", ids=line_breaks)
         window = setting.losses("window", "streaming", cache, limit, n_sink=0)
         return [window, setting.losses("first tokens", "streaming", cache, limit), broken]
 
@@ -140,8 +140,7 @@ class Speed(Experiment):
         for (method, cache), values in runs.items():
             row = {"method": method, "cache_size": cache, "engine": values[0]["engine"], "runs": len(values)}
             for figure in ("tpot_ms", "peak_memory_mb", "kv_cache_mb", "prefill_sec"):
-                known = [value[figure] for value in values if value[figure] is not None]
-                row[figure] = statistics.median(known) if known else None
+                row[figure] = median([value[figure] for value in values])
             row["peak_memory_kind"] = values[0]["peak_memory_kind"]
             rows.append(row)
         times = {(row["method"], row["cache_size"]): row["tpot_ms"] for row in rows}

@@ -5,6 +5,7 @@ holds `stem` and `choices`) or as on the hub (`choices` holds `text` and `label`
 """
 
 import json
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,23 @@ from experiments.config import SetupError
 from experiments.hub import hub_rows
 from experiments.kept import Found
 from experiments.paper.asking import Asked, answered, binned, method_sizes
-from experiments.paper.made_questions import make_records
-from experiments.paper.pieces import Experiment, Piece
-from experiments.paper.setting import Setting
+from experiments.paper.setting import Experiment, Piece, Setting
 from experiments.storage import hash_of
 
 MADE = "made"
 METHODS = ("one-shot", "dense", "window", "streaming")
 _ASK = "Answer each question with the letter of the right choice alone."
 _MARK = "@@ANSWER@@"
+_KINDS = {
+    "an animal": "horse rabbit tiger whale sparrow lizard donkey goat wolf beetle",
+    "a fruit": "apple pear cherry grape plum lemon banana peach orange melon",
+    "a colour": "red green blue yellow purple brown white black pink grey",
+    "a tool": "hammer saw wrench drill chisel pliers axe shovel rake screwdriver",
+    "a piece of furniture": "table chair sofa wardrobe desk bed bookcase stool cupboard bench",
+    "a musical instrument": "violin piano flute trumpet drum guitar harp cello clarinet organ",
+    "a part of the body": "elbow knee shoulder ankle wrist nose ear chin thumb heel",
+    "a means of transport": "train bicycle lorry ferry tram bus aeroplane sledge canoe tractor",
+}
 
 
 @dataclass(frozen=True)
@@ -45,20 +54,16 @@ def read_questions(name: str) -> list[Question]:
         return _of(make_records(1000, seed=0), name)
     path = Path(name)
     if path.exists() or path.suffix in (".jsonl", ".json"):
-        return _of(_records(path), name)
+        try:
+            text = path.read_text(encoding="utf-8")
+            parts = [text] if path.suffix == ".json" else filter(str.strip, text.splitlines())
+            records = [json.loads(part) for part in parts]
+        except (OSError, ValueError) as error:
+            raise SetupError(f"questions {path}: cannot be read ({error})") from None
+        return _of(records[0] if path.suffix == ".json" else records, name)
     repo, _, rest = name.partition(":")
     config, _, split = rest.partition("@")
     return _of(hub_rows(name, repo, config or None, split or "test")[0], name)
-
-
-def _records(path: Path) -> list[dict]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise SetupError(f"questions {path}: cannot be read ({error})") from None
 
 
 def _of(records: Iterable[dict], name: str) -> list[Question]:
@@ -85,6 +90,25 @@ def _of(records: Iterable[dict], name: str) -> list[Question]:
     if not questions:
         raise SetupError(f"questions {name}: there are none")
     return questions
+
+
+def make_records(number: int, seed: int) -> list[dict]:
+    """So many easy records in the format that ARC has on the hub, from a seeded generator."""
+    numbers, records = random.Random(seed), []
+    words = {kind: names.split() for kind, names in _KINDS.items()}
+    for n in range(number):
+        if n % 2:
+            kind, *others = numbers.sample(list(words), 4)
+            right, wrong = numbers.choice(words[kind]), [numbers.choice(words[other]) for other in others]
+            stem = f"Which of these is {kind}?"
+        else:
+            a, b = numbers.randint(2, 40), numbers.randint(2, 40)
+            right, wrong = str(a + b), [str(a + b + off) for off in numbers.sample((-11, -10, -3, -1, 1, 2, 10), 3)]
+            stem = f"What is {a} plus {b}?"
+        texts = numbers.sample([right, *wrong], 4)
+        choices = {"text": texts, "label": list("ABCD")}
+        records.append({"question": stem, "choices": choices, "answerKey": "ABCD"[texts.index(right)]})
+    return records
 
 
 def conversation(tokenizer, front: list[int], questions: list[Question]) -> Asked:

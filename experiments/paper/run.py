@@ -6,14 +6,25 @@ from pathlib import Path
 
 from experiments.kept import Found, KeptWork
 from experiments.measuring import attempt
-from experiments.paper.pieces import PIECES, Experiment, Piece
-from experiments.paper.setting import Setting
+from experiments.paper.asking import StreamEval
+from experiments.paper.attention import Attention
+from experiments.paper.language import CacheSizes, Curves, LineBreaks, Long, Positions, Sinks, Speed
+from experiments.paper.questions import Questions
+from experiments.paper.setting import PIECES, Experiment, Piece, Setting
 from experiments.progress import TimeEstimator
 from experiments.results import SCHEMA_VERSION, save_result
 from experiments.storage import hash_of, now, remove_leftovers
 
 Say = Callable[[str], None]
 _SHOWN = ("perplexity", "accuracy", "tpot_ms")
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        Curves(), LineBreaks(), Sinks(), Attention(), Long(), CacheSizes(), Speed(), StreamEval(), Questions(),
+        Positions(),
+    )
+}  # fmt: skip
+"""The experiments by name, in the order of the page."""
 
 
 class PaperModel:
@@ -92,4 +103,4 @@ class PaperModel:
         value |= {"config_hash": hash_of(self.common | {"pieces": [piece.config for piece in pieces]})}
         value |= experiment.result(self.setting, found) if found else {"rows": []}
         value |= {"status": "failed" if failed else "ok", "failed": failed, "timestamp": now()}
-        self.say(str(save_result(self.folder / f"{experiment.name}.json", value)))
+        self.say(save_result(self.folder / f"{experiment.name}.json", value).line)

@@ -1,10 +1,13 @@
-"""What all experiments of a model share: the model on its device, the stream of tokens, and how long everything is."""
+"""What experiments are made of: pieces of work whose outcome is kept; and what all pieces of a model share, the model
+on its device, the stream of tokens, and how long everything is.
+"""
 
 import itertools
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
@@ -16,14 +19,61 @@ from experiments.measuring import Machine, free_memory
 from experiments.method_base import MethodSettings
 from experiments.methods import METHODS
 from experiments.models import LoadedModel, ModelSource
-from experiments.paper.pieces import Piece
 from experiments.perplexity import compute_perplexity, perplexity
 from experiments.placements import model_call_engine
 from experiments.results import run_record
+from experiments.storage import hash_of
 from experiments.texts import Text
 from experiments.tokens import first_tokens
 from streaming_llm import StreamingConfig, resolve_block_engine
 from streaming_llm.engines.blocks import block_forward
+
+PIECES = ".pieces"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One computation. Pieces of equal `config` are the same; `name` tells it from others of its experiment.
+
+    `config`: JSON values that could change what is found, beside what is common to a model's pieces. `kind`: pieces
+    of one kind take about equally long for each of their `tokens`.
+    """
+
+    name: str
+    config: dict
+    compute: Callable[[], Found]
+    kind: tuple[str, ...]
+    tokens: int
+
+    @property
+    def stem(self) -> str:
+        """Names its record."""
+        return "".join(c if c.isalnum() or c in "-." else "_" for c in "-".join(self.kind[1:]))
+
+    @cached_property
+    def key(self) -> str:
+        """The same for pieces that are the same."""
+        return hash_of(self.config)
+
+
+class Experiment(ABC):
+    """A table or figure of the paper; `reference` says where it is there."""
+
+    name: str
+    title: str
+    reference: str
+
+    def why_not(self, setting) -> str | None:
+        """Why it cannot be had of a model; None if it can."""
+        return None
+
+    @abstractmethod
+    def pieces(self, setting) -> list[Piece]:
+        """What has to be computed, in order."""
+
+    @abstractmethod
+    def result(self, setting, found: dict[str, Found]) -> dict:
+        """What the result file says, from what the pieces found."""
 
 
 @dataclass(frozen=True)
@@ -76,25 +126,23 @@ class Lengths:
                        stream_queries=min(lengths.stream_queries, max(1, most // 200)))  # fmt: skip
 
 
+@dataclass
 class Setting:
     """A model, loaded when it is first needed, and the stream that it is given."""
 
-    def __init__(
-        self,
-        config: ExperimentConfig,
-        source: ModelSource,
-        machine: Machine,
-        text: Text,
-        lengths: Lengths,
-        questions: Path | None,
-    ):
-        self.config, self.source, self.machine, self.text = config, source, machine, text
-        self.lengths, self.questions = lengths, questions
-        self.info = source.info()
+    config: ExperimentConfig
+    source: ModelSource
+    machine: Machine
+    text: Text
+    lengths: Lengths
+    questions: str | None
+
+    def __post_init__(self):
+        self.info = self.source.info()
         if self.info.tokenizer is None:
-            raise SetupError(f"model {source.name!r} has random weights, whose perplexities mean nothing")
-        self.beginning = self.info.beginning(config.bos)
-        self.n_sink = 4 if config.n_sink is None else config.n_sink
+            raise SetupError(f"model {self.source.name!r} has random weights, whose perplexities mean nothing")
+        self.beginning = self.info.beginning(self.config.bos)
+        self.n_sink = 4 if self.config.n_sink is None else self.config.n_sink
         self._loaded: LoadedModel | None = None
         self._ids: Tensor | None = None
 

@@ -2,8 +2,7 @@
 
 files.py      one result file, of today or older -> rows
 table.py      a folder of result files -> the tidy table of all results (and what was wrong with the files)
-style.py      the one place for labels, colours, hatches, line styles and sizes
-metrics.py    the table of what can be drawn: titles, units, direction
+style.py      the one place for labels, colours, hatches, line styles, sizes; titles, units and direction of metrics
 captions.py   words: conditions, what is missing, what was found
 page.py       a page of panels with title, legend and caption; saving, byte for byte the same each time
 bars.py       figures of bars          lines.py   curves

@@ -10,14 +10,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
 from . import style
 from .captions import caption, missing_lines
-from .metrics import ARROWS, METRICS, Metric, short_number, tick_number
 from .page import new_page, tag, text_width, wrap
+from .style import ARROWS, METRICS, Metric, short_number, tick_number
 from .table import SERIES, backends_of_each, series_of
 
 BAR_IN = 6.6 / 72  # a bar's width, which its value has to fit into
@@ -152,8 +151,7 @@ def _draw_panel(ax: Axes, cells: pd.DataFrame, metric: Metric, panel_in: float) 
         end = np.nanmax([value, high, floor])
         artists = [ax.add_artist(bar), ax.text(end, row.y, f"\xa0{short_number(value)}", in_layout=False, **text)]
         if not np.isnan(low):
-            whisker = Line2D([low, high], [row.y, row.y], color=style.INK, lw=0.8, solid_capstyle="butt")
-            artists.append(ax.add_artist(whisker))
+            artists += ax.plot([low, high], [row.y, row.y], color=style.INK, lw=0.8, solid_capstyle="butt")
         for artist in artists:
             tag(artist, row.method, row.backend)
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from . import style
 from .files import SIZES
-from .metrics import METRICS, short_number
+from .style import METRICS, short_number
 from .table import why_missing
 
 SHORT_CHARS = 50

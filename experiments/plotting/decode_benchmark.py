@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -14,22 +13,18 @@ from matplotlib.transforms import ScaledTranslation
 
 from experiments.plotting import style
 from experiments.plotting.lines import number_axis
-from experiments.plotting.metrics import short_number
-from experiments.plotting.page import new_page, save
+from experiments.plotting.page import new_page
+from experiments.plotting.style import short_number
 
 ROW_IN = 11 / 72
 OWN_ATTENTION = style.BackendStyle("", "-", True, 5.6)
 """How attention that is no SDPA backend's shows; its marker is a diamond."""
 DODGE_IN = ROW_IN / 6  # backends of a row lie so far below each other
 REASON_CHARS = 110
+NOTE = "lower is better; at the right the fastest of a row, in ms"
 
 _FIGURE = {"decode": "tpot_ms", "prefill": "prefill_ms"}
 _FLOOR_LINE = {"color": style.INK, "lw": 0.9, "linestyle": (0, (2, 1.2))}
-
-
-def draw(results: Sequence[dict], folder: Path, formats: tuple[str, ...]) -> list[Path]:
-    """Draw all figures of one or several result files; -> the paths."""
-    return [path for name, figure in figures(results).items() for path in save(figure, name, folder, formats)]
 
 
 def figures(results: Sequence[dict]) -> dict[str, Figure]:
@@ -47,9 +42,8 @@ def figures(results: Sequence[dict]) -> dict[str, Figure]:
         cell = row["cell"]
         size = cell["cache_size"] if cell["kind"] == "decode" else cell["length"]
         found.setdefault(f"{cell['kind']}_{size}_batch_{cell['batch_size']}", []).append(row)
-    drawn = {name: rows for name, rows in found.items() if any(_time(row) is not None for row in rows)}
     with mpl.rc_context(style.RC):
-        return {name: plot(rows, results) for name, rows in drawn.items()}
+        return {name: plot(rows, results) for name, rows in found.items() if any(map(_time, rows))}
 
 
 def plot(rows: Sequence[dict], results: Sequence[dict]) -> Figure:
@@ -68,16 +62,11 @@ def plot(rows: Sequence[dict], results: Sequence[dict]) -> Figure:
         len(labels) * ROW_IN + 0.5,
         title=f"{what}, batch {cell['batch_size']}",
         handles=_handles(backends, decode),
-        caption=[
-            _caption(results, rows),
-            "lower is better; at the right the fastest of a row, in ms",
-            *_missing(rows),
-        ],
+        caption=[_caption(results, rows), NOTE, *_missing(rows)],
     )
     for ax, model in zip(axes[:, 0], models, strict=True):
         _draw_panel(ax, [row for row in timed if row["cell"]["model"] == model], labels)
-        ax.set_xlabel("time per step (ms)" if decode else "prefill time (ms)")
-        ax.set_title(model.removeprefix("random:"))
+        ax.set(xlabel="time per step (ms)" if decode else "prefill time (ms)", title=model.removeprefix("random:"))
     return figure
 
 
@@ -124,12 +113,10 @@ def _marker(backend: str, colour: str) -> dict:
 
 
 def _handles(backends: Sequence[str], with_floor: bool) -> list[Line2D]:
-    names = [backend if backend in style.BACKENDS else f"{backend} (its own)" for backend in backends]
-    handles = [
-        Line2D([], [], label=name, **_marker(backend, style.INK))
-        for name, backend in zip(names, backends, strict=True)
-    ]
-    return [*handles, Line2D([], [], label="memory-bandwidth floor", **_FLOOR_LINE)] if with_floor else handles
+    names = {backend: backend if backend in style.BACKENDS else f"{backend} (its own)" for backend in backends}
+    looks = [{"label": name} | _marker(backend, style.INK) for backend, name in names.items()]
+    looks += [{"label": "memory-bandwidth floor"} | _FLOOR_LINE] * with_floor
+    return [Line2D([], [], **look) for look in looks]
 
 
 def _caption(results: Sequence[dict], rows: Sequence[dict]) -> str:

@@ -21,8 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .metrics import METRICS
-from .style import BACKENDS, METHODS, MODE_LABELS
+from .style import BACKENDS, METHODS, METRICS, MODE_LABELS
 
 # Names by which files know a method: those of today, and those of older files.
 METHOD_KEYS = {**{key: key for key in METHODS}, "ours": "streaming"}

@@ -15,8 +15,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import ScaledTranslation
 
 from . import style
-from .metrics import tick_number
 from .page import tag
+from .style import tick_number
 
 WIDTH_PT, STEP_PT = 1.2, 1.2
 STRIPE_PT = 5.0

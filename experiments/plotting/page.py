@@ -22,7 +22,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import text_to_path
 
 from . import style
-from .metrics import TIMES
+from .style import TIMES
 
 FORMATS = ("png", "pdf", "svg")
 MARGIN_IN = 0.06

@@ -1,6 +1,11 @@
-"""One page that sets what was found on each model beside the figures that the paper reports."""
+"""One page that sets what was found on each model beside the figures that the paper reports.
+
+Those are of Xiao, Tian, Chen, Han, Lewis, "Efficient Streaming Language Models with Attention Sinks", ICLR 2024 (arXiv
+2309.17453): by experiment where they stand there, in words, and as a table if there is one, in `paper_facts.toml`.
+"""
 
 import json
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,9 +13,10 @@ import matplotlib as mpl
 
 from . import style
 from .page import embedded, fill_template, save
-from .paper_facts import CITATION, REPORTED
 from .paper_figures import DRAW, models
 
+_FACTS = tomllib.loads(Path(__file__).with_name("paper_facts.toml").read_text(encoding="utf-8"))
+REPORTED: dict[str, dict] = _FACTS["reported"]
 _SHOWN = {
     "methods": ("method", "perplexity", "beyond_cache", "tokens"),
     "line-breaks": ("sinks", "n_sink", "window_size", "perplexity"),
@@ -94,7 +100,7 @@ def write_pages(root: Path) -> Iterable[Path]:
                 sections.append(about | {"models": found, "together": together})
     if sections:
         path = root / "index.html"
-        text = fill_template("paper.html.j2", sections=sections, citation=CITATION)
+        text = fill_template("paper.html.j2", sections=sections, citation=_FACTS["citation"])
         path.write_text(text, encoding="utf-8", newline="\n")
         written.append(path)
     return written

@@ -9,9 +9,9 @@ import pandas as pd
 
 from . import style
 from .captions import caption, memory_note
-from .metrics import MINUS, TIMES, short_number
 from .page import embedded, fill_template, safe_name
 from .script import Drawing
+from .style import MINUS, TIMES, short_number
 from .table import Results, series_of, why_missing
 
 DASH = "\N{EN DASH}"
@@ -35,21 +35,12 @@ ABLATION_COLUMNS = {"n_sink": ("n_sink", "", 1), "window_size": ("window_size", 
 _FILE = ("config_hash", "data_sha256", "timestamp")
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure in the page. ``dataset`` is that of a figure of one data set, as in ids; else empty."""
-
-    name: str
-    svg: str
-    dataset: str
-    wide: bool
-
-    @classmethod
-    def of(cls, drawing: Drawing, run: str, datasets: Iterable[str]) -> "Picture":
-        """A drawing of a run as it stands in the page."""
-        svg = embedded(drawing.figure, drawing.name, run)
-        dataset = next((d for d in datasets if drawing.name == f"comprehensive_{d}"), "")
-        return cls(drawing.name, svg, safe_name(dataset), drawing.figure.get_size_inches()[0] > style.HALF_PAGE_IN)
+def picture(drawing: Drawing, run: str, datasets: Iterable[str]) -> dict:
+    """A drawing of a run as it stands in the page; ``dataset`` is that of a figure of one data set, as in ids."""
+    dataset = next((d for d in datasets if drawing.name == f"comprehensive_{d}"), "")
+    wide = drawing.figure.get_size_inches()[0] > style.HALF_PAGE_IN
+    svg = embedded(drawing.figure, drawing.name, run)
+    return {"name": drawing.name, "svg": svg, "dataset": safe_name(dataset), "wide": wide}
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,7 @@ class Run:
 
     name: str
     results: Results
-    pictures: Sequence[Picture] = ()
+    pictures: Sequence[dict] = ()  # see `picture`
     missing: Sequence[str] = ()  # what no figure could show, and files that could not be read
 
     @property
