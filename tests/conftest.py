@@ -83,5 +83,5 @@ def ctrl_c():
 @pytest.fixture
 def no_collection(monkeypatch):
     """No garbage is collected around cells: on a tiny model that takes longer than all the rest."""
-    for module in ("memory", "measuring"):
+    for module in ("costs", "measuring"):
         monkeypatch.setattr(f"experiments.{module}.gc", SimpleNamespace(collect=lambda: 0))
