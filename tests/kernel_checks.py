@@ -630,6 +630,21 @@ def test_ring_attention_of_shared_keys(monkeypatch, how, moment):
 
 
 @pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("moment", ["among the sinks", "one to go", "turned"])
+@pytest.mark.parametrize(("heads", "splits", "stages"), [(2, 2, 1), (6, 1, 3)])
+def test_ring_attention_of_programs_with_many_tiles(monkeypatch, heads, splits, stages, moment):
+    short_tiles(monkeypatch)
+    monkeypatch.setattr(RingAttention, "WARPS_IN_ALL", 1)  # as where rows and heads are programs enough
+    layout = (2, 20, 110)
+    ring = Ring(attention_of(20, 12, heads, 2), layout, MOMENTS[moment](*layout[1:]), 5)
+    begin(ring)
+    kernel = RingAttention(ring.attention, ring.layer.keys, ring.state)
+    assert (kernel.splits, kernel.stages) == (splits, stages)
+    for _ in range(2):
+        close(ring.attend(kernel), ring.attended())
+
+
+@pytest.mark.usefixtures("loops")
 def test_ring_attention_of_more_query_heads_than_a_program_takes(monkeypatch):
     monkeypatch.setattr(ring_attention, "MOST_SHARED", 2)
     attention = attention_of(16, 16, 5, 1)

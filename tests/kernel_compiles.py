@@ -150,6 +150,15 @@ def test_attention_over_a_ring(heads, kv_heads, head_dim, kind, softcap, dtype, 
     assert compiled == ["_begin_step", "_ring_attention", *2 * ["_rotate_and_store"]]
 
 
+def test_attention_with_tiles_on_their_way(compiled, monkeypatch):
+    monkeypatch.setattr(RingAttention, "WARPS_IN_ALL", 1)
+    attention, layer = layer_of(32, 8, 128, torch.bfloat16, {})
+    kernel = RingAttention(attention, layer.keys, Rings([layer], 1, torch.device("cpu")).states[0])
+    assert kernel.stages > 1
+    kernel(attention, torch.zeros(1, attention.width), layer, pdl=True)
+    assert compiled == ["_ring_attention"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_passes_over_blocks(dtype, compiled):
     x, norms = torch.zeros(2, 3, 512, dtype=dtype), tuple(norm(512, dtype) for _ in range(2))
