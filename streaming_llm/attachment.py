@@ -162,16 +162,15 @@ class Attachment:
         if not isinstance(cache, StreamingKVCache):
             return None
         own: dict[str, Any] = {"position_ids": None, "cache_position": None}  # whatever was given
-        first, counted = cache.progress.position, cache.recurrent is not None or self._scales_queries
         if not cache.progress.together:
             rows = cache.progress.of_rows(len(tokens))
             own["position_ids"] = torch.tensor([[seen + offset] for seen, offset in rows], device=tokens.device)
-        elif counted:  # some of these models would begin at 0 again
+        elif cache.recurrent is not None or self._scales_queries:  # some of these models would begin at 0 again
+            first = cache.progress.position
             own["position_ids"] = torch.arange(first, first + tokens.shape[1], device=tokens.device).unsqueeze(0)
         if self._scales_queries:  # they grow with their position, which is that in the cache
             self._at_hand.positions, last = own["position_ids"], cache.streaming_config.cache_size
             own["position_ids"] = (self._at_hand.positions - max(cache.progress.offset)).clamp(max=last)
-        if counted:
             own["cache_position"] = own["position_ids"].amax(0)
         if cache.recurrent is not None:
             # It tells whether they go on. Lfm2 takes a small one for a place in its state, which fills from the end.

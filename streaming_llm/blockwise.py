@@ -27,9 +27,12 @@ from .placement import input_device
 
 def in_blocks(input_ids: Tensor | Iterable[Tensor], block_size: int) -> Iterator[Tensor]:
     """Chunks ``[batch, n]`` of any length, cut and joined into blocks of ``block_size`` (the last is shorter)."""
+    if isinstance(input_ids, Tensor):
+        yield from input_ids.split(block_size, dim=1) if input_ids.shape[1] else ()
+        return
     held: list[Tensor] = []
     n_held = 0
-    for chunk in (input_ids,) if isinstance(input_ids, Tensor) else input_ids:
+    for chunk in input_ids:
         _require_ids(chunk)
         held.append(chunk)
         n_held += chunk.shape[1]

@@ -108,18 +108,22 @@ class _Call:
 
     def causal(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Attended:
         """New tokens after those of a cache that is none of ours, or scores that have to be written out."""
+        self._refuse_dropout()
         return self._result(causal_attention(self.query, key, value, self.scores, mask))
 
     def block(self, key: Tensor, value: Tensor, plan: BlockPlan) -> Attended:
         """Several new tokens, each with a window of its own."""
+        self._refuse_dropout()
         return self._result(block_attention(self.query, key, value, plan, self.scores))
 
-    def _result(self, out: Tensor) -> Attended:
+    def _refuse_dropout(self) -> None:
         if self.dropout:
             raise ValueError(
                 f"a block of {self.query.shape[2]} tokens cannot have attention dropout {self.dropout}: "
                 "use model.eval()"
             )
+
+    def _result(self, out: Tensor) -> Attended:
         return out.transpose(1, 2).to(self.query.dtype).contiguous(), None
 
     def without_stream(self, key: Tensor, value: Tensor) -> Attended:

@@ -117,9 +117,8 @@ def feed_rows(
             continue
         part = cache if len(group) == n_rows else cache.take_rows(group, n_rows)
         tokens = torch.stack([rows[index] for index in group]).to(input_device(model))
-        if not cache.family.blocks_continue:
-            block_size = 1 if part.n_seen else tokens.shape[1]
-        for block in tokens.split(block_size, dim=1):
+        whole_or_single = 1 if part.n_seen else tokens.shape[1]
+        for block in tokens.split(block_size if cache.family.blocks_continue else whole_or_single, dim=1):
             states = forward(block, part)
         if part is not cache:
             cache.put_rows(group, part, n_rows)

@@ -155,18 +155,19 @@ class RingAttention:
         self.chunks = triton.cdiv(attention.groups, MOST_SHARED)
         self.shared = triton.cdiv(attention.groups, self.chunks)
         self.heads = triton.next_power_of_2(self.shared)
-        self.warps, least = (1, 1) if self.shared == 1 else (self.WARPS, 16)  # the matrix units take 16 or more
+        alone = self.shared == 1
+        self.warps, least = (1, 1) if alone else (self.WARPS, 16)  # the matrix units take 16 or more
         self.dim_p = max(least, triton.next_power_of_2(head_dim))
         self.programs = batch * num_kv_heads * self.chunks
-        few = self.shared > 1 and self.programs * capacity <= self.FEW
+        few = not alone and self.programs * capacity <= self.FEW
         most_rows = self.MOST_ROWS // 2 if few else self.MOST_ROWS
         self.block = max(least, min(most_rows, self.TILE * self.warps // self.dim_p))
         blocks = max(1, capacity // self.block)  # the last program takes what is over
         # Two for each head at least where they have one warp: so that few multiprocessors wait for the last ones.
-        wanted = max(2 if self.warps == 1 else 1, self.WARPS_IN_ALL // (self.warps * self.programs))
+        wanted = max(2 if alone else 1, self.WARPS_IN_ALL // (self.warps * self.programs))
         per_split = triton.cdiv(blocks, min(blocks, wanted))
         self.splits, self.split_len = triton.cdiv(blocks, per_split), per_split * self.block
-        self.stages = 1 if self.shared == 1 else max(1, min(self.STAGES, per_split - 1))
+        self.stages = 1 if alone else max(1, min(self.STAGES, per_split - 1))
         at_once = max(1, self.PARTIAL * self.warps // (self.dim_p * self.heads))
         self.parts = min(triton.next_power_of_2(self.splits), at_once)
         parts = self.programs * self.splits * self.heads
