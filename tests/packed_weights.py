@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from streaming_llm.fused.weights import Packed
 
-KINDS = {"int8": (8, None), "int4 by 16": (4, 16), "int4 by 64": (4, 64), "int4 by 128": (4, 128)}
+KINDS = {"int8": (8, None), "int4 by 32": (4, 32), "int4 by 64": (4, 64), "int4 by 128": (4, 128)}
 """Name -> bits, and columns that share a factor, all of a row if ``None``."""
 
 

@@ -142,12 +142,12 @@ def test_a_recorded_re_computation(case):
         assert torch.equal(capture(forward, ids.flip(1), "fused")(ids), expected)
 
 
-QUANTISED = ["gpt_neox", "llama", "phi3", "gemma3"]
+QUANTISED = ["gpt_neox", "llama", "phi3", "olmo2"]
 
 
 @pytest.mark.parametrize("engine", ["fused-triton", "fused"])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("kind", ["int8", "int4 by 16"])
+@pytest.mark.parametrize("kind", ["int8", "int4 by 32"])
 @pytest.mark.parametrize("case", QUANTISED)
 def test_steps_of_quantised_models(case, kind, batch, engine):
     model = model_of(case, torch.float32).to(GPU)
@@ -157,7 +157,7 @@ def test_steps_of_quantised_models(case, kind, batch, engine):
     assert error(logits, expected).max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4 by 16"])
+@pytest.mark.parametrize("kind", ["int8", "int4 by 32"])
 @pytest.mark.parametrize("case", QUANTISED)
 def test_steps_of_quantised_models_in_half_precision(case, kind):
     """They lose what the de-quantised models' own steps lose."""
@@ -169,7 +169,7 @@ def test_steps_of_quantised_models_in_half_precision(case, kind):
         assert error(stepped(model, engine, 1, 4, 10), expected).mean() < 1.1 * own, engine
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4 by 16"])
+@pytest.mark.parametrize("kind", ["int8", "int4 by 32"])
 @pytest.mark.parametrize("case", QUANTISED)
 def test_blocks_of_quantised_models(case, kind):
     model = model_of(case, torch.float32).to(GPU)

@@ -57,7 +57,7 @@ def test_torchao_s_own_int4():
 
 
 def changed(kind: type, **changes: object) -> Tensor:
-    given = quantised(weight(), *KINDS["int8" if kind is Int8Tensor else "int4 by 16"])
+    given = quantised(weight(), *KINDS["int8" if kind is Int8Tensor else "int4 by 32"])
     vars(given).update(changes)
     return given
 
@@ -73,6 +73,7 @@ REFUSED = {
     r"share factors in blocks of \[1, 32\]": lambda: changed(Int8Tensor, block_size=[1, 32]),
     r"share factors in blocks of \[6, 128\]": lambda: changed(Int8Tensor, block_size=[6, 128]),
     r"share factors in blocks of \[2, 16\]": lambda: changed(Int4Tensor, block_size=[2, 16]),
+    r"share factors in blocks of \[1, 16\]": lambda: quantised(weight(), 4, 16),
     "have factors of shape": lambda: changed(Int4Tensor, scale=torch.ones(6, 8)),
     "no whole words": lambda: quantised(weight(6, 126), *KINDS["int8"]),
     "no matrix of bytes": lambda: changed(Int4Tensor, qdata=torch.zeros(6, 16, dtype=torch.int32)),
@@ -88,7 +89,7 @@ def test_what_is_stored_in_another_way_is_refused_by_name(reason):
         stored(REFUSED[reason]())
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4 by 16"])
+@pytest.mark.parametrize("kind", ["int8", "int4 by 32"])
 def test_a_quantised_model_has_a_recipe(kind):
     model = make_family("llama")
     quantise_(model, kind)

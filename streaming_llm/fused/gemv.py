@@ -14,25 +14,26 @@ from torch import Tensor
 
 from ..launch import launch, wait_for_input
 from .activations import activate, capped
+from .int4_tiles import SIGNS, int4_add_product
 from .norms import any_plus_one, meta_of, norm_weight, or_other, pointers_of, residual, rstd_of
 from .recipe import Linear, Norm
-from .tiles import add_product, first_tiles, next_tile, no_products, row_factors, row_sums
+from .tiles import add_product, first_tiles, next_tile, no_products, row_factors, row_sums, tile_at
 
 TILE_OF_NORM = {
     0: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 1, "num_warps": 2},
-    8: {"BLOCK_R": 8, "BLOCK_K": 2048, "AHEAD": 3, "num_warps": 4},
-    4: {"BLOCK_R": 16, "BLOCK_K": 1024, "AHEAD": 5, "num_warps": 4},
+    8: {"BLOCK_R": 4, "BLOCK_K": 1024, "AHEAD": 4, "num_warps": 4},
+    4: {"BLOCK_R": 32, "BLOCK_K": 256, "AHEAD": 2, "num_warps": 2},
 }
 TILE_OF_FEW_ROWS = TILE_OF_NORM | {
-    8: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 2, "num_warps": 1},
-    4: {"BLOCK_R": 8, "BLOCK_K": 1024, "AHEAD": 1, "num_warps": 2},
+    8: {"BLOCK_R": 4, "BLOCK_K": 1024, "AHEAD": 2, "num_warps": 2},
+    4: {"BLOCK_R": 16, "BLOCK_K": 1024, "AHEAD": 2, "num_warps": 4},
 }
 FEW_ROWS = 12288
 """Products with fewer rows in all have the tiles of few: so that there are programs for all multiprocessors."""
 TILE_OF_SUM = {
     0: {"BLOCK_R": 2, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
     8: {"BLOCK_R": 4, "BLOCK_K": 1024, "AHEAD": 1, "num_warps": 2},
-    4: {"BLOCK_R": 8, "BLOCK_K": 2048, "AHEAD": 1, "num_warps": 4},
+    4: {"BLOCK_R": 16, "BLOCK_K": 1024, "AHEAD": 2, "num_warps": 4},
 }
 """By the bits of packed weights (0: plain ones), rows and columns of a tile, tiles requested ahead, and warps.
 The fastest, or within 7% of it: of two dozen tried for Pythia-70m, 2.8b and 6.9b on an H200, of 83 for packed
@@ -40,9 +41,32 @@ weights of Llama-3.1-8B on an H100."""
 
 
 @triton.jit
+def _normed(
+    x, start, of_norm, squares, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    ADDS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS_ONE: tl.constexpr,
+):  # fmt: skip
+    """``x`` ``[BLOCK_K]`` from column ``start`` on, normed but for an RMSNorm's factor; sums of squares for it."""
+    new_x_ptr, norm_w_ptr, norm_b_ptr, mean, rstd = of_norm
+    at = start + tl.arange(0, BLOCK_K)
+    inside = at < K
+    if ADDS:
+        if start // BLOCK_K % tl.num_programs(0) == tl.program_id(0):
+            tl.store(new_x_ptr + at, x, inside)
+    if NORM == "layer":
+        x = (x - mean) * rstd
+    if NORM == "rms":
+        squares += x * x
+    if NORM != "none":
+        x *= norm_weight(norm_w_ptr, at, inside, WEIGHT, PLUS_ONE)
+    if BIAS:
+        x += tl.load(norm_b_ptr + at, inside, 0.0).to(tl.float32)
+    return x, squares
+
+
+@triton.jit
 def _norm_gemv(
     x_ptr, add_ptr, add_w_ptr, add_eps, new_x_ptr, norm_w_ptr, norm_b_ptr, eps,
-    w1, b1, w2, b2, w3, b3, y_ptr, clip, scale, cap, s1, z1, s2, z2, s3, z3,
+    w1, b1, w2, b2, w3, b3, y_ptr, clip, scale, cap, s1, z1, s2, z2, s3, z3, signs,
     N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, K: tl.constexpr, BIASES: tl.constexpr, GATED: tl.constexpr,
     ADDS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     PLUS_ONE: tl.constexpr, ACT: tl.constexpr, CLIP: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
@@ -78,12 +102,13 @@ def _norm_gemv(
         starts, biases, scales, zeros, step = w, b, s, z, n
     of_rows = starts + rows.to(tl.int64) * (K // VALUES), in_rows, scales + rows, zeros + rows, step
     tiles = first_tiles(of_rows, K, BLOCK_K, AHEAD, BITS, GROUP)
-    row_scale, row_zero = row_factors(of_rows, BITS, GROUP < K)
+    row_scale, row_zero = row_factors(of_rows, BITS)
     if BIASES:
         bias = tl.load(biases + rows, in_rows, 0.0).to(tl.float32)
     wait_for_input(PDL)
 
     add_rstd = rstd_of(add_ptr, add_eps, K, BLOCK_K) if ADDS else 1.0
+    mean, rstd = 0.0, 1.0
     if NORM == "layer":
         xs = ()
         total = tl.zeros((BLOCK_K,), tl.float32)
@@ -101,34 +126,37 @@ def _norm_gemv(
 
     # An RMSNorm's factor is taken out of the product, so that both are summed up in one pass. Its input is requested
     # before each tile: the other way round, as behind a LayerNorm, a step of Llama-3.1-8B took 1.22 times as long.
+    of_norm = new_x_ptr, norm_w_ptr, norm_b_ptr, mean, rstd
     squares = tl.zeros((BLOCK_K,), tl.float32)
-    acc, x_total = no_products(BLOCK_R, BLOCK_K, K, BITS, GROUP)
-    for start in tl.static_range(0, K, BLOCK_K):
-        at = start + columns
-        inside = at < K
-        if NORM == "layer":
-            tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
-            x = xs[start // BLOCK_K]
-        else:
-            x = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, inside, ADDS, PLUS_ONE)
-        if ADDS:
-            if start // BLOCK_K % tl.num_programs(0) == program:
-                tl.store(new_x_ptr + at, x, inside)
-        if NORM == "layer":
-            x = (x - mean) * rstd
-        if NORM == "rms":
-            squares += x * x
-        if NORM != "none":
-            x *= norm_weight(norm_w_ptr, at, inside, WEIGHT, PLUS_ONE)
-        if BIAS:
-            x += tl.load(norm_b_ptr + at, inside, 0.0).to(tl.float32)
-        if NORM != "layer":
-            tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
-        acc, x_total = add_product(acc, x_total, tile, x, BITS, GROUP < K)
+    acc, rest = no_products(BLOCK_R, BLOCK_K, BITS, GROUP)
+    if BITS == 4:
+        x = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, columns, columns < K, ADDS, PLUS_ONE)
+        x, squares = _normed(x, 0, of_norm, squares, K, BLOCK_K, ADDS, NORM, WEIGHT, BIAS, PLUS_ONE)
+        for start in tl.range(0, K, BLOCK_K, num_stages=1):  # asks for some more, behind the last
+            at = start + BLOCK_K + columns
+            tiles = tiles + (tile_at(of_rows, start + AHEAD * BLOCK_K, K, BLOCK_K, BITS, GROUP),)  # noqa: RUF005 - Triton cannot unpack
+            next_x = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
+            next_x, squares = _normed(
+                next_x, start + BLOCK_K, of_norm, squares, K, BLOCK_K, ADDS, NORM, WEIGHT, BIAS, PLUS_ONE
+            )
+            acc = int4_add_product(acc, tiles[0], x, signs)
+            tiles, x = tiles[1:], next_x
+    else:
+        for start in tl.static_range(0, K, BLOCK_K):
+            at = start + columns
+            if NORM == "layer":
+                tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
+                x = xs[start // BLOCK_K]
+            else:
+                x = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
+            x, squares = _normed(x, start, of_norm, squares, K, BLOCK_K, ADDS, NORM, WEIGHT, BIAS, PLUS_ONE)
+            if NORM != "layer":
+                tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
+            acc, rest = add_product(acc, rest, tile, x, BITS)
     if NORM == "rms":
         rstd = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
-        acc, x_total = acc * rstd, x_total * rstd
-    y = row_sums(acc, x_total, row_scale, row_zero, BITS, GROUP < K)
+        acc, rest = acc * rstd, rest * rstd
+    y = row_sums(acc, rest, row_scale, row_zero, BITS)
     if BIASES:
         y += bias
     if GATED:
@@ -188,7 +216,7 @@ def norm_gemv(
     launch(
         _norm_gemv, (grid,), x, add, add_weight, add_eps, or_other(new_x, x), *pointers_of(norm, x),
         *first.pointers(x), *second.pointers(x), *third.pointers(x), y, clip or 0.0, scale, cap or 0.0,
-        *first.factors(x), *second.factors(x), *third.factors(x),
+        *first.factors(x), *second.factors(x), *third.factors(x), SIGNS,
         N1=n1, N2=0 if gated else n2, N3=0 if gated else n3, K=first.columns, BIASES=first.bias is not None,
         GATED=gated, ADDS=pending is not None, **meta_of(norm), PLUS_ONE=any_plus_one(norm, add_norm), ACT=activation,
         CLIP=clip is not None, SCALE=scale != 1.0, CAP=cap is not None, pdl=pdl, **tile,
@@ -198,21 +226,30 @@ def norm_gemv(
 
 @triton.jit
 def _add_products(
-    acc, x_total, tiles, x_ptr, of_rows,
+    acc, rest, tiles, x_ptr, of_rows, signs,
     K: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """What :func:`.tiles.add_product` gives for all tiles in turn; ``tiles`` are the first ``AHEAD``."""
     columns = tl.arange(0, BLOCK_K)
-    for start in tl.static_range(0, K, BLOCK_K):
-        tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
-        x = tl.load(x_ptr + start + columns, start + columns < K, 0.0).to(tl.float32)
-        acc, x_total = add_product(acc, x_total, tile, x, BITS, GROUP < K)
-    return acc, x_total
+    if BITS == 4:
+        x = tl.load(x_ptr + columns, columns < K, 0.0)
+        for start in tl.range(0, K, BLOCK_K, num_stages=1):  # asks for some more, behind the last
+            at = start + BLOCK_K + columns
+            tiles = tiles + (tile_at(of_rows, start + AHEAD * BLOCK_K, K, BLOCK_K, BITS, GROUP),)  # noqa: RUF005 - Triton cannot unpack
+            next_x = tl.load(x_ptr + at, at < K, 0.0)
+            acc = int4_add_product(acc, tiles[0], x.to(tl.float32), signs)
+            tiles, x = tiles[1:], next_x
+    else:
+        for start in tl.static_range(0, K, BLOCK_K):
+            tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
+            x = tl.load(x_ptr + start + columns, start + columns < K, 0.0).to(tl.float32)
+            acc, rest = add_product(acc, rest, tile, x, BITS)
+    return acc, rest
 
 
 @triton.jit
 def _gemv_sum(
-    residual_ptr, other_ptr, x1, w1, bias1, x2, w2, bias2, y_ptr, multiplier, s1, z1, s2, z2,
+    residual_ptr, other_ptr, x1, w1, bias1, x2, w2, bias2, y_ptr, multiplier, s1, z1, s2, z2, signs,
     N: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
     RESIDUAL: tl.constexpr, OTHER: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
@@ -223,7 +260,7 @@ def _gemv_sum(
     in_rows = rows < N
     rows1 = w1 + rows.to(tl.int64) * (K1 // VALUES), in_rows, s1 + rows, z1 + rows, N
     tiles = first_tiles(rows1, K1, BLOCK_K, AHEAD, BITS, GROUP1)
-    scale1, zero1 = row_factors(rows1, BITS, GROUP1 < K1)
+    scale1, zero1 = row_factors(rows1, BITS)
     y = tl.zeros((BLOCK_R,), tl.float32)
     if BIAS1:
         y += tl.load(bias1 + rows, in_rows, 0.0).to(tl.float32)
@@ -235,18 +272,18 @@ def _gemv_sum(
         added += tl.load(residual_ptr + rows, in_rows, 0.0)
     if OTHER:
         added += tl.load(other_ptr + rows, in_rows, 0.0)
-    acc, x_total = no_products(BLOCK_R, BLOCK_K, K1, BITS, GROUP1)
-    acc, x_total = _add_products(acc, x_total, tiles, x1, rows1, K1, BLOCK_K, AHEAD, BITS, GROUP1)
+    acc, rest = no_products(BLOCK_R, BLOCK_K, BITS, GROUP1)
+    acc, rest = _add_products(acc, rest, tiles, x1, rows1, signs, K1, BLOCK_K, AHEAD, BITS, GROUP1)
     if K2 > 0:
         rows2 = w2 + rows.to(tl.int64) * (K2 // VALUES), in_rows, s2 + rows, z2 + rows, N
         if BITS > 0:  # the factors of whole rows are others
-            y += row_sums(acc, x_total, scale1, zero1, BITS, GROUP1 < K1)
-            acc, x_total = no_products(BLOCK_R, BLOCK_K, K2, BITS, GROUP2)
-        scale2, zero2 = row_factors(rows2, BITS, GROUP2 < K2)
-        acc, x_total = _add_products(acc, x_total, (), x2, rows2, K2, BLOCK_K, 0, BITS, GROUP2)
-        y += row_sums(acc, x_total, scale2, zero2, BITS, GROUP2 < K2)
+            y += row_sums(acc, rest, scale1, zero1, BITS)
+            acc, rest = no_products(BLOCK_R, BLOCK_K, BITS, GROUP2)
+        scale2, zero2 = row_factors(rows2, BITS)
+        acc, rest = _add_products(acc, rest, (), x2, rows2, signs, K2, BLOCK_K, 0, BITS, GROUP2)
+        y += row_sums(acc, rest, scale2, zero2, BITS)
     else:
-        y += row_sums(acc, x_total, scale1, zero1, BITS, GROUP1 < K1)
+        y += row_sums(acc, rest, scale1, zero1, BITS)
     if SCALE:
         y *= multiplier
     tl.store(y_ptr + rows, y + added, in_rows)
@@ -275,7 +312,7 @@ def gemv_sum(
     launch(
         _gemv_sum, (triton.cdiv(linear1.rows, tile["BLOCK_R"]),),
         or_other(residual, y), or_other(other, y), x1, *linear1.pointers(y), x2, *linear2.pointers(y),
-        y, multiplier, *linear1.factors(y), *linear2.factors(y),
+        y, multiplier, *linear1.factors(y), *linear2.factors(y), SIGNS,
         N=linear1.rows, K1=linear1.columns, K2=0 if second is None else linear2.columns,
         BIAS1=linear1.bias is not None, BIAS2=second is not None and linear2.bias is not None,
         RESIDUAL=residual is not None, OTHER=other is not None, SCALE=multiplier != 1.0, pdl=pdl, **tile,

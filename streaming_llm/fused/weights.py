@@ -85,7 +85,7 @@ def _words(weight: Any) -> Tensor:
     """The bytes of a weight ``[rows, n]`` as words ``[rows, n / 4]``."""
     qdata = weight.qdata
     _require(qdata.dim() == 2 and qdata.element_size() == 1, weight, "are no matrix of bytes")
-    whole = qdata.is_contiguous() and not qdata.shape[1] % 4 and not qdata.storage_offset() % 4
+    whole = qdata.is_contiguous() and not qdata.shape[1] % 4 and not qdata.data_ptr() % 16
     _require(whole, weight, "have rows that are no whole words of memory")
     return qdata.view(torch.int32)
 
@@ -102,7 +102,7 @@ def _int8(weight: Any) -> Packed:
 def _int4(weight: Any) -> Packed:
     rows, columns = weight.shape
     group, blocks = weight.block_size[-1], list(weight.block_size)
-    fits = blocks == [1, group] and not group & (group - 1) and not columns % group
+    fits = blocks == [1, group] and group >= 32 and not group & (group - 1) and not columns % group
     _require(fits, weight, f"share factors in blocks of {blocks}")
     plain_input = getattr(weight, "activation_dtype", torch.bfloat16) != torch.float8_e4m3fn
     _require(plain_input, weight, "quantise their input too (activation_dtype)")

@@ -1,0 +1,108 @@
+"""Tiles of integers of 4 bits, and their products with a vector by the matrix units.
+
+The bits of a number, put below the exponent of 16, are a bfloat16: 24 plus the number. Two of them lie in a word
+wherever it is shifted to, one in each half, so that a number costs half a shift and half a mask, and no conversion. A
+vector in float32 is the sum of three of bfloat16, which are columns of one product: nothing of it is lost.
+
+A tile of ``[BLOCK_R, BLOCK_K]`` numbers is ``[4, 8, PARTS, 2, BLOCK_R / 16, words]``: the first two dimensions are the
+threads of a warp, the third its warps, as the matrix units want them, so that each thread multiplies what it loaded.
+(Of any other layout the result is the same, only later.) A part is as many columns as share factors, at most 128.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SIGNS = 0x41C041C0
+"""Turns two numbers, in two's complement, into bfloat16. Given at run time: were it known, the compiler would take two
+instructions for what the processor does in one."""
+
+
+@triton.jit
+def _by_thread(of_rows):
+    """``[BLOCK_R]`` as ``[1, 8, 1, 2, BLOCK_R / 16]``."""
+    by_row = tl.permute(tl.reshape(of_rows, (of_rows.shape[0] // 16, 2, 8)), (2, 1, 0))
+    return by_row[None, :, None, :, :]
+
+
+@triton.jit
+def int4_tile_at(rows, start, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
+    """Words of a tile, and factors and zeros of its parts ``[4, 8, PARTS, 2, BLOCK_R / 16]``."""
+    WIDTH: tl.constexpr = min(GROUP, 128)
+    WORDS: tl.constexpr = WIDTH // 32
+    first = tl.program_id(0)
+    thread, row = tl.arange(0, 4)[:, None, None, None, None], tl.arange(0, 8)[None, :, None, None, None]
+    part = tl.arange(0, BLOCK_K // WIDTH)[None, None, :, None, None]
+    inside = _by_thread(rows[1]) & (part < (K - start) // WIDTH)
+    at = ((part * 4 + thread + start // WIDTH * 4) * WORDS)[:, :, :, :, :, None] + tl.arange(0, WORDS)
+    words = tl.multiple_of(_by_thread(rows[0])[:, :, :, :, :, None], (1, 1, 1, 1, 1, 16))
+    words = tl.load(words + at, inside[:, :, :, :, :, None], 0)
+    # Adds 0 in a form that hides that rows follow each other, so that each thread loads the factors of its own.
+    at = (start + part * WIDTH) // GROUP * rows[4] + (thread + row) * tl.minimum(first, 0)
+    scale = tl.load(_by_thread(rows[2]) + at, inside, 0.0)
+    return words, scale, tl.load(_by_thread(rows[3]) + at, inside, 0.0)
+
+
+@triton.jit
+def _numbers(words, signs):
+    """24 plus each number of a tile ``[PARTS, BLOCK_R, columns of a part]``, the columns in order."""
+    PARTS: tl.constexpr = words.shape[2]
+    BLOCKS: tl.constexpr = words.shape[4]
+    WORDS: tl.constexpr = words.shape[5]
+    i = tl.arange(0, 4)
+    words = words[:, :, :, :, :, :, None]
+    pairs = (tl.where(i > 0, words >> (4 * i - 3), words << 3) & 0x00780078) ^ signs
+    first = pairs.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    second = (pairs >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    both = tl.reshape(tl.join(first, second), (4, 8, PARTS, 2, BLOCKS, WORDS, 2, 2, 2))
+    return tl.reshape(tl.permute(both, (2, 4, 3, 1, 5, 6, 0, 7, 8)), (PARTS, 16 * BLOCKS, 32 * WORDS))
+
+
+@triton.jit
+def _split(x):
+    """``x`` with as many bits as bfloat16 has, and the rest."""
+    first = (x.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+    return first.to(tl.bfloat16), x - first
+
+
+@triton.jit
+def _as_columns(x, PARTS: tl.constexpr):
+    """``x`` ``[BLOCK_K]`` as ``[PARTS, columns of a part, 8]``: twice the three numbers of which it is the sum, and 0.
+
+    Columns of a part are in the order in which numbers of words are reached: 0, 4, 1, 5, and so on.
+    """
+    WIDTH: tl.constexpr = x.shape[0] // PARTS
+    first, rest = _split(x)
+    second, rest = _split(rest)
+    x = tl.join(tl.join(first, second), tl.join(rest.to(tl.bfloat16), tl.zeros_like(first)))
+    x = tl.permute(tl.reshape(x, (PARTS, 4, WIDTH // 32, 2, 2, 2, 2, 2)), (0, 2, 4, 1, 5, 3, 7, 6))
+    x = tl.reshape(x, (PARTS, WIDTH, 1, 4))
+    return tl.reshape(tl.broadcast_to(x, (PARTS, WIDTH, 2, 4)), (PARTS, WIDTH, 8))
+
+
+@triton.jit
+def int4_no_products(BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
+    """What :func:`int4_add_product` adds to."""
+    return tl.zeros((4, 8, BLOCK_K // min(GROUP, 128), 2, BLOCK_R // 16), tl.float32)
+
+
+@triton.jit
+def int4_add_product(acc, tile, x, signs):
+    """``acc`` plus the products of a tile with ``x`` ``[BLOCK_K]``, float32."""
+    words, scale, zero = tile
+    PARTS: tl.constexpr = words.shape[2]
+    BLOCKS: tl.constexpr = words.shape[4]
+    products = tl.dot(_numbers(words, signs), _as_columns(x, PARTS))
+    products = tl.permute(tl.reshape(products, (PARTS, BLOCKS, 2, 8, 4, 2)), (4, 3, 0, 2, 1, 5))
+    one, other = tl.split(products)
+    of_x = tl.sum(tl.reshape(x, (PARTS, x.shape[0] // PARTS)), 1)[None, None, :, None, None]
+    of_x *= 1.0 - tl.arange(0, 4)[:, None, None, None, None] % 2  # the threads that have the first two columns
+    return acc + scale.to(tl.float32) * (one + other - 24.0 * of_x) + zero.to(tl.float32) * of_x
+
+
+@triton.jit
+def int4_row_sums(acc):
+    """The products of whole rows ``[BLOCK_R]``."""
+    y = tl.permute(0.5 * tl.sum(tl.sum(acc, 2), 0), (2, 1, 0))
+    return tl.reshape(y, (16 * y.shape[0],))
