@@ -163,12 +163,14 @@ COLUMNS = {"plain": HIDDEN} | dict.fromkeys(PACKED, 192)
 """By how weights are stored; 192 is no multiple of every tile, and three groups of 64."""
 
 
-def stored_as(kind: str, columns: int, rows: int, bias: bool = True) -> tuple[Linear, Linear]:
+def stored_as(
+    kind: str, columns: int, rows: int, bias: bool = True, factors: torch.dtype = torch.float32
+) -> tuple[Linear, Linear]:
     """A matrix, packed unless it is ``plain``; and what it stands for."""
     if kind == "plain":
         return (linear(columns, rows, bias),) * 2
     weight, of_rows = (
-        quantised(randn(rows, columns) / columns**0.5 + 0.01, *KINDS[kind]),
+        quantised((randn(rows, columns) / columns**0.5 + 0.01).to(factors), *KINDS[kind]),
         randn(rows) if bias else None,
     )
     return Linear(stored(weight), of_rows), Linear(weight.exact, of_rows)
@@ -178,7 +180,7 @@ def stored_as(kind: str, columns: int, rows: int, bias: bool = True) -> tuple[Li
 @pytest.mark.parametrize(
     ("kind", "rows", "bias", "given"),
     [("plain", *rows, given) for rows in (((54,), True), ((33, 12, 9), False), ((20, 6, 6), True)) for given in NORMS]
-    + [(kind, (33, 12, 9), True, given) for kind in PACKED for given in ("none", "layer", "rms")],
+    + [(kind, (34, 12, 10), True, given) for kind in PACKED for given in ("none", "layer", "rms")],
 )
 def test_norm_and_matrices(kind, rows, bias, given):
     x, first = randn(COLUMNS[kind]) * 3 + 1, norm(given, COLUMNS[kind])
@@ -197,13 +199,13 @@ def test_norm_and_matrices(kind, rows, bias, given):
 def test_the_first_half_of_an_mlp(kind, gated, together, activation):
     x, first = randn(COLUMNS[kind]) * 3 + 1, norm("rms", COLUMNS[kind])
     if together:
-        layers, plain = (both.halves() for both in stored_as(kind, COLUMNS[kind], 26))
+        layers, plain = (both.halves() for both in stored_as(kind, COLUMNS[kind], 28))
     else:
-        layers, plain = zip(*(stored_as(kind, COLUMNS[kind], 13) for _ in range(1 + gated)), strict=True)
+        layers, plain = zip(*(stored_as(kind, COLUMNS[kind], 14) for _ in range(1 + gated)), strict=True)
     outputs, act = [exact(layer, exact(first, x)) for layer in plain], ACTIVATIONS[activation]
     expected = act(outputs[0]) * outputs[1] if gated else act(outputs[0])
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 2e-2)):
-        out = torch.full((13,), torch.nan, device=DEVICE, dtype=dtype)
+        out = torch.full((14,), torch.nan, device=DEVICE, dtype=dtype)
         gemv.norm_gemv(x, first, layers, out, activation=activation, gated=gated)
         close(out, expected, tolerance)
 
@@ -258,11 +260,16 @@ def test_sum_of_products(kind, residuals, multiplier, two):
 
 @pytest.mark.parametrize("few", [0, 12288])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["int8", "int4 by 128"])
-def test_packed_products_by_the_tiles_that_are_used(monkeypatch, kind, dtype, few):
+@pytest.mark.parametrize(
+    ("kind", "factors"),
+    [("int8", torch.float32), ("int4 by 128", torch.float32), ("int4 by 128", torch.bfloat16)],
+    ids=str,
+)
+def test_packed_products_by_the_tiles_that_are_used(monkeypatch, kind, factors, dtype, few):
     monkeypatch.setattr(gemv, "FEW_ROWS", few)
     columns = 2176  # whole tiles and a part of one, seventeen groups
-    (layer, plain), x, out = stored_as(kind, columns, 20), randn(columns, dtype=dtype), randn(20) * torch.nan
+    (layer, plain), x = stored_as(kind, columns, 20, factors=factors), randn(columns, dtype=dtype)
+    out = randn(20) * torch.nan
     gemv.gemv_sum((layer, x), None, out)
     close(out, exact(plain, x))
     gemv.norm_gemv(x.float(), None, (layer,), out)

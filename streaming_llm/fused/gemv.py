@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..launch import launch, wait_for_input
 from .activations import activate, capped
-from .int4_tiles import SIGNS, int4_add_product
+from .int4_tiles import SIGNS, int4_add_product, int4_next_tiles
 from .norms import any_plus_one, meta_of, norm_weight, or_other, pointers_of, residual, rstd_of
 from .recipe import Linear, Norm
-from .tiles import add_product, first_tiles, next_tile, no_products, row_factors, row_sums, tile_at
+from .tiles import add_product, first_tiles, next_tile, no_products, row_factors, row_sums
 
 TILE_OF_NORM = {
     0: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 1, "num_warps": 2},
@@ -132,15 +132,14 @@ def _norm_gemv(
     if BITS == 4:
         x = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, columns, columns < K, ADDS, PLUS_ONE)
         x, squares = _normed(x, 0, of_norm, squares, K, BLOCK_K, ADDS, NORM, WEIGHT, BIAS, PLUS_ONE)
-        for start in tl.range(0, K, BLOCK_K, num_stages=1):  # asks for some more, behind the last
-            at = start + BLOCK_K + columns
-            tiles = tiles + (tile_at(of_rows, start + AHEAD * BLOCK_K, K, BLOCK_K, BITS, GROUP),)  # noqa: RUF005 - Triton cannot unpack
-            next_x = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
-            next_x, squares = _normed(
-                next_x, start + BLOCK_K, of_norm, squares, K, BLOCK_K, ADDS, NORM, WEIGHT, BIAS, PLUS_ONE
-            )
-            acc = int4_add_product(acc, tiles[0], x, signs)
-            tiles, x = tiles[1:], next_x
+        for first in tl.range(0, K, AHEAD * BLOCK_K, num_stages=1):
+            for i in tl.static_range(AHEAD):
+                start = first + (i + 1) * BLOCK_K
+                at = start + columns
+                next_x = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
+                next_x, squares = _normed(next_x, start, of_norm, squares, K, BLOCK_K, ADDS, NORM, WEIGHT, BIAS, PLUS_ONE)
+                acc = int4_add_product(acc, tiles[0], x, signs)
+                x, tiles = next_x, int4_next_tiles(tiles, of_rows, first + (i + AHEAD) * BLOCK_K, K, BLOCK_K, GROUP)
     else:
         for start in tl.static_range(0, K, BLOCK_K):
             at = start + columns
@@ -233,12 +232,12 @@ def _add_products(
     columns = tl.arange(0, BLOCK_K)
     if BITS == 4:
         x = tl.load(x_ptr + columns, columns < K, 0.0)
-        for start in tl.range(0, K, BLOCK_K, num_stages=1):  # asks for some more, behind the last
-            at = start + BLOCK_K + columns
-            tiles = tiles + (tile_at(of_rows, start + AHEAD * BLOCK_K, K, BLOCK_K, BITS, GROUP),)  # noqa: RUF005 - Triton cannot unpack
-            next_x = tl.load(x_ptr + at, at < K, 0.0)
-            acc = int4_add_product(acc, tiles[0], x.to(tl.float32), signs)
-            tiles, x = tiles[1:], next_x
+        for first in tl.range(0, K, AHEAD * BLOCK_K, num_stages=1):
+            for i in tl.static_range(AHEAD):
+                at = first + (i + 1) * BLOCK_K + columns
+                next_x = tl.load(x_ptr + at, at < K, 0.0)
+                acc = int4_add_product(acc, tiles[0], x.to(tl.float32), signs)
+                x, tiles = next_x, int4_next_tiles(tiles, of_rows, first + (i + AHEAD) * BLOCK_K, K, BLOCK_K, GROUP)
     else:
         for start in tl.static_range(0, K, BLOCK_K):
             tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
@@ -280,7 +279,10 @@ def _gemv_sum(
             y += row_sums(acc, rest, scale1, zero1, BITS)
             acc, rest = no_products(BLOCK_R, BLOCK_K, BITS, GROUP2)
         scale2, zero2 = row_factors(rows2, BITS)
-        acc, rest = _add_products(acc, rest, (), x2, rows2, signs, K2, BLOCK_K, 0, BITS, GROUP2)
+        more = first_tiles(rows2, K2, BLOCK_K, AHEAD if BITS == 4 else 0, BITS, GROUP2)
+        acc, rest = _add_products(
+            acc, rest, more, x2, rows2, signs, K2, BLOCK_K, AHEAD if BITS == 4 else 0, BITS, GROUP2
+        )
         y += row_sums(acc, rest, scale2, zero2, BITS)
     else:
         y += row_sums(acc, rest, scale1, zero1, BITS)

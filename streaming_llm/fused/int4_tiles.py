@@ -21,27 +21,48 @@ instructions for what the processor does in one."""
 
 @triton.jit
 def _by_thread(of_rows):
-    """``[BLOCK_R]`` as ``[1, 8, 1, 2, BLOCK_R / 16]``."""
-    by_row = tl.permute(tl.reshape(of_rows, (of_rows.shape[0] // 16, 2, 8)), (2, 1, 0))
+    """``[BLOCK_R]`` as ``[1, 8, 1, 2, BLOCK_R / 16]``: a thread has rows that follow each other."""
+    by_row = tl.permute(tl.reshape(of_rows, (of_rows.shape[0] // 16, 8, 2)), (1, 2, 0))
     return by_row[None, :, None, :, :]
 
 
 @triton.jit
+def _loaded(factors, at, inside):
+    """Factors by thread; those of bfloat16 as words of two, which are read for each row when they are used."""
+    if factors.dtype.element_ty == tl.bfloat16:
+        pairs = tl.reshape(factors.to(tl.int64), (factors.shape[0] // 2, 2))
+        pairs, _ = tl.split(pairs)
+        inside, _ = tl.split(tl.permute(inside, (0, 1, 2, 4, 3)))
+        pairs = tl.permute(tl.reshape(pairs, (factors.shape[0] // 16, 8)), (1, 0))[None, :, None, :] + 2 * at
+        return tl.load(pairs.to(tl.pointer_type(tl.uint32)), inside, 0)[:, :, :, None, :]
+    else:
+        return tl.load(_by_thread(factors) + at[:, :, :, :, None], inside, 0.0)
+
+
+@triton.jit
+def _values(loaded):
+    """What :func:`_loaded` gave ``[4, 8, PARTS, 2, BLOCK_R / 16]``, in float32."""
+    if loaded.dtype == tl.uint32:
+        is_second = tl.arange(0, 2)[None, None, None, :, None] > 0
+        return tl.where(is_second, loaded & 0xFFFF0000, loaded << 16).to(tl.float32, bitcast=True)
+    else:
+        return loaded.to(tl.float32)
+
+
+@triton.jit
 def int4_tile_at(rows, start, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
-    """Words of a tile, and factors and zeros of its parts ``[4, 8, PARTS, 2, BLOCK_R / 16]``."""
+    """Words of a tile ``[4, 8, PARTS, 2, BLOCK_R / 16, words]``, and factors and zeros of its parts."""
     WIDTH: tl.constexpr = min(GROUP, 128)
     WORDS: tl.constexpr = WIDTH // 32
-    first = tl.program_id(0)
-    thread, row = tl.arange(0, 4)[:, None, None, None, None], tl.arange(0, 8)[None, :, None, None, None]
-    part = tl.arange(0, BLOCK_K // WIDTH)[None, None, :, None, None]
-    inside = _by_thread(rows[1]) & (part < (K - start) // WIDTH)
-    at = ((part * 4 + thread + start // WIDTH * 4) * WORDS)[:, :, :, :, :, None] + tl.arange(0, WORDS)
+    thread, part = tl.arange(0, 4)[:, None, None, None], tl.arange(0, BLOCK_K // WIDTH)[None, None, :, None]
+    inside = _by_thread(rows[1]) & (part[:, :, :, :, None] < (K - start) // WIDTH) & (thread[:, :, :, :, None] < 4)
+    at = ((part * 4 + thread + start // WIDTH * 4) * WORDS)[:, :, :, :, None, None] + tl.arange(0, WORDS)
     words = tl.multiple_of(_by_thread(rows[0])[:, :, :, :, :, None], (1, 1, 1, 1, 1, 16))
     words = tl.load(words + at, inside[:, :, :, :, :, None], 0)
     # Adds 0 in a form that hides that rows follow each other, so that each thread loads the factors of its own.
-    at = (start + part * WIDTH) // GROUP * rows[4] + (thread + row) * tl.minimum(first, 0)
-    scale = tl.load(_by_thread(rows[2]) + at, inside, 0.0)
-    return words, scale, tl.load(_by_thread(rows[3]) + at, inside, 0.0)
+    hidden = (thread + tl.arange(0, 8)[None, :, None, None]) * tl.minimum(tl.program_id(0), 0)
+    at = (start + part * WIDTH) // GROUP * rows[4] + hidden
+    return words, _loaded(rows[2], at, inside), _loaded(rows[3], at, inside)
 
 
 @triton.jit
@@ -77,7 +98,7 @@ def _as_columns(x, PARTS: tl.constexpr):
     second, rest = _split(rest)
     x = tl.join(tl.join(first, second), tl.join(rest.to(tl.bfloat16), tl.zeros_like(first)))
     x = tl.permute(tl.reshape(x, (PARTS, 4, WIDTH // 32, 2, 2, 2, 2, 2)), (0, 2, 4, 1, 5, 3, 7, 6))
-    x = tl.reshape(x, (PARTS, WIDTH, 1, 4))
+    x = tl.reshape(x, (PARTS, WIDTH, 4))[:, :, None, :]
     return tl.reshape(tl.broadcast_to(x, (PARTS, WIDTH, 2, 4)), (PARTS, WIDTH, 8))
 
 
@@ -98,11 +119,17 @@ def int4_add_product(acc, tile, x, signs):
     one, other = tl.split(products)
     of_x = tl.sum(tl.reshape(x, (PARTS, x.shape[0] // PARTS)), 1)[None, None, :, None, None]
     of_x *= 1.0 - tl.arange(0, 4)[:, None, None, None, None] % 2  # the threads that have the first two columns
-    return acc + scale.to(tl.float32) * (one + other - 24.0 * of_x) + zero.to(tl.float32) * of_x
+    return acc + _values(scale) * (one + other - 24.0 * of_x) + _values(zero) * of_x
+
+
+@triton.jit
+def int4_next_tiles(tiles, rows, start, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
+    """``tiles`` without the first, which has been used, and with one from ``start`` on, or of zeros behind the last."""
+    return tiles[1:] + (int4_tile_at(rows, start, K, BLOCK_K, GROUP),)  # noqa: RUF005 - Triton cannot unpack
 
 
 @triton.jit
 def int4_row_sums(acc):
     """The products of whole rows ``[BLOCK_R]``."""
-    y = tl.permute(0.5 * tl.sum(tl.sum(acc, 2), 0), (2, 1, 0))
+    y = tl.permute(0.5 * tl.sum(tl.sum(acc, 2), 0), (2, 0, 1))
     return tl.reshape(y, (16 * y.shape[0],))

@@ -83,5 +83,4 @@ def _how_stored(linear: Linear) -> tuple[object, ...]:
     packed = linear.weight
     if not isinstance(packed, Packed):
         return ()
-    group = None if packed.group == linear.columns else packed.group
-    return packed.bits, group, packed.scale.dtype, packed.zero.dtype
+    return packed.bits, packed.group if packed.bits == 4 else None, packed.scale.dtype, packed.zero.dtype

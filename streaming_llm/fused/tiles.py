@@ -36,9 +36,9 @@ def tile_at(rows, start, K: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.conste
 def first_tiles(
     rows, K: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip
-    """Up to ``AHEAD`` tiles, requested at once."""
+    """``AHEAD`` tiles, requested at once; fewer where there are no more, unless they are of 4 bits."""
     tiles = ()
-    for start in tl.static_range(0, min(K, AHEAD * BLOCK_K), BLOCK_K):
+    for start in tl.static_range(0, AHEAD * BLOCK_K if BITS == 4 else min(K, AHEAD * BLOCK_K), BLOCK_K):
         tiles = tiles + (tile_at(rows, start, K, BLOCK_K, BITS, GROUP),)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
     return tiles
 

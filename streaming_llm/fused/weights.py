@@ -104,6 +104,7 @@ def _int4(weight: Any) -> Packed:
     group, blocks = weight.block_size[-1], list(weight.block_size)
     fits = blocks == [1, group] and group >= 32 and not group & (group - 1) and not columns % group
     _require(fits, weight, f"share factors in blocks of {blocks}")
+    _require(not rows % 2, weight, "have an odd number of rows")
     plain_input = getattr(weight, "activation_dtype", torch.bfloat16) != torch.float8_e4m3fn
     _require(plain_input, weight, "quantise their input too (activation_dtype)")
     for factors in (weight.scale, weight.zero_point):
