@@ -124,7 +124,7 @@ def int4_add_product(acc, tile, x, signs):
 
 @triton.jit
 def int4_next_tiles(tiles, rows, start, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
-    """``tiles`` without the first, which has been used, and with one from ``start`` on, or of zeros behind the last."""
+    """``tiles`` but for the first, which has been used, and the one from column ``start`` on; zeros, where none is."""
     return tiles[1:] + (int4_tile_at(rows, start, K, BLOCK_K, GROUP),)  # noqa: RUF005 - Triton cannot unpack
 
 
