@@ -135,6 +135,7 @@ class Bench:
         ids = self._ids(cell)
         checked = CONTENDERS[cell.contender].checked and cell.kind == DECODE
         check = self._reference(cell, ids) if checked else None
+        free_memory()  # where its memory lies, and so how fast it is, is not left to what ran before
         with self._open(cell) as method:
             if cell.kind == PREFILL:
                 prefill = partial(self._time_prefill, method, ids[:, : cell.length])

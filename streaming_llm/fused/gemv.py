@@ -136,10 +136,10 @@ def _norm_gemv(
             for i in tl.static_range(AHEAD):
                 start = first + (i + 1) * BLOCK_K
                 at = start + columns
-                given = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
-                given, squares = _normed(given, start, of_norm, squares, K, BLOCK_K, ADDS, NORM, WEIGHT, BIAS, PLUS_ONE)
+                more = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
+                more, squares = _normed(more, start, of_norm, squares, K, BLOCK_K, ADDS, NORM, WEIGHT, BIAS, PLUS_ONE)
                 acc = int4_add_product(acc, tiles[0], x, signs)
-                x, tiles = given, int4_next_tiles(tiles, of_rows, first + (i + AHEAD) * BLOCK_K, K, BLOCK_K, GROUP)
+                x, tiles = more, int4_next_tiles(tiles, of_rows, first + (i + AHEAD) * BLOCK_K, K, BLOCK_K, GROUP)
     else:
         for start in tl.static_range(0, K, BLOCK_K):
             at = start + columns
@@ -235,9 +235,9 @@ def _add_products(
         for first in tl.range(0, K, AHEAD * BLOCK_K, num_stages=1):
             for i in tl.static_range(AHEAD):
                 at = first + (i + 1) * BLOCK_K + columns
-                given = tl.load(x_ptr + at, at < K, 0.0)
+                more = tl.load(x_ptr + at, at < K, 0.0)
                 acc = int4_add_product(acc, tiles[0], x.to(tl.float32), signs)
-                x, tiles = given, int4_next_tiles(tiles, of_rows, first + (i + AHEAD) * BLOCK_K, K, BLOCK_K, GROUP)
+                x, tiles = more, int4_next_tiles(tiles, of_rows, first + (i + AHEAD) * BLOCK_K, K, BLOCK_K, GROUP)
     else:
         for start in tl.static_range(0, K, BLOCK_K):
             tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
