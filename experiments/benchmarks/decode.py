@@ -9,6 +9,7 @@ from torch import Tensor
 
 from experiments.benchmarks.contenders import CONSTANT_DENSE, CONTENDERS
 from experiments.costs import measured, seconds
+from experiments.measuring import free_memory
 from experiments.methods import METHODS, Dense, Method, MethodSettings, Streaming
 from experiments.models import LoadedModel
 from experiments.perplexity import devices_of
