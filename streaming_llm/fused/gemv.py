@@ -22,7 +22,7 @@ from .tiles import add_product, first_tiles, next_tile, no_products, row_factors
 TILE_OF_NORM = {
     0: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 1, "num_warps": 2},
     8: {"BLOCK_R": 4, "BLOCK_K": 1024, "AHEAD": 4, "num_warps": 4},
-    4: {"BLOCK_R": 32, "BLOCK_K": 256, "AHEAD": 2, "num_warps": 2},
+    4: {"BLOCK_R": 64, "BLOCK_K": 256, "AHEAD": 2, "num_warps": 2},
 }
 TILE_OF_FEW_ROWS = TILE_OF_NORM | {
     8: {"BLOCK_R": 4, "BLOCK_K": 1024, "AHEAD": 2, "num_warps": 2},
@@ -33,10 +33,10 @@ FEW_ROWS = 12288
 TILE_OF_SUM = {
     0: {"BLOCK_R": 2, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
     8: {"BLOCK_R": 4, "BLOCK_K": 1024, "AHEAD": 1, "num_warps": 2},
-    4: {"BLOCK_R": 16, "BLOCK_K": 1024, "AHEAD": 2, "num_warps": 4},
+    4: {"BLOCK_R": 16, "BLOCK_K": 1024, "AHEAD": 3, "num_warps": 4},
 }
 """By the bits of packed weights (0: plain ones), rows and columns of a tile, tiles requested ahead, and warps.
-The fastest, or within 7% of it: of two dozen tried for Pythia-70m, 2.8b and 6.9b on an H200, of 83 for packed
+The fastest, or within 7% of it: of two dozen tried for Pythia-70m, 2.8b and 6.9b on an H200, of 12 for packed
 weights of Llama-3.1-8B on an H100."""
 
 
