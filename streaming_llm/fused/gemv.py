@@ -134,10 +134,10 @@ def _norm_gemv(
         x, squares = _normed(x, 0, of_norm, squares, K, BLOCK_K, ADDS, NORM, WEIGHT, BIAS, PLUS_ONE)
         for first in tl.range(0, K, AHEAD * BLOCK_K, num_stages=1):
             for i in tl.static_range(AHEAD):
-                start = first + (i + 1) * BLOCK_K
-                at = start + columns
-                more = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
-                more, squares = _normed(more, start, of_norm, squares, K, BLOCK_K, ADDS, NORM, WEIGHT, BIAS, PLUS_ONE)
+                behind = first + (i + 1) * BLOCK_K
+                place = behind + columns
+                more = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, place, place < K, ADDS, PLUS_ONE)
+                more, squares = _normed(more, behind, of_norm, squares, K, BLOCK_K, ADDS, NORM, WEIGHT, BIAS, PLUS_ONE)
                 acc = int4_add_product(acc, tiles[0], x, signs)
                 x, tiles = more, int4_next_tiles(tiles, of_rows, first + (i + AHEAD) * BLOCK_K, K, BLOCK_K, GROUP)
     else:
@@ -234,8 +234,8 @@ def _add_products(
         x = tl.load(x_ptr + columns, columns < K, 0.0)
         for first in tl.range(0, K, AHEAD * BLOCK_K, num_stages=1):
             for i in tl.static_range(AHEAD):
-                at = first + (i + 1) * BLOCK_K + columns
-                more = tl.load(x_ptr + at, at < K, 0.0)
+                place = first + (i + 1) * BLOCK_K + columns
+                more = tl.load(x_ptr + place, place < K, 0.0)
                 acc = int4_add_product(acc, tiles[0], x.to(tl.float32), signs)
                 x, tiles = more, int4_next_tiles(tiles, of_rows, first + (i + AHEAD) * BLOCK_K, K, BLOCK_K, GROUP)
     else:
