@@ -1,7 +1,7 @@
 """One page with everything: tables, figures and environments of all results at and below a folder.
 
     python experiments/make_report.py
-    python experiments/make_report.py --results-dir results/h200 --output-dir figures/h200
+    python experiments/make_report.py --results-dir results/h100 --output-dir figures/h100
 
 Writes report.html: one file that needs no network; it sorts, filters, and follows the system's light or dark theme.
 """
@@ -33,7 +33,7 @@ SCRIPTS = (
     plot_ablation_results,
 )
 # What the project itself shows; everything else under results/ is a user's own.
-PROJECT = [Path(__file__).resolve().parents[1] / "results" / machine for machine in ("cpu", "h100", "h200")]
+PROJECT = [Path(__file__).resolve().parents[1] / "results" / machine for machine in ("cpu", "h100")]
 
 
 def roots_of(top: Path, runs: str = "all") -> list[Path]:

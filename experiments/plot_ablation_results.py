@@ -1,7 +1,7 @@
 """Perplexity and speed against window_size and against n_sink, a line per backend.
 
     python experiments/plot_ablation_results.py
-    python experiments/plot_ablation_results.py --results-dir results/h200 --output-dir figures/h200
+    python experiments/plot_ablation_results.py --results-dir results/h100 --output-dir figures/h100
 
 Writes ablation_window_size and ablation_n_sink (with the data set in the name where there are several).
 """

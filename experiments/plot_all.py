@@ -4,8 +4,8 @@
     python experiments/plot_all.py --runs own
     python experiments/plot_all.py --results-dir results --output-dir figures --format png svg
 
-A root of results (a folder with final/ or fixed_eval/) is drawn into the folder of the same name: results/h200 into
-figures/h200, results/h200/pythia-2.8b into figures/h200/pythia-2.8b, and one's own results/final into figures/.
+A root of results (a folder with final/ or fixed_eval/) is drawn into the folder of the same name: results/h100 into
+figures/h100, results/h100/pythia-2.8b into figures/h100/pythia-2.8b, and one's own results/final into figures/.
 figures/report.html is about all of them, figures/<name>/report.html about those at and below results/<name>. What
 reproduce_paper.py found for the project (results/<name>/paper) is drawn where it lies.
 """
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--runs",
         choices=("all", "own", "project"),
         default="all",
-        help="your own, those that the project shows (results/cpu, h100, h200), or all; default: %(default)s",
+        help="your own, those that the project shows (results/cpu, h100), or all; default: %(default)s",
     )
     args = parser.parse_args(argv)
     top, output = args.results_dir, args.output_dir

@@ -1,7 +1,7 @@
 """The whole matrix: every method, backend and metric, a page per data set; and what the kernel changes.
 
     python experiments/plot_comprehensive_results.py
-    python experiments/plot_comprehensive_results.py --results-dir results/h200 --output-dir figures/h200 --format pdf
+    python experiments/plot_comprehensive_results.py --results-dir results/h100 --output-dir figures/h100 --format pdf
 
 Writes comprehensive_<dataset> (with the mode of older results in the name), and comprehensive_kernel_ratio: how many
 times longer a method takes with the math kernel than with another, for prefill and for decode.

@@ -1,7 +1,7 @@
 """The decode loop, one token at a time: rate, time per token, first step and perplexity, backends side by side.
 
     python experiments/plot_decode_loop_comparison.py
-    python experiments/plot_decode_loop_comparison.py --results-dir results/h200 --format pdf
+    python experiments/plot_decode_loop_comparison.py --results-dir results/h100 --format pdf
 
 Writes decode_loop_comparison. Today's results all come from the decode loop; of the older ones, those whose name
 says decode_loop are drawn, as series of their own.

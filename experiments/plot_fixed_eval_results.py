@@ -1,7 +1,7 @@
 """Bars by data set: what each method costs in perplexity and gains in time, backends side by side.
 
     python experiments/plot_fixed_eval_results.py
-    python experiments/plot_fixed_eval_results.py --results-dir results/h200 --output-dir figures/h200 --format png pdf
+    python experiments/plot_fixed_eval_results.py --results-dir results/h100 --output-dir figures/h100 --format png pdf
 
 Writes fixed_eval_{perplexity,ppl_increase,runtime,speedup,ttft,prefill}, and fixed_eval_summary with the main four on
 one page. Results of an older mode (chunked, decode_loop, ...) get figures of their own, with the mode in the name.

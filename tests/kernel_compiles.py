@@ -98,7 +98,9 @@ def packed(rows: int, columns: int, bits: int, group: int, factors: torch.dtype)
     return Linear(Packed(words, bits, factor, factor, words), torch.zeros(rows, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize(("bits", "group", "factors"), [(8, 512, torch.float32), (4, 128, torch.bfloat16), (4, 32, torch.float32)])
+@pytest.mark.parametrize(
+    ("bits", "group", "factors"), [(8, 512, torch.float32), (4, 128, torch.bfloat16), (4, 32, torch.float32)]
+)
 def test_products_of_packed_weights(bits, group, factors, compiled):
     x, y, one = torch.zeros(512), torch.zeros(512), packed(512, 512, bits, group, factors)
     narrow = packed(128, 512, bits, group, factors)
