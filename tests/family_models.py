@@ -20,7 +20,7 @@ SLIDING = 64
 """Sliding window of the model's own, where a family has one."""
 
 _COMMON = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": POSITIONS, "initializer_range": 0.15,
     "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
@@ -88,7 +88,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3", {**GQA, **WIDE, **BOTH_LAYERS, "query_pre_attn_scalar": 20, "initializer_range": 0.1}),
     "gptj": (
         "GPTJ",
-        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64, "rotary_dim": 4, "n_positions": POSITIONS},
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "rotary_dim": 4, "n_positions": POSITIONS},
     ),
     "falcon": ("Falcon", {"multi_query": True, "parallel_attn": True, "bias": False}),
     "falcon-new": (
@@ -128,10 +128,10 @@ def make_config(case: str, attention: str = "sdpa", **changes: Any):
 
 
 @functools.cache
-def _weights(case: str) -> dict[str, torch.Tensor]:
+def _weights(case: str, **sizes: int) -> dict[str, torch.Tensor]:
     """Random weights, norms and biases too, with logits of a standard deviation of 1."""
     torch.manual_seed(0)
-    model = getattr(transformers, f"{CASES[case][0]}ForCausalLM")(make_config(case)).eval()
+    model = getattr(transformers, f"{CASES[case][0]}ForCausalLM")(make_config(case, **sizes)).eval()
     torch.manual_seed(0)  # versions differ in what they draw, and in which order
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -150,8 +150,9 @@ def make_family(
     case: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa", **changes: Any
 ) -> PreTrainedModel:
     """A model of a case, always with the same weights."""
+    sizes = {name: changes[name] for name in changes.keys() & {"intermediate_size"}}
     model = getattr(transformers, f"{CASES[case][0]}ForCausalLM")(make_config(case, attention, **changes)).eval()
-    model.load_state_dict(_weights(case))
+    model.load_state_dict(_weights(case, **sizes))
     return to_dtype(model, dtype)
 
 

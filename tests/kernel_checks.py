@@ -19,7 +19,7 @@ import triton.language as tl
 from called_recordings import Called, called  # noqa: F401 - a fixture
 from family_models import SLIDING, VOCAB, available, make_family
 from family_reference import family_reference_logits, rotated
-from packed_weights import KINDS, quantise_, quantised
+from packed_weights import KINDS, WHOLE_GROUPS, quantise_, quantised
 from transformers import DynamicCache
 from triton.runtime import interpreter
 
@@ -31,10 +31,12 @@ from streaming_llm.cache_layer import StreamingLayer
 from streaming_llm.config import StreamingConfig
 from streaming_llm.engines.fused_step import FusedStep, FusedTritonStep
 from streaming_llm.engines.recorded import RecordedEngine
-from streaming_llm.fused import block_heads, elementwise, gemv, ring_attention
+from streaming_llm.fused import block_heads, elementwise, ring_attention
 from streaming_llm.fused.family_recipes import recipe_of
 from streaming_llm.fused.few_rows import are_few, few_rows
 from streaming_llm.fused.full_ring import FullRing
+from streaming_llm.fused.gemv_sum import TILE_OF_SUM, gemv_sum
+from streaming_llm.fused.norm_gemv import TILE_OF_FEW_ROWS, TILE_OF_NORM, norm_gemv
 from streaming_llm.fused.recipe import Attention, HeadPlaces, Linear, Norm
 from streaming_llm.fused.ring_attention import RingAttention
 from streaming_llm.fused.rings import Rings, begin_step
@@ -102,7 +104,7 @@ TILES = [(4, 32, 2), (2, 128, 8)]
 def tiles(request, monkeypatch) -> None:
     """Every kernel with a small tile in place of its own."""
     rows, columns, ahead = request.param
-    for tiles_of in (gemv.TILE_OF_NORM, gemv.TILE_OF_FEW_ROWS, gemv.TILE_OF_SUM):
+    for tiles_of in (TILE_OF_NORM, TILE_OF_FEW_ROWS, TILE_OF_SUM):
         for bits in tiles_of:
             sizes = (max(16, rows), max(64, columns)) if bits == 4 else (rows, columns)
             small = {"BLOCK_R": sizes[0], "BLOCK_K": sizes[1], "AHEAD": ahead}
@@ -186,7 +188,7 @@ def test_norm_and_matrices(kind, rows, bias, given):
     x, first = randn(COLUMNS[kind]) * 3 + 1, norm(given, COLUMNS[kind])
     layers, plain = zip(*(stored_as(kind, COLUMNS[kind], n, bias) for n in rows), strict=True)
     out = torch.full((sum(rows),), torch.nan, device=DEVICE)
-    gemv.norm_gemv(x, first, layers, out)
+    norm_gemv(x, first, layers, out)
     close(out, torch.cat([exact(layer, exact(first, x)) for layer in plain]))
 
 
@@ -206,7 +208,7 @@ def test_the_first_half_of_an_mlp(kind, gated, together, activation):
     expected = act(outputs[0]) * outputs[1] if gated else act(outputs[0])
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 2e-2)):
         out = torch.full((14,), torch.nan, device=DEVICE, dtype=dtype)
-        gemv.norm_gemv(x, first, layers, out, activation=activation, gated=gated)
+        norm_gemv(x, first, layers, out, activation=activation, gated=gated)
         close(out, expected, tolerance)
 
 
@@ -216,7 +218,7 @@ def test_an_output_is_normed_and_added_by_the_kernel_that_reads_it(kind):
     x, output, new_x, y = randn(HIDDEN), randn(HIDDEN), randn(HIDDEN) * torch.nan, randn(54) * torch.nan
     first, of_output, layer = norm(kind), norm("rms+1" if kind == "rms+1" else "rms"), linear(HIDDEN, 54)
     total = x.double() + exact(of_output, output)
-    gemv.norm_gemv(x, first, (layer,), y, pending=(output, of_output), new_x=new_x)
+    norm_gemv(x, first, (layer,), y, pending=(output, of_output), new_x=new_x)
     close(new_x, total)
     close(y, exact(layer, exact(first, total)))
 
@@ -232,7 +234,7 @@ def test_an_output_is_normed_and_added_by_the_kernel_that_reads_it(kind):
 )
 def test_outputs_are_limited(how, change):
     x, first, layer, y = randn(HIDDEN), norm("rms"), linear(HIDDEN, 54), randn(54) * torch.nan
-    gemv.norm_gemv(x, first, (layer,), y, **how)
+    norm_gemv(x, first, (layer,), y, **how)
     close(y, change(exact(layer, exact(first, x))))
 
 
@@ -253,7 +255,7 @@ def test_sum_of_products(kind, residuals, multiplier, two):
     made = [stored_as(kind, n, 54, i == 0 or residuals == 1) for i, n in enumerate(columns)]
     given, added = [randn(n) for n in columns], [randn(54) for _ in range(residuals)]
     pairs, out = [(layer, x) for (layer, _), x in zip(made, given, strict=True)], randn(54) * torch.nan
-    gemv.gemv_sum(pairs[0], pairs[1] if two else None, out, *added, multiplier=multiplier)
+    gemv_sum(pairs[0], pairs[1] if two else None, out, *added, multiplier=multiplier)
     products = sum(exact(plain, x) for (_, plain), x in zip(made, given, strict=True))
     close(out, multiplier * products + sum(x.double() for x in added))
 
@@ -266,15 +268,15 @@ def test_sum_of_products(kind, residuals, multiplier, two):
     ids=str,
 )
 def test_packed_products_by_the_tiles_that_are_used(monkeypatch, kind, factors, dtype, few):
-    monkeypatch.setattr(gemv, "FEW_ROWS", few)
+    monkeypatch.setattr("streaming_llm.fused.norm_gemv.FEW_ROWS", few)
     columns = 2176  # whole tiles and a part of one, seventeen groups
     (layer, plain), x = stored_as(kind, columns, 20, factors=factors), randn(columns, dtype=dtype)
     out = randn(20) * torch.nan
-    gemv.gemv_sum((layer, x), None, out)
+    gemv_sum((layer, x), None, out)
     close(out, exact(plain, x))
-    gemv.norm_gemv(x.float(), None, (layer,), out)
+    norm_gemv(x.float(), None, (layer,), out)
     close(out, exact(plain, x))
-    gemv.norm_gemv(x.float(), None, layer.halves(), out[:10], gated=True)
+    norm_gemv(x.float(), None, layer.halves(), out[:10], gated=True)
     gate, up = (exact(half, x) for half in plain.halves())
     close(out[:10], gate * up)
 
@@ -795,7 +797,8 @@ def check_steps(model, expected: torch.Tensor, ids: torch.Tensor, config: Stream
 def test_steps_of_a_model(case, own, batch, prompt, kind):
     if not available(case):
         pytest.skip("not in the installed Transformers")
-    ids, model = torch.randint(VOCAB, (batch, 12)), make_family(case).to(DEVICE)
+    sizes = WHOLE_GROUPS if kind else {}
+    ids, model = torch.randint(VOCAB, (batch, 12)), make_family(case, **sizes).to(DEVICE)
     plain = quantise_(model, kind).cpu() if kind else make_family(case)
     expected = family_reference_logits(plain, ids, 3, 7)
     check_steps(model, expected, ids.to(DEVICE), StreamingConfig(3, 7), prompt, own)

@@ -16,8 +16,10 @@ from streaming_llm.attention import triton_kernels
 from streaming_llm.attention.math_kernel import Scores
 from streaming_llm.cache_layer import StreamingLayer
 from streaming_llm.config import StreamingConfig
-from streaming_llm.fused import block_heads, elementwise, few_rows, gemv
+from streaming_llm.fused import block_heads, elementwise, few_rows
 from streaming_llm.fused.full_ring import FullRing
+from streaming_llm.fused.gemv_sum import gemv_sum
+from streaming_llm.fused.norm_gemv import norm_gemv
 from streaming_llm.fused.recipe import Attention, HeadPlaces, Linear, Norm
 from streaming_llm.fused.ring_attention import RingAttention
 from streaming_llm.fused.rings import Rings, begin_step
@@ -70,15 +72,15 @@ def test_matrix_vector_products(hidden, dtype, compiled):
     x, y = torch.zeros(hidden), torch.zeros(hidden)
     one, narrow = linear(hidden, hidden, dtype), linear(hidden // 4, hidden, dtype)
     wide = linear(hidden, 4 * hidden, dtype), torch.zeros(4 * hidden, dtype=dtype)
-    gemv.norm_gemv(x, norm(hidden, dtype), (one,), y, activation="gelu", pdl=True)
-    gemv.norm_gemv(x, norm(hidden, dtype, "rms"), (one, narrow, narrow), torch.zeros(2 * hidden), clip=8.0, pdl=True)
+    norm_gemv(x, norm(hidden, dtype), (one,), y, activation="gelu", pdl=True)
+    norm_gemv(x, norm(hidden, dtype, "rms"), (one, narrow, narrow), torch.zeros(2 * hidden), clip=8.0, pdl=True)
     pending = x, norm(hidden, dtype, "rms+1")
     how = {"activation": "silu", "gated": True, "pending": pending, "new_x": y, "pdl": True}
-    gemv.norm_gemv(x, norm(hidden, dtype, "rms+1"), (one, one), torch.zeros(hidden, dtype=dtype), **how)
-    gemv.norm_gemv(x, norm(hidden, dtype, "rms"), (linear(3, hidden, dtype, False),), y, scale=0.5, cap=30.0, pdl=True)
-    gemv.gemv_sum(wide, None, y, pdl=True)
-    gemv.gemv_sum((one, x.to(dtype)), None, y, residual=x, other=x, multiplier=0.2, pdl=True)
-    gemv.gemv_sum((one, x.to(dtype)), wide, y, residual=x, pdl=True)
+    norm_gemv(x, norm(hidden, dtype, "rms+1"), (one, one), torch.zeros(hidden, dtype=dtype), **how)
+    norm_gemv(x, norm(hidden, dtype, "rms"), (linear(3, hidden, dtype, False),), y, scale=0.5, cap=30.0, pdl=True)
+    gemv_sum(wide, None, y, pdl=True)
+    gemv_sum((one, x.to(dtype)), None, y, residual=x, other=x, multiplier=0.2, pdl=True)
+    gemv_sum((one, x.to(dtype)), wide, y, residual=x, pdl=True)
     assert compiled == [*4 * ["_norm_gemv"], *3 * ["_gemv_sum"]]
 
 
@@ -104,10 +106,10 @@ def packed(rows: int, columns: int, bits: int, group: int, factors: torch.dtype)
 def test_products_of_packed_weights(bits, group, factors, compiled):
     x, y, one = torch.zeros(512), torch.zeros(512), packed(512, 512, bits, group, factors)
     narrow = packed(128, 512, bits, group, factors)
-    gemv.norm_gemv(x, norm(512, torch.bfloat16), (one, narrow, narrow), torch.zeros(768), pdl=True)
-    gemv.norm_gemv(x, None, one.halves(), y[:256], activation="silu", gated=True, pdl=True)
-    gemv.gemv_sum((one, x.to(torch.bfloat16)), None, y, residual=x, pdl=True)
-    gemv.gemv_sum((one, x), (one, x), y, residual=x, other=x, pdl=True)
+    norm_gemv(x, norm(512, torch.bfloat16), (one, narrow, narrow), torch.zeros(768), pdl=True)
+    norm_gemv(x, None, one.halves(), y[:256], activation="silu", gated=True, pdl=True)
+    gemv_sum((one, x.to(torch.bfloat16)), None, y, residual=x, pdl=True)
+    gemv_sum((one, x), (one, x), y, residual=x, other=x, pdl=True)
     assert compiled == [*2 * ["_norm_gemv"], *2 * ["_gemv_sum"]]
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import GPU
 from family_models import CASES, VOCAB, available, make_family, takes_sdpa
 from family_reference import family_reference_logits
-from packed_weights import quantise_, unpacked
+from packed_weights import WHOLE_GROUPS, quantise_, unpacked
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.method_base import capture
@@ -38,9 +38,9 @@ def ids_of(batch: int) -> torch.Tensor:
     return torch.randint(VOCAB, (batch, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-def model_of(case: str, dtype: torch.dtype):
+def model_of(case: str, dtype: torch.dtype, **sizes: int):
     """On the CPU, in the dtype, with attention written out: SDPA leaves soft-capping out."""
-    return make_family(case, dtype, attention="sdpa" if takes_sdpa(case) else "eager")
+    return make_family(case, dtype, attention="sdpa" if takes_sdpa(case) else "eager", **sizes)
 
 
 @functools.cache
@@ -150,7 +150,7 @@ QUANTISED = ["gpt_neox", "llama", "phi3", "olmo2"]
 @pytest.mark.parametrize("kind", ["int8", "int4 by 32"])
 @pytest.mark.parametrize("case", QUANTISED)
 def test_steps_of_quantised_models(case, kind, batch, engine):
-    model = model_of(case, torch.float32).to(GPU)
+    model = model_of(case, torch.float32, **WHOLE_GROUPS).to(GPU)
     plain = quantise_(model, kind).cpu()
     logits = stepped(model, engine, batch, 4, 10)
     expected = family_reference_logits(plain, ids_of(batch), 4, W)[:, 9:]
@@ -161,7 +161,7 @@ def test_steps_of_quantised_models(case, kind, batch, engine):
 @pytest.mark.parametrize("case", QUANTISED)
 def test_steps_of_quantised_models_in_half_precision(case, kind):
     """They lose what the de-quantised models' own steps lose."""
-    model = model_of(case, torch.bfloat16).to(GPU)
+    model = model_of(case, torch.bfloat16, **WHOLE_GROUPS).to(GPU)
     plain = quantise_(model, kind)
     expected = family_reference_logits(copy.deepcopy(plain).cpu(), ids_of(1), 4, W)[:, 9:]
     own = error(stepped(plain, "eager", 1, 4, 10), expected).mean()
@@ -172,7 +172,7 @@ def test_steps_of_quantised_models_in_half_precision(case, kind):
 @pytest.mark.parametrize("kind", ["int8", "int4 by 32"])
 @pytest.mark.parametrize("case", QUANTISED)
 def test_blocks_of_quantised_models(case, kind):
-    model = model_of(case, torch.float32).to(GPU)
+    model = model_of(case, torch.float32, **WHOLE_GROUPS).to(GPU)
     plain = quantise_(model, kind)
     one, other = (score_stream(m, ids_of(3), 4, W, block_size=37, engine="fused") for m in (plain, model))
     assert error(one, other).max() < 1e-5

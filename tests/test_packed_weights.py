@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from family_models import make_family
-from packed_weights import KINDS, Int4Tensor, Int8Tensor, quantise_, quantised, unpacked
+from packed_weights import KINDS, WHOLE_GROUPS, Int4Tensor, Int8Tensor, quantise_, quantised, unpacked
 from torch import Tensor, nn
 
 from streaming_llm.fused.family_recipes import recipe_of
@@ -91,7 +91,7 @@ def test_what_is_stored_in_another_way_is_refused_by_name(reason):
 
 @pytest.mark.parametrize("kind", ["int8", "int4 by 32"])
 def test_a_quantised_model_has_a_recipe(kind):
-    model = make_family("llama")
+    model = make_family("llama", **WHOLE_GROUPS)
     quantise_(model, kind)
     assert why_not(model) is None
     assert {linear.bits for linear in recipe_of(model).linears} == {KINDS[kind][0]}

@@ -1,7 +1,8 @@
 """Logits of one token of each stream, by recipe: made to be captured, with all that positions change on the device.
 
-A token of a single stream is a sequence of matrix-vector products (:mod:`.gemv`), each in one launch with the norm
-before it and the residual sum behind it. Several streams go through the layers as blocks do.
+A token of a single stream is a sequence of matrix-vector products, each in one launch with the norm before it
+(:mod:`.norm_gemv`) or the residual sum behind it (:mod:`.gemv_sum`). Several streams go through the layers as blocks
+do.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ..kv_cache import StreamingKVCache
 from ..launch import pdl_available
 from .block import logits_of, product, projected_as_one, through_layers
 from .full_ring import FullRing
-from .gemv import gemv_sum, norm_gemv
+from .gemv_sum import gemv_sum
+from .norm_gemv import norm_gemv
 from .recipe import Attention, Layer, Linear, Norm, Recipe
 from .ring_attention import RingAttention
 from .rings import Rings, begin_step

@@ -1,0 +1,118 @@
+"""Matrix-vector products of a decode step of batch 1, with the residual sum behind them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import launch, wait_for_input
+from .int4_tiles import SIGNS, int4_add_product, int4_next_tiles
+from .norms import or_other
+from .recipe import Linear
+from .tiles import add_product, first_tiles, next_tile, no_products, row_factors, row_sums
+
+TILE_OF_SUM = {
+    0: {"BLOCK_R": 2, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
+    8: {"BLOCK_R": 4, "BLOCK_K": 1024, "AHEAD": 1, "num_warps": 2},
+    4: {"BLOCK_R": 16, "BLOCK_K": 1024, "AHEAD": 3, "num_warps": 4},
+}
+"""As ``TILE_OF_NORM`` in :mod:`.norm_gemv`."""
+
+
+@triton.jit
+def _add_products(
+    acc, rest, tiles, x_ptr, of_rows, signs,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """What :func:`.tiles.add_product` gives for all tiles in turn; ``tiles`` are the first ``AHEAD``."""
+    columns = tl.arange(0, BLOCK_K)
+    if BITS == 4:
+        x = tl.load(x_ptr + columns, columns < K, 0.0)
+        for first in tl.range(0, K, AHEAD * BLOCK_K, num_stages=1):
+            for i in tl.static_range(AHEAD):
+                place = first + (i + 1) * BLOCK_K + columns
+                more = tl.load(x_ptr + place, place < K, 0.0)
+                acc = int4_add_product(acc, tiles[0], x.to(tl.float32), signs)
+                x, tiles = more, int4_next_tiles(tiles, of_rows, first + (i + AHEAD) * BLOCK_K, K, BLOCK_K, GROUP)
+    else:
+        for start in tl.static_range(0, K, BLOCK_K):
+            tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
+            x = tl.load(x_ptr + start + columns, start + columns < K, 0.0).to(tl.float32)
+            acc, rest = add_product(acc, rest, tile, x, BITS)
+    return acc, rest
+
+
+@triton.jit
+def _gemv_sum(
+    residual_ptr, other_ptr, x1, w1, bias1, x2, w2, bias2, y_ptr, multiplier, s1, z1, s2, z2, signs,
+    N: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
+    RESIDUAL: tl.constexpr, OTHER: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    BITS: tl.constexpr, GROUP1: tl.constexpr, GROUP2: tl.constexpr,
+):  # fmt: skip
+    VALUES: tl.constexpr = 32 // BITS if BITS > 0 else 1
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_rows = rows < N
+    rows1 = w1 + rows.to(tl.int64) * (K1 // VALUES), in_rows, s1 + rows, z1 + rows, N
+    tiles = first_tiles(rows1, K1, BLOCK_K, AHEAD, BITS, GROUP1)
+    scale1, zero1 = row_factors(rows1, BITS)
+    y = tl.zeros((BLOCK_R,), tl.float32)
+    if BIAS1:
+        y += tl.load(bias1 + rows, in_rows, 0.0).to(tl.float32)
+    if BIAS2:
+        y += tl.load(bias2 + rows, in_rows, 0.0).to(tl.float32)
+    wait_for_input(PDL)
+    added = tl.zeros((BLOCK_R,), tl.float32)
+    if RESIDUAL:
+        added += tl.load(residual_ptr + rows, in_rows, 0.0)
+    if OTHER:
+        added += tl.load(other_ptr + rows, in_rows, 0.0)
+    acc, rest = no_products(BLOCK_R, BLOCK_K, BITS, GROUP1)
+    acc, rest = _add_products(acc, rest, tiles, x1, rows1, signs, K1, BLOCK_K, AHEAD, BITS, GROUP1)
+    if K2 > 0:
+        rows2 = w2 + rows.to(tl.int64) * (K2 // VALUES), in_rows, s2 + rows, z2 + rows, N
+        if BITS > 0:  # the factors of whole rows are others
+            y += row_sums(acc, rest, scale1, zero1, BITS)
+            acc, rest = no_products(BLOCK_R, BLOCK_K, BITS, GROUP2)
+        scale2, zero2 = row_factors(rows2, BITS)
+        AHEAD2: tl.constexpr = AHEAD if BITS == 4 else 0
+        tiles = first_tiles(rows2, K2, BLOCK_K, AHEAD2, BITS, GROUP2)
+        acc, rest = _add_products(acc, rest, tiles, x2, rows2, signs, K2, BLOCK_K, AHEAD2, BITS, GROUP2)
+        y += row_sums(acc, rest, scale2, zero2, BITS)
+    else:
+        y += row_sums(acc, rest, scale1, zero1, BITS)
+    if SCALE:
+        y *= multiplier
+    tl.store(y_ptr + rows, y + added, in_rows)
+
+
+def gemv_sum(
+    first: tuple[Linear, Tensor],
+    second: tuple[Linear, Tensor] | None,
+    y: Tensor,
+    residual: Tensor | None = None,
+    other: Tensor | None = None,
+    *,
+    multiplier: float = 1.0,
+    pdl: bool = False,
+) -> None:
+    """``y = residual + other + multiplier * (linear1(x1) + linear2(x2))``, in one launch.
+
+    Args:
+        first, second: ``(linear, x)`` with ``x`` ``[columns]`` of any floating dtype; ``second`` may be ``None``.
+        y, residual, other: ``[rows]``, float32; ``y`` is none of the inputs.
+        pdl: launched with programmatic dependence on the kernel in front.
+    """
+    linear1, x1 = first
+    linear2, x2 = first if second is None else second
+    tile = TILE_OF_SUM[linear1.bits]
+    launch(
+        _gemv_sum, (triton.cdiv(linear1.rows, tile["BLOCK_R"]),),
+        or_other(residual, y), or_other(other, y), x1, *linear1.pointers(y), x2, *linear2.pointers(y),
+        y, multiplier, *linear1.factors(y), *linear2.factors(y), SIGNS,
+        N=linear1.rows, K1=linear1.columns, K2=0 if second is None else linear2.columns,
+        BIAS1=linear1.bias is not None, BIAS2=second is not None and linear2.bias is not None,
+        RESIDUAL=residual is not None, OTHER=other is not None, SCALE=multiplier != 1.0, pdl=pdl, **tile,
+        BITS=linear1.bits, GROUP1=linear1.group, GROUP2=linear2.group,
+    )  # fmt: skip
