@@ -30,6 +30,7 @@ SMALL = {
     "eval_streaming_llm.py": "--max-eval-tokens 300 --output {out}/one.json",
     "experiments/plot_all.py": "--output-dir {out}/figures",
     "scripts/benchmark_decode.py": "--figures {out}/figures",
+    "scripts/measure_endless.py": "--tokens 2000 --output {out}/endless.json",
 }
 """Arguments that go behind a command's own: few tokens, and nothing is written into the checkout."""
 
