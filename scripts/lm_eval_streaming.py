@@ -28,9 +28,11 @@ def _run() -> int:
         from lm_eval._cli import HarnessCLI
         from lm_eval.utils import setup_logging
     except ImportError as error:
-        raise SetupError(
-            f"lm-evaluation-harness cannot be imported ({error}): pip install -e '.[lm-eval]' in the checkout"
-        ) from None
+        needed = f"lm-evaluation-harness cannot be imported ({error}): pip install -e '.[lm-eval]' in the checkout"
+        if {"-h", "--help"} & {*sys.argv[1:]}:
+            print(__doc__, needed, sep="\n")
+            return 0
+        raise SetupError(needed) from None
     import torch
 
     from experiments.lm_eval_model import NAME
