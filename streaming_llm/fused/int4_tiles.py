@@ -28,7 +28,10 @@ def _by_thread(of_rows):
 
 @triton.jit
 def _loaded(factors, at, inside):
-    """Factors by thread; those of bfloat16 as words of two, which are read for each row when they are used."""
+    """Factors by thread; those of bfloat16 as words of two rows' factors, which :func:`_values` takes apart.
+
+    Nothing is computed with what is loaded until it is used: that would wait for it.
+    """
     if factors.dtype.element_ty == tl.bfloat16:
         pairs = tl.reshape(factors.to(tl.int64), (factors.shape[0] // 2, 2))
         pairs, _ = tl.split(pairs)
@@ -51,11 +54,11 @@ def _values(loaded):
 
 @triton.jit
 def int4_tile_at(rows, start, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
-    """Words of a tile ``[4, 8, PARTS, 2, BLOCK_R / 16, words]``, and factors and zeros of its parts."""
+    """Words of a tile ``[4, 8, PARTS, 2, BLOCK_R / 16, words]``, and factors and zeros as :func:`_loaded` has them."""
     WIDTH: tl.constexpr = min(GROUP, 128)
     WORDS: tl.constexpr = WIDTH // 32
     thread, part = tl.arange(0, 4)[:, None, None, None], tl.arange(0, BLOCK_K // WIDTH)[None, None, :, None]
-    inside = _by_thread(rows[1]) & (part[:, :, :, :, None] < (K - start) // WIDTH) & (thread[:, :, :, :, None] < 4)
+    inside = _by_thread(rows[1]) & (part[:, :, :, :, None] < (K - start) // WIDTH)
     at = ((part * 4 + thread + start // WIDTH * 4) * WORDS)[:, :, :, :, None, None] + tl.arange(0, WORDS)
     words = tl.multiple_of(_by_thread(rows[0])[:, :, :, :, :, None], (1, 1, 1, 1, 1, 16))
     words = tl.load(words + at, inside[:, :, :, :, :, None], 0)

@@ -16,6 +16,8 @@ from .int4_tiles import int4_no_products, int4_row_sums, int4_tile_at
 def tile_at(rows, start, K: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
     """Weights ``[BLOCK_R, BLOCK_K]`` from column ``start`` on, which nothing reads again in this step.
 
+    Of 8 bits: their words. Of 4: what :func:`.int4_tile_at` gives.
+
     Args:
         rows: where they begin and which of them there are ``[BLOCK_R]``, where their factors and zeros begin
             ``[BLOCK_R]``, and how far these are from those of the next group of columns.
