@@ -11,6 +11,7 @@ import itertools
 import os
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ from streaming_llm.fused.rings import Rings, begin_step
 from streaming_llm.fused.sampling import HistogramSampler
 from streaming_llm.fused.step import StepForward
 from streaming_llm.fused.weights import stored
+from streaming_llm.launch import launch
 from streaming_llm.positions import Progress, StreamLayout
 from streaming_llm.rope_utils import Rotary
 from streaming_llm.sampling import Sampling
@@ -96,8 +98,44 @@ def _no_gradients():
         yield
 
 
+@pytest.fixture
+def addresses(monkeypatch) -> None:
+    """Matrix-vector products read and write within their tensors, and whole words of memory: a CPU would not mind."""
+    if DEVICE.type == "cuda":
+        return
+    builder, ranges = type(interpreter.interpreter_builder), []
+
+    def check(pointers, mask) -> None:
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
+        assert not (at % size).any(), f"words of {size} bytes are not aligned"
+        within = [(at >= begin) & (at + size <= end) for begin, end in ranges]
+        assert not ranges or np.any(within, axis=0).all(), f"words of {size} bytes are no tensor's"
+
+    def masked_load(self, pointers, mask, *others):
+        check(pointers, mask)
+        return load(self, pointers, mask, *others)
+
+    def masked_store(self, pointers, value, mask, *others):
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *others)
+
+    def launched(kernel, grid, *args, **meta):
+        of_tensors = [x.untyped_storage() for x in args if isinstance(x, torch.Tensor)]
+        ranges[:] = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in of_tensors]
+        launch(kernel, grid, *args, **meta)
+        ranges.clear()
+
+    load, store = builder.create_masked_load, builder.create_masked_store
+    monkeypatch.setattr(builder, "create_masked_load", masked_load)
+    monkeypatch.setattr(builder, "create_masked_store", masked_store)
+    for module in ("norm_gemv", "gemv_sum"):
+        monkeypatch.setattr(f"streaming_llm.fused.{module}.launch", launched)
+
+
 TILES = [(4, 32, 2), (2, 128, 8)]
-"""Rows, columns, and tiles ahead: sizes that divide nothing, and one that holds a whole row."""
+"""Rows, columns, and tiles ahead: sizes that divide nothing, and one that holds a whole row of plain weights. Of 4
+bits 16 rows are the fewest, and a tile has whole groups."""
 
 
 @pytest.fixture(params=TILES, ids=str)
@@ -178,7 +216,7 @@ def stored_as(
     return Linear(stored(weight), of_rows), Linear(weight.exact, of_rows)
 
 
-@pytest.mark.usefixtures("tiles")
+@pytest.mark.usefixtures("tiles", "addresses")
 @pytest.mark.parametrize(
     ("kind", "rows", "bias", "given"),
     [("plain", *rows, given) for rows in (((54,), True), ((33, 12, 9), False), ((20, 6, 6), True)) for given in NORMS]
@@ -192,7 +230,7 @@ def test_norm_and_matrices(kind, rows, bias, given):
     close(out, torch.cat([exact(layer, exact(first, x)) for layer in plain]))
 
 
-@pytest.mark.usefixtures("tiles")
+@pytest.mark.usefixtures("tiles", "addresses")
 @pytest.mark.parametrize(
     ("kind", "gated", "together", "activation"),
     [("plain", gated, False, activation) for gated in (False, True) for activation in ACTIVATIONS]
@@ -212,7 +250,7 @@ def test_the_first_half_of_an_mlp(kind, gated, together, activation):
         close(out, expected, tolerance)
 
 
-@pytest.mark.usefixtures("tiles")
+@pytest.mark.usefixtures("tiles", "addresses")
 @pytest.mark.parametrize("kind", ["layer", "rms+1"])
 def test_an_output_is_normed_and_added_by_the_kernel_that_reads_it(kind):
     x, output, new_x, y = randn(HIDDEN), randn(HIDDEN), randn(HIDDEN) * torch.nan, randn(54) * torch.nan
@@ -238,7 +276,7 @@ def test_outputs_are_limited(how, change):
     close(y, change(exact(layer, exact(first, x))))
 
 
-@pytest.mark.usefixtures("tiles")
+@pytest.mark.usefixtures("tiles", "addresses")
 @pytest.mark.parametrize("two", [True, False])
 @pytest.mark.parametrize(
     ("kind", "residuals", "multiplier"),
@@ -264,12 +302,14 @@ def test_sum_of_products(kind, residuals, multiplier, two):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("kind", "factors"),
-    [("int8", torch.float32), ("int4 by 128", torch.float32), ("int4 by 128", torch.bfloat16)],
+    [("int8", torch.float32), ("int4 by 128", torch.float32), ("int4 by 128", torch.bfloat16),
+     ("int4 by 256", torch.float16), ("int4 by 32", torch.bfloat16)],
     ids=str,
-)
+)  # fmt: skip
+@pytest.mark.usefixtures("addresses")
 def test_packed_products_by_the_tiles_that_are_used(monkeypatch, kind, factors, dtype, few):
     monkeypatch.setattr("streaming_llm.fused.norm_gemv.FEW_ROWS", few)
-    columns = 2176  # whole tiles and a part of one, seventeen groups
+    columns = 2304 if kind.endswith("256") else 2176  # whole tiles and a part of one
     (layer, plain), x = stored_as(kind, columns, 20, factors=factors), randn(columns, dtype=dtype)
     out = randn(20) * torch.nan
     gemv_sum((layer, x), None, out)

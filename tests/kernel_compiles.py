@@ -100,17 +100,21 @@ def packed(rows: int, columns: int, bits: int, group: int, factors: torch.dtype)
     return Linear(Packed(words, bits, factor, factor, words), torch.zeros(rows, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("few", [0, 12288])
 @pytest.mark.parametrize(
     ("bits", "group", "factors"), [(8, 512, torch.float32), (4, 128, torch.bfloat16), (4, 32, torch.float32)]
 )
-def test_products_of_packed_weights(bits, group, factors, compiled):
+def test_products_of_packed_weights(bits, group, factors, few, compiled, monkeypatch):
+    monkeypatch.setattr("streaming_llm.fused.norm_gemv.FEW_ROWS", few)
     x, y, one = torch.zeros(512), torch.zeros(512), packed(512, 512, bits, group, factors)
     narrow = packed(128, 512, bits, group, factors)
     norm_gemv(x, norm(512, torch.bfloat16), (one, narrow, narrow), torch.zeros(768), pdl=True)
     norm_gemv(x, None, one.halves(), y[:256], activation="silu", gated=True, pdl=True)
     gemv_sum((one, x.to(torch.bfloat16)), None, y, residual=x, pdl=True)
     gemv_sum((one, x), (one, x), y, residual=x, other=x, pdl=True)
-    assert compiled == [*2 * ["_norm_gemv"], *2 * ["_gemv_sum"]]
+    pending = x, norm(512, torch.bfloat16, "rms")
+    norm_gemv(x, norm(512, torch.bfloat16, "rms"), (one,), y, pending=pending, new_x=torch.zeros(512), pdl=True)
+    assert compiled == [*2 * ["_norm_gemv"], *2 * ["_gemv_sum"], "_norm_gemv"]
 
 
 # Heads, heads of keys, head_dim, norm, softcap, dtype: like Pythia, Qwen 3, and Gemma

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from streaming_llm.fused.weights import Packed
 
-KINDS = {"int8": (8, None), "int4 by 32": (4, 32), "int4 by 64": (4, 64), "int4 by 128": (4, 128)}
+KINDS = {"int8": (8, None)} | {f"int4 by {group}": (4, group) for group in (32, 64, 128, 256)}
 """Name -> bits, and columns that share a factor, all of a row if ``None``."""
 WHOLE_GROUPS = {"intermediate_size": 64}
 """For a family of `family_models`, so that every matrix has whole groups of 32 columns."""

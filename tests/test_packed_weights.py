@@ -19,11 +19,12 @@ def weight(rows: int = 6, columns: int = 128) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_quantised_weight_stands_for(kind):
-    given = quantised(weight(), *KINDS[kind])
+    plain = weight(6, 256)
+    given = quantised(plain, *KINDS[kind])
     packed = stored(given)
     torch.testing.assert_close(unpacked(packed), given.exact, atol=1e-12, rtol=0)
-    assert (given.exact - weight()).abs().max() < 0.25
-    assert packed.shape == (6, 128)
+    assert (given.exact - plain).abs().max() < 0.25
+    assert packed.shape == (6, 256)
     halves = packed.chunk(2)
     assert torch.equal(torch.cat([unpacked(half) for half in halves]), unpacked(packed))
     assert all(half.words.untyped_storage().data_ptr() == given.qdata.data_ptr() for half in halves)
@@ -95,6 +96,28 @@ def test_a_quantised_model_has_a_recipe(kind):
     quantise_(model, kind)
     assert why_not(model) is None
     assert {linear.bits for linear in recipe_of(model).linears} == {KINDS[kind][0]}
+
+
+def test_int4_weights_that_kernels_cannot_read_are_refused():
+    """Kernels read the factors of two rows at once, of halves of a matrix too."""
+    model = make_family("phi3", intermediate_size=35)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and not name.endswith("down_proj"):  # which has no whole groups
+            layer.weight = nn.Parameter(quantised(layer.weight, 4, 32), requires_grad=False)
+    assert "odd numbers of rows" in why_not(model)
+
+    of_one_group = quantised(weight(6, 32).bfloat16(), 4, 32)
+    assert stored(of_one_group).is_aligned
+    of_one_group.scale = torch.zeros(1, 7, dtype=torch.bfloat16)[:, 1:]
+    assert of_one_group.scale.is_contiguous()
+    assert not stored(of_one_group).is_aligned
+
+
+def test_a_bias_of_only_gate_or_up_is_refused():
+    model = make_family("llama")
+    layer = model.model.layers[0].mlp.up_proj
+    layer.bias = nn.Parameter(torch.zeros(layer.out_features))
+    assert why_not(model) == "only one of gate and up has a bias"
 
 
 def test_models_that_are_quantised_in_part():

@@ -11,6 +11,7 @@ from .int4_tiles import SIGNS, int4_add_product, int4_next_tiles
 from .norms import or_other
 from .recipe import Linear
 from .tiles import add_product, first_tiles, next_tile, no_products, row_factors, row_sums
+from .weights import Packed
 
 TILE_OF_SUM = {
     0: {"BLOCK_R": 2, "BLOCK_K": 512, "AHEAD": 5, "num_warps": 2},
@@ -25,19 +26,19 @@ def _add_products(
     acc, rest, tiles, x_ptr, of_rows, signs,
     K: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """What :func:`.tiles.add_product` gives for all tiles in turn; ``tiles`` are the first ``AHEAD``."""
+    """``acc`` and ``rest`` with the products of all tiles in turn; ``tiles`` are the first ``AHEAD``."""
     columns = tl.arange(0, BLOCK_K)
     if BITS == 4:
         x = tl.load(x_ptr + columns, columns < K, 0.0)
-        for first in tl.range(0, K, AHEAD * BLOCK_K, num_stages=1):
+        for begin in tl.range(0, K, AHEAD * BLOCK_K, num_stages=1):
             for i in tl.static_range(AHEAD):
-                place = first + (i + 1) * BLOCK_K + columns
-                more = tl.load(x_ptr + place, place < K, 0.0)
+                at = begin + (i + 1) * BLOCK_K + columns
+                next_x = tl.load(x_ptr + at, at < K, 0.0)
                 acc = int4_add_product(acc, tiles[0], x.to(tl.float32), signs)
-                x, tiles = more, int4_next_tiles(tiles, of_rows, first + (i + AHEAD) * BLOCK_K, K, BLOCK_K, GROUP)
+                x, tiles = next_x, int4_next_tiles(tiles, of_rows, begin + (i + AHEAD) * BLOCK_K, K, BLOCK_K, GROUP)
     else:
         for start in tl.static_range(0, K, BLOCK_K):
-            tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
+            tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS)
             x = tl.load(x_ptr + start + columns, start + columns < K, 0.0).to(tl.float32)
             acc, rest = add_product(acc, rest, tile, x, BITS)
     return acc, rest
@@ -49,13 +50,13 @@ def _gemv_sum(
     N: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
     RESIDUAL: tl.constexpr, OTHER: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
-    BITS: tl.constexpr, GROUP1: tl.constexpr, GROUP2: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     VALUES: tl.constexpr = 32 // BITS if BITS > 0 else 1
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_rows = rows < N
     rows1 = w1 + rows.to(tl.int64) * (K1 // VALUES), in_rows, s1 + rows, z1 + rows, N
-    tiles = first_tiles(rows1, K1, BLOCK_K, AHEAD, BITS, GROUP1)
+    tiles = first_tiles(rows1, K1, BLOCK_K, AHEAD, BITS, GROUP)
     scale1, zero1 = row_factors(rows1, BITS)
     y = tl.zeros((BLOCK_R,), tl.float32)
     if BIAS1:
@@ -68,17 +69,17 @@ def _gemv_sum(
         added += tl.load(residual_ptr + rows, in_rows, 0.0)
     if OTHER:
         added += tl.load(other_ptr + rows, in_rows, 0.0)
-    acc, rest = no_products(BLOCK_R, BLOCK_K, BITS, GROUP1)
-    acc, rest = _add_products(acc, rest, tiles, x1, rows1, signs, K1, BLOCK_K, AHEAD, BITS, GROUP1)
+    acc, rest = no_products(BLOCK_R, BLOCK_K, BITS, GROUP)
+    acc, rest = _add_products(acc, rest, tiles, x1, rows1, signs, K1, BLOCK_K, AHEAD, BITS, GROUP)
     if K2 > 0:
         rows2 = w2 + rows.to(tl.int64) * (K2 // VALUES), in_rows, s2 + rows, z2 + rows, N
         if BITS > 0:  # the factors of whole rows are others
             y += row_sums(acc, rest, scale1, zero1, BITS)
-            acc, rest = no_products(BLOCK_R, BLOCK_K, BITS, GROUP2)
+            acc, rest = no_products(BLOCK_R, BLOCK_K, BITS, GROUP)
         scale2, zero2 = row_factors(rows2, BITS)
-        AHEAD2: tl.constexpr = AHEAD if BITS == 4 else 0
-        tiles = first_tiles(rows2, K2, BLOCK_K, AHEAD2, BITS, GROUP2)
-        acc, rest = _add_products(acc, rest, tiles, x2, rows2, signs, K2, BLOCK_K, AHEAD2, BITS, GROUP2)
+        AHEAD2: tl.constexpr = AHEAD if BITS == 4 else 0  # products of 4 bits replace the tiles that there are
+        tiles = first_tiles(rows2, K2, BLOCK_K, AHEAD2, BITS, GROUP)
+        acc, rest = _add_products(acc, rest, tiles, x2, rows2, signs, K2, BLOCK_K, AHEAD2, BITS, GROUP)
         y += row_sums(acc, rest, scale2, zero2, BITS)
     else:
         y += row_sums(acc, rest, scale1, zero1, BITS)
@@ -100,12 +101,15 @@ def gemv_sum(
     """``y = residual + other + multiplier * (linear1(x1) + linear2(x2))``, in one launch.
 
     Args:
-        first, second: ``(linear, x)`` with ``x`` ``[columns]`` of any floating dtype; ``second`` may be ``None``.
+        first, second: ``(linear, x)`` with ``x`` ``[columns]`` of any floating dtype; ``second`` may be ``None``. Of 4
+            bits, whole matrices with groups of the same size.
         y, residual, other: ``[rows]``, float32; ``y`` is none of the inputs.
         pdl: launched with programmatic dependence on the kernel in front.
     """
     linear1, x1 = first
     linear2, x2 = first if second is None else second
+    assert all(linear.weight.is_whole for linear in (linear1, linear2) if isinstance(linear.weight, Packed))
+    assert linear1.bits != 4 or linear1.group == linear2.group
     tile = TILE_OF_SUM[linear1.bits]
     launch(
         _gemv_sum, (triton.cdiv(linear1.rows, tile["BLOCK_R"]),),
@@ -114,5 +118,5 @@ def gemv_sum(
         N=linear1.rows, K1=linear1.columns, K2=0 if second is None else linear2.columns,
         BIAS1=linear1.bias is not None, BIAS2=second is not None and linear2.bias is not None,
         RESIDUAL=residual is not None, OTHER=other is not None, SCALE=multiplier != 1.0, pdl=pdl, **tile,
-        BITS=linear1.bits, GROUP1=linear1.group, GROUP2=linear2.group,
+        BITS=linear1.bits, GROUP=linear1.group,
     )  # fmt: skip

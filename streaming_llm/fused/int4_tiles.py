@@ -2,11 +2,13 @@
 
 The bits of a number, put below the exponent of 16, are a bfloat16: 24 plus the number. Two of them lie in a word
 wherever it is shifted to, one in each half, so that a number costs half a shift and half a mask, and no conversion. A
-vector in float32 is the sum of three of bfloat16, which are columns of one product: nothing of it is lost.
+vector in float32 is the sum of three of bfloat16, which are columns of one product. Nothing is lost of elements above
+``2 ** -110``; sums have to stay below ``2 ** 123``, and an infinite element gives NaN.
 
 A tile of ``[BLOCK_R, BLOCK_K]`` numbers is ``[4, 8, PARTS, 2, BLOCK_R / 16, words]``: the first two dimensions are the
-threads of a warp, the third its warps, as the matrix units want them, so that each thread multiplies what it loaded.
-(Of any other layout the result is the same, only later.) A part is as many columns as share factors, at most 128.
+threads of a warp, the third goes over a program's warps, as the matrix units want them, so that each thread multiplies
+what it loaded. (Of any other layout the result is the same, only later.) A part is as many columns as share factors,
+at most 128.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def int4_tile_at(rows, start, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.
     thread, part = tl.arange(0, 4)[:, None, None, None], tl.arange(0, BLOCK_K // WIDTH)[None, None, :, None]
     inside = _by_thread(rows[1]) & (part[:, :, :, :, None] < (K - start) // WIDTH)
     at = ((part * 4 + thread + start // WIDTH * 4) * WORDS)[:, :, :, :, None, None] + tl.arange(0, WORDS)
-    words = tl.multiple_of(_by_thread(rows[0])[:, :, :, :, :, None], (1, 1, 1, 1, 1, 16))
+    words = tl.multiple_of(_by_thread(rows[0])[:, :, :, :, :, None], (1, 1, 1, 1, 1, 16))  # `Packed.is_aligned`
     words = tl.load(words + at, inside[:, :, :, :, :, None], 0)
     # Adds 0 in a form that hides that rows follow each other, so that each thread loads the factors of its own.
     hidden = (thread + tl.arange(0, 8)[None, :, None, None]) * tl.minimum(tl.program_id(0), 0)
@@ -70,7 +72,10 @@ def int4_tile_at(rows, start, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.
 
 @triton.jit
 def _numbers(words, signs):
-    """24 plus each number of a tile ``[PARTS, BLOCK_R, columns of a part]``, the columns in order."""
+    """24 plus each number of a tile ``[PARTS, BLOCK_R, columns of a part]``.
+
+    Columns are ordered as in :func:`_as_columns`; of 16 rows the even ones come first.
+    """
     PARTS: tl.constexpr = words.shape[2]
     BLOCKS: tl.constexpr = words.shape[4]
     WORDS: tl.constexpr = words.shape[5]
@@ -94,7 +99,9 @@ def _split(x):
 def _as_columns(x, PARTS: tl.constexpr):
     """``x`` ``[BLOCK_K]`` as ``[PARTS, columns of a part, 8]``: twice the three numbers of which it is the sum, and 0.
 
-    Columns of a part are in the order in which numbers of words are reached: 0, 4, 1, 5, and so on.
+    Eight are as few as the matrix units take; of a row, each of four threads gets two: the first and the second
+    number, or the third and 0. Columns of a part are ordered by the words of a thread and their halves, then by
+    thread: 0, 4, 1, 5 of each thread's word, then 2, 6, 3, 7 of each.
     """
     WIDTH: tl.constexpr = x.shape[0] // PARTS
     first, rest = _split(x)

@@ -18,6 +18,7 @@ from .int4_tiles import SIGNS, int4_add_product, int4_next_tiles
 from .norms import any_plus_one, meta_of, norm_weight, or_other, pointers_of, residual, rstd_of
 from .recipe import Linear, Norm
 from .tiles import add_product, first_tiles, next_tile, no_products, row_factors, row_sums
+from .weights import Packed
 
 TILE_OF_NORM = {
     0: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 1, "num_warps": 2},
@@ -78,7 +79,6 @@ def _norm_gemv(
             is_up, row = index % 2, index // 2
         rows = program * (BLOCK_R // 2) + row
         in_rows = rows < N1
-        to = rows
         starts = tl.where(is_up == 0, w1, w2)
         biases = tl.where(is_up == 0, b1, b2)
         scales, zeros, step = tl.where(is_up == 0, s1, s2), tl.where(is_up == 0, z1, z2), STEP
@@ -119,33 +119,34 @@ def _norm_gemv(
             total += x * x
         rstd = 1.0 / tl.sqrt(tl.sum(total, 0) / K + eps)
 
-    # An RMSNorm's factor is taken out of the product, so that both are summed up in one pass. Its input is requested
-    # before each tile: the other way round, as behind a LayerNorm, a step of Llama-3.1-8B took 1.22 times as long.
+    # An RMSNorm's factor is taken out of the product, so that both are summed up in one pass.
     of_norm = new_x_ptr, norm_w_ptr, norm_b_ptr, mean, rstd
     squares = tl.zeros((BLOCK_K,), tl.float32)
     acc, rest = no_products(BLOCK_R, BLOCK_K, BITS, GROUP)
     if BITS == 4:
         x = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, columns, columns < K, ADDS, PLUS_ONE)
         x, squares = _normed(x, 0, of_norm, squares, K, BLOCK_K, ADDS, NORM, WEIGHT, BIAS, PLUS_ONE)
-        for first in tl.range(0, K, AHEAD * BLOCK_K, num_stages=1):
+        for begin in tl.range(0, K, AHEAD * BLOCK_K, num_stages=1):
             for i in tl.static_range(AHEAD):
-                behind = first + (i + 1) * BLOCK_K
-                place = behind + columns
-                more = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, place, place < K, ADDS, PLUS_ONE)
+                behind = begin + (i + 1) * BLOCK_K
+                at = behind + columns
+                more = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
                 more, squares = _normed(more, behind, of_norm, squares, K, BLOCK_K, ADDS, NORM, WEIGHT, BIAS, PLUS_ONE)
                 acc = int4_add_product(acc, tiles[0], x, signs)
-                x, tiles = more, int4_next_tiles(tiles, of_rows, first + (i + AHEAD) * BLOCK_K, K, BLOCK_K, GROUP)
+                x, tiles = more, int4_next_tiles(tiles, of_rows, begin + (i + AHEAD) * BLOCK_K, K, BLOCK_K, GROUP)
     else:
+        # The input of an RMSNorm is requested before each tile: the other way round, as behind a LayerNorm, a step of
+        # Llama-3.1-8B took 1.22 times as long.
         for start in tl.static_range(0, K, BLOCK_K):
             at = start + columns
             if NORM == "layer":
-                tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
+                tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS)
                 x = xs[start // BLOCK_K]
             else:
                 x = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
             x, squares = _normed(x, start, of_norm, squares, K, BLOCK_K, ADDS, NORM, WEIGHT, BIAS, PLUS_ONE)
             if NORM != "layer":
-                tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS, GROUP)
+                tile = next_tile(tiles, of_rows, start, K, BLOCK_K, AHEAD, BITS)
             acc, rest = add_product(acc, rest, tile, x, BITS)
     if NORM == "rms":
         rstd = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
@@ -191,7 +192,8 @@ def norm_gemv(
 
     Args:
         x: ``[K]``, float32.
-        linears: of ``K`` columns, all with a bias or none; their outputs follow each other in ``y``.
+        linears: of ``K`` columns, all with a bias or none; their outputs follow each other in ``y``. Halves of a
+            matrix of 4 bits only where they are gated.
         y: ``[rows]``, of any floating dtype.
         pending: an output ``[K]``, float32, and an RMSNorm with a weight: normed, it is added to ``x`` first.
         new_x: where that sum goes, ``[K]``, float32.
@@ -201,6 +203,7 @@ def norm_gemv(
     """
     first, (second, third) = linears[0], (*linears[1:], linears[0], linears[0])[:2]
     rows = [linear.rows for linear in linears]
+    assert gated or all(linear.weight.is_whole for linear in linears if isinstance(linear.weight, Packed))
     n1, n2, n3 = (*rows, 0, 0)[:3]
     tile = (TILE_OF_FEW_ROWS if sum(rows) < FEW_ROWS else TILE_OF_NORM)[first.bits]
     per_program = tile["BLOCK_R"] // 2 if gated else tile["BLOCK_R"]

@@ -63,6 +63,8 @@ def _of_recipe(recipe: Recipe) -> str | None:
     weights = [recipe.embedding, *(linear.weight for linear in recipe.linears)]
     if any(not weight.is_contiguous() for weight in weights):
         return "its weights are not all contiguous"
+    if any(isinstance(weight, Packed) and not weight.is_aligned for weight in weights):
+        return "its int4 weights, or halves of them, have odd numbers of rows or begin within a word of memory"
     for layer in recipe.layers:
         attention, mlp = layer.attention, layer.mlp
         out_norms = [norm for norm in (layer.attention_out_norm, layer.mlp_out_norm) if norm is not None]
@@ -72,6 +74,8 @@ def _of_recipe(recipe: Recipe) -> str | None:
             return "it has norms and factors behind attention or MLP"
         if len({linear.bias is None for linear in attention.projections}) > 1:
             return "only some of query, key and value have a bias"
+        if len({linear.bias is None for linear in mlp.first}) > 1:
+            return "only one of gate and up has a bias"
         outputs = (attention.output, mlp.down) if layer.parallel else ()
         read_together = (attention.projections, mlp.first, outputs)
         if any(len(set(map(_how_stored, linears))) > 1 for linears in read_together):

@@ -47,14 +47,13 @@ def first_tiles(
 
 @triton.jit
 def next_tile(
-    tiles, rows, start: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """The tile from column ``start`` on: one of the first, or requested now."""
+    tiles, rows, start: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, BITS: tl.constexpr
+):
+    """The tile from column ``start`` on, not of 4 bits: one of the first, or requested now."""
     if start < AHEAD * BLOCK_K:
         return tiles[start // BLOCK_K]
     else:
-        return tile_at(rows, start, K, BLOCK_K, BITS, GROUP)
+        return tile_at(rows, start, K, BLOCK_K, BITS, K)
 
 
 @triton.jit
@@ -62,8 +61,9 @@ def _products_of_words(words, x):
     """Sums over the numbers of each word: of products with ``x``, by ``2 ** -53``, ``[BLOCK_R, n]``; of ``x`` ``[n]``.
 
     The numbers count from the lowest. They are read as float32 without a conversion: where they lie in a word, they
-    are the last bits of a float without an exponent, multiples of ``2 ** -149``. ``x`` makes up for that, exactly, as
-    long as it is below ``2 ** 31``.
+    are the last bits of a float, multiples of ``2 ** -149``, also where they reach the lowest bit of its exponent,
+    since exponents 0 and 1 have the same steps. ``x`` makes up for that, exactly, as long as it is below ``2 ** 31``
+    and above ``2 ** -70``.
     """
     place = tl.arange(0, 4)[None, None, :] * 8
     shift = tl.where(place == 24, 16, 0)
@@ -77,7 +77,7 @@ def _products_of_words(words, x):
 
 @triton.jit
 def no_products(BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """What products are added to."""
+    """What products are added to; of 4 bits there is nothing in the second place."""
     if BITS == 4:
         return int4_no_products(BLOCK_R, BLOCK_K, GROUP), 0.0
     else:

@@ -53,6 +53,18 @@ class Packed:
         pieces = zip(*(x.chunk(parts) for x in of_rows), strict=True)
         return tuple(replace(self, words=w, scale=s.T, zero=z.T) for w, s, z in pieces)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the factors of each group follow those of the group before: not so in a part of a matrix."""
+        return self.scale.shape[0] == 1 or self.scale.stride(0) == self.shape[0]
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether kernels can read several at once: of 4 bits, 16 bytes of numbers, and the factors of two rows."""
+        of_rows = self.scale, self.zero
+        whole = not self.words.data_ptr() % 16 and not any(x.data_ptr() % (2 * x.element_size()) for x in of_rows)
+        return self.bits != 4 or (whole and not self.shape[0] % 2)
+
     def is_contiguous(self) -> bool:
         """Whether the rows follow each other."""
         return self.words.is_contiguous()
@@ -85,7 +97,7 @@ def _words(weight: Any) -> Tensor:
     """The bytes of a weight ``[rows, n]`` as words ``[rows, n / 4]``."""
     qdata = weight.qdata
     _require(qdata.dim() == 2 and qdata.element_size() == 1, weight, "are no matrix of bytes")
-    whole = qdata.is_contiguous() and not qdata.shape[1] % 4 and not qdata.data_ptr() % 16
+    whole = qdata.is_contiguous() and not qdata.shape[1] % 4 and not qdata.storage_offset() % 4
     _require(whole, weight, "have rows that are no whole words of memory")
     return qdata.view(torch.int32)
 
@@ -93,7 +105,7 @@ def _words(weight: Any) -> Tensor:
 def _int8(weight: Any) -> Packed:
     rows, columns = weight.shape
     _require(list(weight.block_size) == [1, columns], weight, f"share factors in blocks of {list(weight.block_size)}")
-    scale, stands_for_0 = weight.scale.reshape(1, rows), weight.zero_point
+    scale, stands_for_0 = weight.scale.reshape(1, rows).contiguous(), weight.zero_point
     # In float32, in which the product is exact: rounded to 16 bits, it would be wrong by half a step and more.
     zero = torch.zeros_like(scale) if stands_for_0 is None else -scale.float() * stands_for_0.reshape(1, rows)
     return Packed(_words(weight), 8, scale, zero, weight)
@@ -104,7 +116,6 @@ def _int4(weight: Any) -> Packed:
     group, blocks = weight.block_size[-1], list(weight.block_size)
     fits = blocks == [1, group] and group >= 32 and not group & (group - 1) and not columns % group
     _require(fits, weight, f"share factors in blocks of {blocks}")
-    _require(not rows % 2, weight, "have an odd number of rows")
     plain_input = getattr(weight, "activation_dtype", torch.bfloat16) != torch.float8_e4m3fn
     _require(plain_input, weight, "quantise their input too (activation_dtype)")
     for factors in (weight.scale, weight.zero_point):
