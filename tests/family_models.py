@@ -150,7 +150,7 @@ def make_family(
     case: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa", **changes: Any
 ) -> PreTrainedModel:
     """A model of a case, always with the same weights."""
-    sizes = {name: changes[name] for name in changes.keys() & {"intermediate_size"}}
+    sizes = {name: changes[name] for name in changes.keys() & {"intermediate_size", "head_dim"}}
     model = getattr(transformers, f"{CASES[case][0]}ForCausalLM")(make_config(case, attention, **changes)).eval()
     model.load_state_dict(_weights(case, **sizes))
     return to_dtype(model, dtype)

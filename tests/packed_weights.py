@@ -13,8 +13,6 @@ from streaming_llm.fused.weights import Packed
 
 KINDS = {"int8": (8, None)} | {f"int4 by {group}": (4, group) for group in (32, 64, 128, 256)}
 """Name -> bits, and columns that share a factor, all of a row if ``None``."""
-WHOLE_GROUPS = {"intermediate_size": 64}
-"""For a family of `family_models`, so that every matrix has whole groups of 32 columns."""
 
 
 class _Quantised(Tensor):
@@ -94,6 +92,11 @@ def unpacked(packed: Packed) -> Tensor:
     numbers = ((unsigned + half) % (2 * half) - half).flatten(1).double()
     scale, zero = (x.double().T.repeat_interleave(packed.group, dim=1) for x in (packed.scale, packed.zero))
     return numbers * scale + zero
+
+
+def whole_groups(case: str) -> dict[str, int]:
+    """Sizes for a case of `family_models`, so that every matrix has whole groups of 32 columns."""
+    return {"intermediate_size": 64} | ({"head_dim": 16} if case == "gemma3" else {})
 
 
 def quantise_(model: nn.Module, kind: str) -> nn.Module:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import GPU
 from family_models import CASES, VOCAB, available, make_family, takes_sdpa
 from family_reference import family_reference_logits
-from packed_weights import WHOLE_GROUPS, quantise_, unpacked
+from packed_weights import quantise_, unpacked, whole_groups
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.method_base import capture
@@ -142,7 +142,7 @@ def test_a_recorded_re_computation(case):
         assert torch.equal(capture(forward, ids.flip(1), "fused")(ids), expected)
 
 
-QUANTISED = ["gpt_neox", "llama", "phi3", "olmo2"]
+QUANTISED = ["gpt_neox", "llama", "phi3", "gemma3"]
 
 
 @pytest.mark.parametrize("engine", ["fused-triton", "fused"])
@@ -150,7 +150,7 @@ QUANTISED = ["gpt_neox", "llama", "phi3", "olmo2"]
 @pytest.mark.parametrize("kind", ["int8", "int4 by 32"])
 @pytest.mark.parametrize("case", QUANTISED)
 def test_steps_of_quantised_models(case, kind, batch, engine):
-    model = model_of(case, torch.float32, **WHOLE_GROUPS).to(GPU)
+    model = model_of(case, torch.float32, **whole_groups(case)).to(GPU)
     plain = quantise_(model, kind).cpu()
     logits = stepped(model, engine, batch, 4, 10)
     expected = family_reference_logits(plain, ids_of(batch), 4, W)[:, 9:]
@@ -161,7 +161,7 @@ def test_steps_of_quantised_models(case, kind, batch, engine):
 @pytest.mark.parametrize("case", QUANTISED)
 def test_steps_of_quantised_models_in_half_precision(case, kind):
     """They lose what the de-quantised models' own steps lose."""
-    model = model_of(case, torch.bfloat16, **WHOLE_GROUPS).to(GPU)
+    model = model_of(case, torch.bfloat16, **whole_groups(case)).to(GPU)
     plain = quantise_(model, kind)
     expected = family_reference_logits(copy.deepcopy(plain).cpu(), ids_of(1), 4, W)[:, 9:]
     own = error(stepped(plain, "eager", 1, 4, 10), expected).mean()
@@ -172,7 +172,7 @@ def test_steps_of_quantised_models_in_half_precision(case, kind):
 @pytest.mark.parametrize("kind", ["int8", "int4 by 32"])
 @pytest.mark.parametrize("case", QUANTISED)
 def test_blocks_of_quantised_models(case, kind):
-    model = model_of(case, torch.float32, **WHOLE_GROUPS).to(GPU)
+    model = model_of(case, torch.float32, **whole_groups(case)).to(GPU)
     plain = quantise_(model, kind)
     one, other = (score_stream(m, ids_of(3), 4, W, block_size=37, engine="fused") for m in (plain, model))
     assert error(one, other).max() < 1e-5

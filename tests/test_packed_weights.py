@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from family_models import make_family
-from packed_weights import KINDS, WHOLE_GROUPS, Int4Tensor, Int8Tensor, quantise_, quantised, unpacked
+from packed_weights import KINDS, Int4Tensor, Int8Tensor, quantise_, quantised, unpacked, whole_groups
 from torch import Tensor, nn
 
 from streaming_llm.fused.family_recipes import recipe_of
@@ -92,7 +92,7 @@ def test_what_is_stored_in_another_way_is_refused_by_name(reason):
 
 @pytest.mark.parametrize("kind", ["int8", "int4 by 32"])
 def test_a_quantised_model_has_a_recipe(kind):
-    model = make_family("llama", **WHOLE_GROUPS)
+    model = make_family("llama", **whole_groups("llama"))
     quantise_(model, kind)
     assert why_not(model) is None
     assert {linear.bits for linear in recipe_of(model).linears} == {KINDS[kind][0]}
@@ -117,7 +117,7 @@ def test_a_bias_of_only_gate_or_up_is_refused():
     model = make_family("llama")
     layer = model.model.layers[0].mlp.up_proj
     layer.bias = nn.Parameter(torch.zeros(layer.out_features))
-    assert why_not(model) == "only one of gate and up has a bias"
+    assert why_not(model) == "only some of gate and up have a bias"
 
 
 def test_models_that_are_quantised_in_part():

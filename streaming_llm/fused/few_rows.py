@@ -51,11 +51,11 @@ def _few_rows(
         in_k = (start + k < K)[None, :]
         there = inside[:, None] & in_k
         x = tl.trans(tl.load(x_ptr + x_at + start, in_rows[:, None] & in_k, 0.0))
-        y = tl.dot(tl.load(w + at + start, there, 0.0, eviction_policy="evict_first"), x, y, input_precision="ieee")
+        tile = tl.load(w + at + start, there, 0.0, eviction_policy="evict_first")
+        y = tl.dot(tile, x, y, input_precision="ieee")
         if GATED:
-            up = tl.dot(
-                tl.load(w2 + at + start, there, 0.0, eviction_policy="evict_first"), x, up, input_precision="ieee"
-            )
+            tile = tl.load(w2 + at + start, there, 0.0, eviction_policy="evict_first")
+            up = tl.dot(tile, x, up, input_precision="ieee")
     if BIASES:
         y += tl.load(b + column, inside, 0.0).to(tl.float32)[:, None]
         if GATED:

@@ -72,10 +72,9 @@ def _of_recipe(recipe: Recipe) -> str | None:
             return "a norm behind attention or MLP is no RMSNorm"
         if layer.multiplier != 1.0 and out_norms:
             return "it has norms and factors behind attention or MLP"
-        if len({linear.bias is None for linear in attention.projections}) > 1:
-            return "only some of query, key and value have a bias"
-        if len({linear.bias is None for linear in mlp.first}) > 1:
-            return "only one of gate and up has a bias"
+        for names, linears in (("query, key and value", attention.projections), ("gate and up", mlp.first)):
+            if len({linear.bias is None for linear in linears}) > 1:
+                return f"only some of {names} have a bias"
         outputs = (attention.output, mlp.down) if layer.parallel else ()
         read_together = (attention.projections, mlp.first, outputs)
         if any(len(set(map(_how_stored, linears))) > 1 for linears in read_together):
