@@ -37,7 +37,7 @@ from streaming_llm.fused.family_recipes import recipe_of
 from streaming_llm.fused.few_rows import are_few, few_rows
 from streaming_llm.fused.full_ring import FullRing
 from streaming_llm.fused.gemv_sum import TILE_OF_SUM, gemv_sum
-from streaming_llm.fused.norm_gemv import TILE_OF_FEW_ROWS, TILE_OF_NORM, norm_gemv
+from streaming_llm.fused.norm_gemv import TILE_OF_NORM, TILE_OF_SMALL, norm_gemv
 from streaming_llm.fused.recipe import Attention, HeadPlaces, Linear, Norm
 from streaming_llm.fused.ring_attention import RingAttention
 from streaming_llm.fused.rings import Rings, begin_step
@@ -142,7 +142,7 @@ bits 16 rows are the fewest, and a tile has whole groups."""
 def tiles(request, monkeypatch) -> None:
     """Every kernel with a small tile in place of its own."""
     rows, columns, ahead = request.param
-    for tiles_of in (TILE_OF_NORM, TILE_OF_FEW_ROWS, TILE_OF_SUM):
+    for tiles_of in (TILE_OF_NORM, TILE_OF_SMALL, TILE_OF_SUM):
         for bits in tiles_of:
             sizes = (max(16, rows), max(64, columns)) if bits == 4 else (rows, columns)
             small = {"BLOCK_R": sizes[0], "BLOCK_K": sizes[1], "AHEAD": ahead}
@@ -302,14 +302,14 @@ def test_sum_of_products(kind, residuals, multiplier, two):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("kind", "factors"),
-    [("int8", torch.float32), ("int4 by 128", torch.float32), ("int4 by 128", torch.bfloat16),
-     ("int4 by 256", torch.float16), ("int4 by 32", torch.bfloat16)],
+    [("plain", torch.float32), ("int8", torch.float32), ("int4 by 128", torch.float32),
+     ("int4 by 128", torch.bfloat16), ("int4 by 256", torch.float16), ("int4 by 32", torch.bfloat16)],
     ids=str,
 )  # fmt: skip
 @pytest.mark.usefixtures("addresses")
-def test_packed_products_by_the_tiles_that_are_used(monkeypatch, kind, factors, dtype, few):
+def test_products_by_the_tiles_that_are_used(monkeypatch, kind, factors, dtype, few):
     monkeypatch.setattr("streaming_llm.fused.norm_gemv.FEW_ROWS", few)
-    columns = 2304 if kind.endswith("256") else 2176  # whole tiles and a part of one
+    columns = {"plain": 3200, "int4 by 256": 2304}.get(kind, 2176)  # whole tiles and a part of one
     (layer, plain), x = stored_as(kind, columns, 20, factors=factors), randn(columns, dtype=dtype)
     out = randn(20) * torch.nan
     gemv_sum((layer, x), None, out)

@@ -3,7 +3,7 @@
 The bits of a number, put below the exponent of 16, are a bfloat16: 24 plus the number. Two of them lie in a word
 wherever it is shifted to, one in each half, so that a number costs half a shift and half a mask, and no conversion. A
 vector in float32 is the sum of three of bfloat16, which are columns of one product. Nothing is lost of elements above
-``2 ** -110``; sums have to stay below ``2 ** 123``, and an infinite element gives NaN.
+``2 ** -110``; sums have to stay below ``2 ** 121``, and an infinite element gives NaN.
 
 A tile of ``[BLOCK_R, BLOCK_K]`` numbers is ``[4, 8, PARTS, 2, BLOCK_R / 16, words]``: the first two dimensions are the
 threads of a warp, the third goes over a program's warps, as the matrix units want them, so that each thread multiplies
@@ -74,7 +74,7 @@ def int4_tile_at(rows, start, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.
 def _numbers(words, signs):
     """24 plus each number of a tile ``[PARTS, BLOCK_R, columns of a part]``.
 
-    Columns are ordered as in :func:`_as_columns`; of 16 rows the even ones come first.
+    Columns are ordered as in :func:`int4_input`; of 16 rows the even ones come first.
     """
     PARTS: tl.constexpr = words.shape[2]
     BLOCKS: tl.constexpr = words.shape[4]
@@ -90,26 +90,68 @@ def _numbers(words, signs):
 
 @triton.jit
 def _split(x):
-    """``x`` with as many bits as bfloat16 has, and the rest."""
+    """The three numbers in bfloat16 of which ``x`` is the sum."""
+    x = x.to(tl.float32)
     first = (x.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
-    return first.to(tl.bfloat16), x - first
+    rest = x - first
+    second = (rest.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+    return first.to(tl.bfloat16), second.to(tl.bfloat16), (rest - second).to(tl.bfloat16)
 
 
 @triton.jit
-def _as_columns(x, PARTS: tl.constexpr):
-    """``x`` ``[BLOCK_K]`` as ``[PARTS, columns of a part, 8]``: twice the three numbers of which it is the sum, and 0.
+def int4_input(x, GROUP: tl.constexpr):
+    """An input that the program has computed, ``[BLOCK_K]``, float32: each thread prepares a share for all.
 
-    Eight are as few as the matrix units take; of a row, each of four threads gets two: the first and the second
-    number, or the third and 0. Columns of a part are ordered by the words of a thread and their halves, then by
-    thread: 0, 4, 1, 5 of each thread's word, then 2, 6, 3, 7 of each.
+    It becomes columns of a product, ``[PARTS, columns of a part, 8]``: twice the three numbers of which it is the sum,
+    and 0. Eight are as few as the matrix units take; of a row of the result, each of four threads gets two: the first
+    and the second, or the third and 0. Columns of a part are ordered by the words of a thread and their halves, then
+    by thread: 0, 4, 1, 5 of each thread's word, then 2, 6, 3, 7 of each. Beside them are the sums of ``x`` over parts,
+    in such shares that they, too, are doubled when those of four threads are added up.
     """
-    WIDTH: tl.constexpr = x.shape[0] // PARTS
-    first, rest = _split(x)
-    second, rest = _split(rest)
-    x = tl.join(tl.join(first, second), tl.join(rest.to(tl.bfloat16), tl.zeros_like(first)))
+    WIDTH: tl.constexpr = min(GROUP, 128)
+    PARTS: tl.constexpr = x.shape[0] // WIDTH
+    of_x = tl.sum(tl.reshape(x, (PARTS, WIDTH)), 1)[None, None, :, None, None]
+    of_x *= 1.0 - tl.arange(0, 4)[:, None, None, None, None] % 2
+    first, second, third = _split(x)
+    x = tl.join(tl.join(first, second), tl.join(third, tl.zeros_like(first)))
     x = tl.permute(tl.reshape(x, (PARTS, 4, WIDTH // 32, 2, 2, 2, 2, 2)), (0, 2, 4, 1, 5, 3, 7, 6))
     x = tl.reshape(x, (PARTS, WIDTH, 4))[:, :, None, :]
-    return tl.reshape(tl.broadcast_to(x, (PARTS, WIDTH, 2, 4)), (PARTS, WIDTH, 8))
+    return tl.reshape(tl.broadcast_to(x, (PARTS, WIDTH, 2, 4)), (PARTS, WIDTH, 8)), of_x
+
+
+@triton.jit
+def int4_request_input(x_ptr, start, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
+    """What :func:`int4_loaded_input` takes, from column ``start`` on.
+
+    ``[4, 8, PARTS, words, 8]`` and ``[4, 8, PARTS, words]``: each thread loads what it multiplies, so that none waits
+    for another, and an eighth of that once more, to sum it up.
+    """
+    WIDTH: tl.constexpr = min(GROUP, 128)
+    WORDS: tl.constexpr = WIDTH // 32
+    thread, lane = tl.arange(0, 4)[:, None, None, None], tl.arange(0, 8)[None, :, None, None]
+    at = start + tl.arange(0, BLOCK_K // WIDTH)[None, None, :, None] * WIDTH + thread * (8 * WORDS)
+    word = tl.arange(0, WORDS)
+    some = at + lane * WORDS + word
+    all_ = (at + 0 * lane + word * 8)[:, :, :, :, None] + tl.arange(0, 8)
+    return tl.load(x_ptr + all_, all_ < K, 0.0), tl.load(x_ptr + some, some < K, 0.0)
+
+
+@triton.jit
+def int4_loaded_input(loaded):
+    """An input in memory, as :func:`int4_input` has it; of bfloat16, eight times the same column, and the sums so."""
+    x, some = loaded
+    PARTS: tl.constexpr = x.shape[2]
+    WORDS: tl.constexpr = x.shape[3]
+    of_x = tl.sum(tl.sum(some.to(tl.float32), 3), 1)[:, None, :, None, None]
+    if x.dtype == tl.bfloat16:
+        of_x *= 8.0
+    else:
+        of_x *= 2.0
+        first, second, third = _split(x)
+        column = tl.arange(0, 8)[None, :, None, None, None] % 4
+        x = tl.where(column == 0, first, tl.where(column == 1, second, tl.where(column == 2, third, 0.0)))
+    x = tl.permute(tl.reshape(x, (4, 8, PARTS, WORDS, 2, 2, 2)), (2, 3, 5, 0, 6, 4, 1))
+    return tl.reshape(x, (PARTS, 32 * WORDS, 8)), of_x
 
 
 @triton.jit
@@ -120,15 +162,14 @@ def int4_no_products(BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.con
 
 @triton.jit
 def int4_add_product(acc, tile, x, signs):
-    """``acc`` plus the products of a tile with ``x`` ``[BLOCK_K]``, float32."""
+    """``acc`` plus the products of a tile with what :func:`int4_input` or :func:`int4_loaded_input` gives."""
     words, scale, zero = tile
+    x, of_x = x
     PARTS: tl.constexpr = words.shape[2]
     BLOCKS: tl.constexpr = words.shape[4]
-    products = tl.dot(_numbers(words, signs), _as_columns(x, PARTS))
+    products = tl.dot(_numbers(words, signs), x)
     products = tl.permute(tl.reshape(products, (PARTS, BLOCKS, 2, 8, 4, 2)), (4, 3, 0, 2, 1, 5))
     one, other = tl.split(products)
-    of_x = tl.sum(tl.reshape(x, (PARTS, x.shape[0] // PARTS)), 1)[None, None, :, None, None]
-    of_x *= 1.0 - tl.arange(0, 4)[:, None, None, None, None] % 2  # the threads that have the first two columns
     return acc + _values(scale) * (one + other - 24.0 * of_x) + _values(zero) * of_x
 
 

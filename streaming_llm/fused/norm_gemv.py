@@ -14,26 +14,27 @@ from torch import Tensor
 
 from ..launch import launch, wait_for_input
 from .activations import activate, capped
-from .int4_tiles import SIGNS, int4_add_product, int4_next_tiles
+from .int4_tiles import SIGNS, int4_add_product, int4_input, int4_next_tiles
 from .norms import any_plus_one, meta_of, norm_weight, or_other, pointers_of, residual, rstd_of
 from .recipe import Linear, Norm
 from .tiles import add_product, first_tiles, next_tile, no_products, row_factors, row_sums
 from .weights import Packed
 
 TILE_OF_NORM = {
-    0: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 1, "num_warps": 2},
+    0: {"BLOCK_R": 4, "BLOCK_K": 1024, "AHEAD": 1, "num_warps": 4},
     8: {"BLOCK_R": 4, "BLOCK_K": 1024, "AHEAD": 4, "num_warps": 4},
     4: {"BLOCK_R": 64, "BLOCK_K": 256, "AHEAD": 2, "num_warps": 2},
 }
 """By the bits of packed weights (0: plain ones), rows and columns of a tile, tiles requested ahead, and warps.
-The fastest, or within 7% of it: of two dozen tried for Pythia-70m, 2.8b and 6.9b on an H200, of a dozen for packed
-weights of Llama-3.1-8B on an H100."""
-TILE_OF_FEW_ROWS = TILE_OF_NORM | {
+The fastest, or within 3% of it, of those tried on an H100 for the models of the benchmark."""
+TILE_OF_SMALL = {
+    0: {"BLOCK_R": 4, "BLOCK_K": 512, "AHEAD": 1, "num_warps": 2},
     8: {"BLOCK_R": 4, "BLOCK_K": 1024, "AHEAD": 2, "num_warps": 2},
-    4: {"BLOCK_R": 16, "BLOCK_K": 1024, "AHEAD": 2, "num_warps": 4},
+    4: {"BLOCK_R": 16, "BLOCK_K": 512, "AHEAD": 4, "num_warps": 4},
 }
-FEW_ROWS = 12288
-"""Products with fewer rows in all have the tiles of few: so that there are programs for all multiprocessors."""
+FEW_ROWS, FEW_COLUMNS = 12288, 2048
+"""Products with fewer rows in all, or, of plain weights, fewer columns, have the tiles of small ones: so that there
+are programs for all multiprocessors, and columns for all threads."""
 
 
 @triton.jit
@@ -132,7 +133,7 @@ def _norm_gemv(
                 at = behind + columns
                 more = residual(x_ptr, add_ptr, add_w_ptr, add_rstd, at, at < K, ADDS, PLUS_ONE)
                 more, squares = _normed(more, behind, of_norm, squares, K, BLOCK_K, ADDS, NORM, WEIGHT, BIAS, PLUS_ONE)
-                acc = int4_add_product(acc, tiles[0], x, signs)
+                acc = int4_add_product(acc, tiles[0], int4_input(x, GROUP), signs)
                 x, tiles = more, int4_next_tiles(tiles, of_rows, begin + (i + AHEAD) * BLOCK_K, K, BLOCK_K, GROUP)
     else:
         # The input of an RMSNorm is requested before each tile: the other way round, as behind a LayerNorm, a step of
@@ -205,7 +206,8 @@ def norm_gemv(
     rows = [linear.rows for linear in linears]
     assert gated or all(linear.weight.is_whole for linear in linears if isinstance(linear.weight, Packed))
     n1, n2, n3 = (*rows, 0, 0)[:3]
-    tile = (TILE_OF_FEW_ROWS if sum(rows) < FEW_ROWS else TILE_OF_NORM)[first.bits]
+    is_small = sum(rows) < FEW_ROWS or (not first.bits and first.columns < FEW_COLUMNS)
+    tile = (TILE_OF_SMALL if is_small else TILE_OF_NORM)[first.bits]
     per_program = tile["BLOCK_R"] // 2 if gated else tile["BLOCK_R"]
     grid = triton.cdiv(n1, per_program) if gated else sum(triton.cdiv(n, per_program) for n in rows)
     add, add_norm = (x, None) if pending is None else pending

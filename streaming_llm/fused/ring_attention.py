@@ -125,7 +125,10 @@ def _ring_attention(
         if tl.atomic_add(arrived_ptr + program, 1, sem="acq_rel") == SPLITS - 1:  # the last puts the parts together
             part -= split * H
             whole = put_together(partial_ptr + part * DIM_P, peaks_ptr + part * 2, H, SPLITS, PARTS, DIM_P)
-            tl.store(out, whole.to(out_ptr.dtype.element_ty), exists)
+            of_head, dim = tl.arange(0, H * DIM_P) // DIM_P, tl.arange(0, H * DIM_P) % DIM_P
+            to = out_ptr + (row * HEADS + kv_head * GROUPS + chunk * SHARED + of_head) * HEAD_DIM + dim
+            is_one = (dim < HEAD_DIM) & (of_head < SHARED) & (chunk * SHARED + of_head < GROUPS)
+            tl.store(to, whole.to(out_ptr.dtype.element_ty), is_one)
             tl.store(arrived_ptr + program, 0)
 
 

@@ -67,21 +67,56 @@ def of_each(x, H: tl.constexpr):
 def put_together(
     partial_ptr, peaks_ptr, H: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, DIM_P: tl.constexpr
 ):
-    """Results ``[H, DIM_P]`` of ``SPLITS`` parts: sums of values ``[H, DIM_P]``, peaks beside sums ``[H, 2]``."""
-    dims, heads = tl.arange(0, DIM_P), tl.arange(0, H)
-    largest, total, acc = nothing_seen(H, DIM_P)
+    """Results ``[H * DIM_P]`` of ``SPLITS`` parts: sums of values ``[H, DIM_P]``, peaks beside sums ``[H, 2]``."""
+    if H == 1:
+        return _parts_by_thread(partial_ptr, peaks_ptr, SPLITS, PARTS, DIM_P)
+    else:
+        return _all_parts_by_thread(partial_ptr, peaks_ptr, H, SPLITS, PARTS, DIM_P)
+
+
+@triton.jit
+def _all_parts_by_thread(
+    partial_ptr, peaks_ptr, H: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, DIM_P: tl.constexpr
+):
+    """For several warps: a thread has the same elements of every part, so that no warp waits for another."""
+    at = tl.arange(0, H * DIM_P)
+    head = at // DIM_P
+    acc = tl.zeros((H * DIM_P,), tl.float32)
+    largest, total = acc + float("-inf"), acc
+    for first in tl.static_range(0, SPLITS, PARTS):
+        peaks, sums, accs, new = (), (), (), largest
+        for part in tl.static_range(first, min(first + PARTS, SPLITS)):
+            peak_ptr = peaks_ptr + (part * H + head) * 2
+            peak = tl.load(peak_ptr, cache_modifier=".cg")
+            new = tl.maximum(new, peak)  # finite: the first part has seen the token itself
+            peaks = peaks + (peak,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
+            sums = sums + (tl.load(peak_ptr + 1, cache_modifier=".cg"),)  # type: ignore[assignment]  # noqa: RUF005
+            added = tl.load(partial_ptr + part * H * DIM_P + at, cache_modifier=".cg")
+            accs = accs + (added,)  # type: ignore[assignment]  # noqa: RUF005
+        keep = tl.exp(largest - new)
+        acc, total, largest = acc * keep, total * keep, new
+        for i in tl.static_range(len(peaks)):
+            share = tl.exp(peaks[i] - new)
+            acc += accs[i] * share
+            total += sums[i] * share
+    return acc / total
+
+
+@triton.jit
+def _parts_by_thread(partial_ptr, peaks_ptr, SPLITS: tl.constexpr, PARTS: tl.constexpr, DIM_P: tl.constexpr):
+    """For one warp and one query: each thread has some of the parts, which makes for fewer and wider requests."""
+    dims = tl.arange(0, DIM_P)
+    largest, total, acc = nothing_seen(1, DIM_P)
     for first in tl.static_range(0, SPLITS, PARTS):
         part = first + tl.arange(0, PARTS)
         exists = part < SPLITS
-        head = part if H == 1 else part[:, None] * H + heads
-        there = exists if H == 1 else exists[:, None]
-        peaks = tl.load(peaks_ptr + head * 2, there, float("-inf"), cache_modifier=".cg")
-        sums = tl.load(peaks_ptr + head * 2 + 1, there, 0.0, cache_modifier=".cg")
-        at = tl.expand_dims(head, -1) * DIM_P + dims
-        accs = tl.load(partial_ptr + at, tl.expand_dims(there, -1), 0.0, cache_modifier=".cg")
-        new = tl.maximum(largest, tl.max(peaks, 0))  # finite: the first part has seen the token itself
+        peaks = tl.load(peaks_ptr + part * 2, exists, float("-inf"), cache_modifier=".cg")
+        sums = tl.load(peaks_ptr + part * 2 + 1, exists, 0.0, cache_modifier=".cg")
+        at = part[:, None] * DIM_P + dims
+        accs = tl.load(partial_ptr + at, exists[:, None], 0.0, cache_modifier=".cg")
+        new = tl.maximum(largest, tl.max(peaks, 0))
         keep, share = tl.exp(largest - new), tl.exp(peaks - new)
-        acc = acc * of_each(keep, H) + tl.sum(accs * tl.expand_dims(share, -1), 0)
+        acc = acc * keep + tl.sum(accs * share[:, None], 0)
         total = total * keep + tl.sum(sums * share, 0)
         largest = new
-    return acc / of_each(total, H)
+    return acc / total
