@@ -100,14 +100,14 @@ def _no_gradients():
 
 @pytest.fixture
 def addresses(monkeypatch) -> None:
-    """Matrix-vector products read and write within their tensors, and whole words of memory: a CPU would not mind."""
+    """Kernels of a step read and write within their tensors, and whole words of memory: a CPU would not mind."""
     if DEVICE.type == "cuda":
         return
     builder, ranges = type(interpreter.interpreter_builder), []
 
     def check(pointers, mask) -> None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
+        at = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].astype(np.int64)
         assert not (at % size).any(), f"words of {size} bytes are not aligned"
         within = [(at >= begin) & (at + size <= end) for begin, end in ranges]
         assert not ranges or np.any(within, axis=0).all(), f"words of {size} bytes are no tensor's"
@@ -129,7 +129,7 @@ def addresses(monkeypatch) -> None:
     load, store = builder.create_masked_load, builder.create_masked_store
     monkeypatch.setattr(builder, "create_masked_load", masked_load)
     monkeypatch.setattr(builder, "create_masked_store", masked_store)
-    for module in ("norm_gemv", "gemv_sum"):
+    for module in ("norm_gemv", "gemv_sum", "ring_attention"):
         monkeypatch.setattr(f"streaming_llm.fused.{module}.launch", launched)
 
 
@@ -299,7 +299,7 @@ def test_sum_of_products(kind, residuals, multiplier, two):
 
 
 @pytest.mark.parametrize("few", [0, 12288])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("kind", "factors"),
     [("plain", torch.float32), ("int8", torch.float32), ("int4 by 128", torch.float32),
@@ -314,6 +314,8 @@ def test_products_by_the_tiles_that_are_used(monkeypatch, kind, factors, dtype, 
     out = randn(20) * torch.nan
     gemv_sum((layer, x), None, out)
     close(out, exact(plain, x))
+    gemv_sum((layer, x), (layer, x), out)  # a plain matrix alone may have a tile of its own
+    close(out, 2 * exact(plain, x))
     norm_gemv(x.float(), None, (layer,), out)
     close(out, exact(plain, x))
     norm_gemv(x.float(), None, layer.halves(), out[:10], gated=True)
@@ -718,6 +720,22 @@ def test_ring_attention_of_programs_with_many_tiles(monkeypatch, heads, splits, 
     assert (kernel.splits, kernel.stages) == (splits, stages)
     for _ in range(2):
         close(ring.attend(kernel), ring.attended())
+
+
+@pytest.mark.usefixtures("loops", "addresses")
+@pytest.mark.parametrize("moment", ["among the sinks", "one to go", "turned"])
+@pytest.mark.parametrize(
+    ("heads", "window", "partial", "splits", "parts"), [(6, 69, 64, 5, 2), (6, 95, 128, 7, 4), (2, 69, 64, 11, 2)]
+)
+def test_ring_attention_puts_parts_together_in_rounds(monkeypatch, heads, window, partial, splits, parts, moment):
+    short_tiles(monkeypatch)
+    monkeypatch.setattr(RingAttention, "PARTIAL", partial)
+    ring = Ring(attention_of(20, 12, heads, 2), (3, 20, window), MOMENTS[moment](20, window), 5)
+    begin(ring)
+    kernel = RingAttention(ring.attention, ring.layer.keys, ring.state)
+    assert (kernel.splits, kernel.parts) == (splits, parts)
+    kernel.partial.fill_(torch.nan)
+    close(ring.attend(kernel), ring.attended())
 
 
 @pytest.mark.usefixtures("loops")

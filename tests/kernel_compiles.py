@@ -67,8 +67,9 @@ def norm(size: int, dtype: torch.dtype, kind: str = "layer") -> Norm:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("hidden", [512, 2560])
-def test_matrix_vector_products(hidden, dtype, compiled):
+@pytest.mark.parametrize(("hidden", "few"), [(512, 12288), (2560, 12288), (4096, 0)])
+def test_matrix_vector_products(hidden, few, dtype, compiled, monkeypatch):
+    monkeypatch.setattr("streaming_llm.fused.norm_gemv.FEW_ROWS", few)
     x, y = torch.zeros(hidden), torch.zeros(hidden)
     one, narrow = linear(hidden, hidden, dtype), linear(hidden // 4, hidden, dtype)
     wide = linear(hidden, 4 * hidden, dtype), torch.zeros(4 * hidden, dtype=dtype)
@@ -110,11 +111,12 @@ def test_products_of_packed_weights(bits, group, factors, few, compiled, monkeyp
     narrow = packed(128, 512, bits, group, factors)
     norm_gemv(x, norm(512, torch.bfloat16), (one, narrow, narrow), torch.zeros(768), pdl=True)
     norm_gemv(x, None, one.halves(), y[:256], activation="silu", gated=True, pdl=True)
-    gemv_sum((one, x.to(torch.bfloat16)), None, y, residual=x, pdl=True)
+    for of in (torch.bfloat16, torch.float16):
+        gemv_sum((one, x.to(of)), None, y, residual=x, pdl=True)
     gemv_sum((one, x), (one, x), y, residual=x, other=x, pdl=True)
     pending = x, norm(512, torch.bfloat16, "rms")
     norm_gemv(x, norm(512, torch.bfloat16, "rms"), (one,), y, pending=pending, new_x=torch.zeros(512), pdl=True)
-    assert compiled == [*2 * ["_norm_gemv"], *2 * ["_gemv_sum"], "_norm_gemv"]
+    assert compiled == [*2 * ["_norm_gemv"], *3 * ["_gemv_sum"], "_norm_gemv"]
 
 
 # Heads, heads of keys, head_dim, norm, softcap, dtype: like Pythia, Qwen 3, and Gemma
@@ -126,7 +128,9 @@ SIZES = [
 ]
 
 
-def layer_of(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, how: dict) -> tuple[Attention, ...]:
+def layer_of(
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, how: dict, window: int = 2044
+) -> tuple[Attention, StreamingLayer]:
     """A layer's recipe, and its ring: of the right shape without its memory."""
     rotary = Rotary(torch.ones(head_dim // 8, dtype=torch.float64))
     places = HeadPlaces.by_kv_head(heads, kv_heads) if heads == kv_heads else HeadPlaces.separate(heads, kv_heads)
@@ -135,7 +139,7 @@ def layer_of(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, how: 
     attention = Attention(
         nn.Identity(), projections, places, projections[0], heads, kv_heads, head_dim, rotary, scores, **how
     )
-    layer = StreamingLayer(StreamLayout(StreamingConfig(4, 2044)), SinkRotation(rotary), Progress())
+    layer = StreamingLayer(StreamLayout(StreamingConfig(4, window)), SinkRotation(rotary), Progress())
     layer.keys = layer.values = torch.zeros(1, dtype=dtype).expand(1, kv_heads, layer.layout.capacity, head_dim)
     layer.sinks = layer.keys[:, :, :4]
     return attention, layer
@@ -165,6 +169,24 @@ def test_attention_with_tiles_on_their_way(compiled, monkeypatch):
     assert kernel.stages > 1
     kernel(attention, torch.zeros(1, attention.width), layer, pdl=True)
     assert compiled == ["_ring_attention"]
+
+
+def test_code_does_not_grow_with_the_parts_that_are_put_together(monkeypatch):
+    """Unrolled, 128 parts took half a minute to compile."""
+    lengths, compile_ = [], triton.compile
+
+    def measured(*args, **kwargs):
+        kernel = compile_(*args, **kwargs)
+        lengths.append(len(kernel.asm["ptx"]))
+        return kernel
+
+    monkeypatch.setattr(triton, "compile", measured)
+    for window, splits in ((2044, 64), (4091, 128)):
+        attention, layer = layer_of(14, 2, 64, torch.bfloat16, {}, window)
+        kernel = RingAttention(attention, layer.keys, Rings([layer], 1, torch.device("cpu")).states[0])
+        assert kernel.splits == splits
+        kernel(attention, torch.zeros(1, attention.width), layer, pdl=True)
+    assert lengths[1] < 1.1 * lengths[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,7 +3,7 @@
 The bits of a number, put below the exponent of 16, are a bfloat16: 24 plus the number. Two of them lie in a word
 wherever it is shifted to, one in each half, so that a number costs half a shift and half a mask, and no conversion. A
 vector in float32 is the sum of three of bfloat16, which are columns of one product. Nothing is lost of elements above
-``2 ** -110``; sums have to stay below ``2 ** 121``, and an infinite element gives NaN.
+``2 ** -110``; sums have to stay below ``2 ** 120``, and an infinite element gives NaN.
 
 A tile of ``[BLOCK_R, BLOCK_K]`` numbers is ``[4, 8, PARTS, 2, BLOCK_R / 16, words]``: the first two dimensions are the
 threads of a warp, the third goes over a program's warps, as the matrix units want them, so that each thread multiplies
@@ -123,26 +123,30 @@ def int4_input(x, GROUP: tl.constexpr):
 def int4_request_input(x_ptr, start, K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
     """What :func:`int4_loaded_input` takes, from column ``start`` on.
 
-    ``[4, 8, PARTS, words, 8]`` and ``[4, 8, PARTS, words]``: each thread loads what it multiplies, so that none waits
-    for another, and an eighth of that once more, to sum it up.
+    ``[4, 8, PARTS, words, 8]``, the same for all eight, which are the columns of the product: of 16 bits each thread
+    loads what it multiplies, so that none waits for another. And ``[4, 8, PARTS, words]``, a share of that for each of
+    the eight, to be summed up.
     """
     WIDTH: tl.constexpr = min(GROUP, 128)
     WORDS: tl.constexpr = WIDTH // 32
     thread, lane = tl.arange(0, 4)[:, None, None, None], tl.arange(0, 8)[None, :, None, None]
     at = start + tl.arange(0, BLOCK_K // WIDTH)[None, None, :, None] * WIDTH + thread * (8 * WORDS)
     word = tl.arange(0, WORDS)
-    some = at + lane * WORDS + word
-    all_ = (at + 0 * lane + word * 8)[:, :, :, :, None] + tl.arange(0, 8)
-    return tl.load(x_ptr + all_, all_ < K, 0.0), tl.load(x_ptr + some, some < K, 0.0)
+    share = at + lane * WORDS + word
+    of_thread = (at + 0 * lane + word * 8)[:, :, :, :, None] + tl.arange(0, 8)
+    return tl.load(x_ptr + of_thread, of_thread < K, 0.0), tl.load(x_ptr + share, share < K, 0.0)
 
 
 @triton.jit
 def int4_loaded_input(loaded):
-    """An input in memory, as :func:`int4_input` has it; of bfloat16, eight times the same column, and the sums so."""
-    x, some = loaded
+    """An input in memory, as :func:`int4_input` has it, but for :func:`int4_as_doubled`.
+
+    Of bfloat16, which need not be split, all eight columns are ``x``: products and sums come out eightfold.
+    """
+    x, share = loaded
     PARTS: tl.constexpr = x.shape[2]
     WORDS: tl.constexpr = x.shape[3]
-    of_x = tl.sum(tl.sum(some.to(tl.float32), 3), 1)[:, None, :, None, None]
+    of_x = tl.sum(tl.sum(share.to(tl.float32), 3), 1)[:, None, :, None, None]
     if x.dtype == tl.bfloat16:
         of_x *= 8.0
     else:
@@ -152,6 +156,15 @@ def int4_loaded_input(loaded):
         x = tl.where(column == 0, first, tl.where(column == 1, second, tl.where(column == 2, third, 0.0)))
     x = tl.permute(tl.reshape(x, (4, 8, PARTS, WORDS, 2, 2, 2)), (2, 3, 5, 0, 6, 4, 1))
     return tl.reshape(x, (PARTS, 32 * WORDS, 8)), of_x
+
+
+@triton.jit
+def int4_as_doubled(acc, x_ptr):
+    """Products with what :func:`int4_loaded_input` gives, doubled as those with :func:`int4_input` are."""
+    if x_ptr.dtype.element_ty == tl.bfloat16:
+        return acc * 0.25
+    else:
+        return acc
 
 
 @triton.jit

@@ -109,10 +109,10 @@ def _ring_attention(
                 scores = tl.where(token < N_SINK, scores_of(to_sinks, key, softcap, H, CAP), scores)
         largest, total, acc = attend(scores, value, visible, largest, total, acc, H)
 
-    group = chunk * SHARED + head
-    out = out_ptr + (row * HEADS + kv_head * GROUPS + group) * HEAD_DIM + dims
-    exists = inside & (head < SHARED) & (group < GROUPS)
     if SPLITS == 1:
+        group = chunk * SHARED + head
+        out = out_ptr + (row * HEADS + kv_head * GROUPS + group) * HEAD_DIM + dims
+        exists = inside & (head < SHARED) & (group < GROUPS)
         tl.store(out, (acc / of_each(total, H)).to(out_ptr.dtype.element_ty), exists)
     else:
         part = (program.to(tl.int64) * SPLITS + split) * H
@@ -126,9 +126,10 @@ def _ring_attention(
             part -= split * H
             whole = put_together(partial_ptr + part * DIM_P, peaks_ptr + part * 2, H, SPLITS, PARTS, DIM_P)
             of_head, dim = tl.arange(0, H * DIM_P) // DIM_P, tl.arange(0, H * DIM_P) % DIM_P
-            to = out_ptr + (row * HEADS + kv_head * GROUPS + chunk * SHARED + of_head) * HEAD_DIM + dim
-            is_one = (dim < HEAD_DIM) & (of_head < SHARED) & (chunk * SHARED + of_head < GROUPS)
-            tl.store(to, whole.to(out_ptr.dtype.element_ty), is_one)
+            of_group = chunk * SHARED + of_head
+            out = out_ptr + (row * HEADS + kv_head * GROUPS + of_group) * HEAD_DIM + dim
+            exists = (dim < HEAD_DIM) & (of_head < SHARED) & (of_group < GROUPS)
+            tl.store(out, whole.to(out_ptr.dtype.element_ty), exists)
             tl.store(arrived_ptr + program, 0)
 
 
@@ -149,7 +150,7 @@ class RingAttention:
     MOST_ROWS = 64  # of a tile: shorter ones are for more programs
     FEW = 8192  # keys in all: where there are no more, tiles of a program with several heads are half as long
     STAGES = 3  # tiles that such a program has on their way
-    PARTIAL = 4096  # elements of partial results that are put together at a time, for each warp
+    PARTIAL = 4096  # elements of partial results that are asked for at a time, for each warp
     WARPS_IN_ALL = 1056  # to aim for: eight for each of an H100's multiprocessors
 
     def __init__(self, attention: Attention, keys: Tensor, state: RingState) -> None:

@@ -67,44 +67,60 @@ def of_each(x, H: tl.constexpr):
 def put_together(
     partial_ptr, peaks_ptr, H: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, DIM_P: tl.constexpr
 ):
-    """Results ``[H * DIM_P]`` of ``SPLITS`` parts: sums of values ``[H, DIM_P]``, peaks beside sums ``[H, 2]``."""
-    if H == 1:
-        return _parts_by_thread(partial_ptr, peaks_ptr, SPLITS, PARTS, DIM_P)
+    """Results ``[H * DIM_P]`` of ``SPLITS`` parts: sums of values ``[H, DIM_P]``, peaks beside sums ``[H, 2]``.
+
+    ``PARTS`` are taken at a time. The first of all has seen the token itself, so that its peak is finite.
+    """
+    if H == 1:  # the program has one warp
+        return _shared_out_by_part(partial_ptr, peaks_ptr, SPLITS, PARTS, DIM_P)
     else:
-        return _all_parts_by_thread(partial_ptr, peaks_ptr, H, SPLITS, PARTS, DIM_P)
+        return _shared_out_by_element(partial_ptr, peaks_ptr, H, SPLITS, PARTS, DIM_P)
 
 
 @triton.jit
-def _all_parts_by_thread(
+def _shared_out_by_element(
     partial_ptr, peaks_ptr, H: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, DIM_P: tl.constexpr
 ):
-    """For several warps: a thread has the same elements of every part, so that no warp waits for another."""
-    at = tl.arange(0, H * DIM_P)
-    head = at // DIM_P
+    """Each thread has the same elements of every part, so that no warp waits for another."""
+    WHOLE: tl.constexpr = SPLITS // PARTS * PARTS
     acc = tl.zeros((H * DIM_P,), tl.float32)
     largest, total = acc + float("-inf"), acc
-    for first in tl.static_range(0, SPLITS, PARTS):
-        peaks, sums, accs, new = (), (), (), largest
-        for part in tl.static_range(first, min(first + PARTS, SPLITS)):
-            peak_ptr = peaks_ptr + (part * H + head) * 2
-            peak = tl.load(peak_ptr, cache_modifier=".cg")
-            new = tl.maximum(new, peak)  # finite: the first part has seen the token itself
-            peaks = peaks + (peak,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
-            sums = sums + (tl.load(peak_ptr + 1, cache_modifier=".cg"),)  # type: ignore[assignment]  # noqa: RUF005
-            added = tl.load(partial_ptr + part * H * DIM_P + at, cache_modifier=".cg")
-            accs = accs + (added,)  # type: ignore[assignment]  # noqa: RUF005
-        keep = tl.exp(largest - new)
-        acc, total, largest = acc * keep, total * keep, new
-        for i in tl.static_range(len(peaks)):
-            share = tl.exp(peaks[i] - new)
-            acc += accs[i] * share
-            total += sums[i] * share
+    for first in tl.range(0, WHOLE, PARTS, num_stages=1):  # unrolled it would take minutes to compile
+        largest, total, acc = _take(partial_ptr, peaks_ptr, first, largest, total, acc, H, PARTS, DIM_P)
+    if WHOLE < SPLITS:
+        largest, total, acc = _take(partial_ptr, peaks_ptr, WHOLE, largest, total, acc, H, SPLITS - WHOLE, DIM_P)
     return acc / total
 
 
 @triton.jit
-def _parts_by_thread(partial_ptr, peaks_ptr, SPLITS: tl.constexpr, PARTS: tl.constexpr, DIM_P: tl.constexpr):
-    """For one warp and one query: each thread has some of the parts, which makes for fewer and wider requests."""
+def _take(
+    partial_ptr, peaks_ptr, first, largest, total, acc, H: tl.constexpr, PARTS: tl.constexpr, DIM_P: tl.constexpr
+):
+    """The running state of each element ``[H * DIM_P]`` with ``PARTS`` more parts, all asked for at once."""
+    at = tl.arange(0, H * DIM_P)
+    head = at // DIM_P
+    peaks, sums, accs, new = (), (), (), largest
+    for i in tl.static_range(PARTS):
+        part = first + i
+        peak_ptr = peaks_ptr + (part * H + head) * 2
+        peak = tl.load(peak_ptr, cache_modifier=".cg")
+        new = tl.maximum(new, peak)
+        peaks = peaks + (peak,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
+        sums = sums + (tl.load(peak_ptr + 1, cache_modifier=".cg"),)  # type: ignore[assignment]  # noqa: RUF005
+        added = tl.load(partial_ptr + part * H * DIM_P + at, cache_modifier=".cg")
+        accs = accs + (added,)  # type: ignore[assignment]  # noqa: RUF005
+    keep = tl.exp(largest - new)
+    acc, total = acc * keep, total * keep
+    for i in tl.static_range(PARTS):
+        share = tl.exp(peaks[i] - new)
+        acc += accs[i] * share
+        total += sums[i] * share
+    return new, total, acc
+
+
+@triton.jit
+def _shared_out_by_part(partial_ptr, peaks_ptr, SPLITS: tl.constexpr, PARTS: tl.constexpr, DIM_P: tl.constexpr):
+    """Each thread has some of the parts, which makes for fewer and wider requests."""
     dims = tl.arange(0, DIM_P)
     largest, total, acc = nothing_seen(1, DIM_P)
     for first in tl.static_range(0, SPLITS, PARTS):
