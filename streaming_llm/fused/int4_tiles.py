@@ -111,7 +111,7 @@ def int4_input(x, GROUP: tl.constexpr):
     WIDTH: tl.constexpr = min(GROUP, 128)
     PARTS: tl.constexpr = x.shape[0] // WIDTH
     of_x = tl.sum(tl.reshape(x, (PARTS, WIDTH)), 1)[None, None, :, None, None]
-    of_x *= 1.0 - tl.arange(0, 4)[:, None, None, None, None] % 2
+    of_x *= 1.0 - tl.arange(0, 4)[:, None, None, None, None] % 2  # the threads that have the first two columns
     first, second, third = _split(x)
     x = tl.join(tl.join(first, second), tl.join(third, tl.zeros_like(first)))
     x = tl.permute(tl.reshape(x, (PARTS, 4, WIDTH // 32, 2, 2, 2, 2, 2)), (0, 2, 4, 1, 5, 3, 7, 6))
