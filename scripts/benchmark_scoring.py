@@ -40,7 +40,7 @@ EPILOG = """examples:
 def score_dense_chunks(loaded: LoadedModel, ids: Tensor, block_size: int, engine: str) -> None:
     """The dense forward over chunks [1, block_size], with the loss that scoring uses, by the kernels of `engine`."""
     model = loaded.model
-    fused = fused_blocks(model) if engine == "fused" else None
+    fused = None if engine == "eager" else fused_blocks(model, own_attention=engine == "fused-triton")
     for chunk in (part.to(loaded.device) for part in ids.split(block_size, dim=1)):
         if chunk.shape[1] > 1:  # nothing predicts one token
             with maskless_attention(model):
@@ -92,8 +92,9 @@ def build_parser() -> OneLineParser:
     """The command line."""
     parser = OneLineParser("benchmark_scoring.py", __doc__.split("\n\n")[0], EPILOG)
     add = add_options(parser, "what is measured", (*MODEL, "attn_backend_list")).add_argument
-    engines = "auto (default), fused, eager: what blocks run by"
-    add("--engine", dest="block_engine", default="auto", choices=("auto", "eager", "fused"), help=engines)
+    engines = "auto (default), eager, fused, or fused-triton, which has an attention kernel of its own"
+    choices = ("auto", "eager", "fused", "fused-triton")
+    add("--engine", dest="block_engine", default="auto", choices=choices, help=engines)
     defaults = {"n_sink": {"default": 4}, "window_size": {"default": 2048, "help": "recent tokens; default: 2048"}}
     add = add_options(parser, "sizes, in tokens", ("n_sink", "window_size"), **defaults).add_argument
     add("--block-size", type=int, default=16384, metavar="N", help="of a block and of a chunk; default: 16384")

@@ -24,7 +24,7 @@ from packed_weights import KINDS, quantise_, quantised, whole_groups
 from transformers import DynamicCache
 from triton.runtime import interpreter
 
-from streaming_llm import StreamingDecoder, fused, score_stream
+from streaming_llm import StreamingDecoder, blockwise, fused, score_stream
 from streaming_llm.attachment import maskless_attention
 from streaming_llm.attention import band, kernel_choice, torch_kernels, triton_kernels
 from streaming_llm.attention.math_kernel import Scores
@@ -32,7 +32,8 @@ from streaming_llm.cache_layer import StreamingLayer
 from streaming_llm.config import StreamingConfig
 from streaming_llm.engines.fused_step import FusedStep, FusedTritonStep
 from streaming_llm.engines.recorded import RecordedEngine
-from streaming_llm.fused import block_heads, elementwise, ring_attention
+from streaming_llm.fused import band_attention, block_heads, elementwise, ring_attention
+from streaming_llm.fused.block import BlockForward
 from streaming_llm.fused.family_recipes import recipe_of
 from streaming_llm.fused.few_rows import are_few, few_rows
 from streaming_llm.fused.full_ring import FullRing
@@ -107,21 +108,23 @@ def addresses(monkeypatch) -> None:
 
     def check(pointers, mask) -> None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        at = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].astype(np.int64)
+        mask = mask if isinstance(mask, np.ndarray) else mask.data  # the former where a descriptor is read
+        at = pointers.data[np.broadcast_to(mask.astype(bool), pointers.data.shape)].astype(np.int64)
         assert not (at % size).any(), f"words of {size} bytes are not aligned"
         within = [(at >= begin) & (at + size <= end) for begin, end in ranges]
         assert not ranges or np.any(within, axis=0).all(), f"words of {size} bytes are no tensor's"
 
-    def masked_load(self, pointers, mask, *others):
+    def masked_load(self, pointers, mask, *others, **named):
         check(pointers, mask)
-        return load(self, pointers, mask, *others)
+        return load(self, pointers, mask, *others, **named)
 
-    def masked_store(self, pointers, value, mask, *others):
+    def masked_store(self, pointers, value, mask, *others, **named):
         check(pointers, mask)
-        return store(self, pointers, value, mask, *others)
+        return store(self, pointers, value, mask, *others, **named)
 
     def launched(kernel, grid, *args, **meta):
-        of_tensors = [x.untyped_storage() for x in args if isinstance(x, torch.Tensor)]
+        given = (getattr(x, "base", x) for x in args)  # of a descriptor its tensor
+        of_tensors = [x.untyped_storage() for x in given if isinstance(x, torch.Tensor)]
         ranges[:] = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in of_tensors]
         launch(kernel, grid, *args, **meta)
         ranges.clear()
@@ -129,7 +132,7 @@ def addresses(monkeypatch) -> None:
     load, store = builder.create_masked_load, builder.create_masked_store
     monkeypatch.setattr(builder, "create_masked_load", masked_load)
     monkeypatch.setattr(builder, "create_masked_store", masked_store)
-    for module in ("norm_gemv", "gemv_sum", "ring_attention"):
+    for module in ("norm_gemv", "gemv_sum", "ring_attention", "band_attention"):
         monkeypatch.setattr(f"streaming_llm.fused.{module}.launch", launched)
 
 
@@ -517,6 +520,54 @@ def test_parts_and_sinks_are_merged(head_dim, rotary_dim, heads, kv_heads, n_sin
         assert not buffer[:, 7 + length :].any()
 
 
+BANDS = {
+    "a block that goes on": (45, 45, 30),
+    "a window of less than a tile": (40, 40, 3),
+    "the end of the keys": (5, 60, 55),
+    "all": (45, 45, None),
+    "all, and earlier keys": (20, 70, None),
+    "one query": (1, 33, None),
+}
+"""Queries, keys, and keys before its own that a query sees."""
+
+
+@pytest.mark.usefixtures("loops", "addresses")
+@pytest.mark.parametrize(("q_len", "kv_len", "window"), BANDS.values(), ids=BANDS)
+@pytest.mark.parametrize(
+    ("sizes", "interleaved", "softcap"),
+    [((24, 6, 6, 2), False, None), ((16, 16, 3, 3), True, None), ((40, 0, 4, 1), False, 5.0)],
+    ids=str,
+)
+@pytest.mark.parametrize("n_sink", [0, 4, 70])
+def test_attention_over_sinks_and_a_band(monkeypatch, sizes, interleaved, softcap, n_sink, q_len, kv_len, window):
+    head_dim, rotary_dim, heads, kv_heads = sizes
+    tile = {"BLOCK_M": 16, "BLOCK_N": 16, "STAGES": 2, "num_warps": 1}
+    monkeypatch.setattr(band_attention, "tile_for", lambda *_: tile)
+    query = randn(2, q_len, heads, head_dim).transpose(1, 2)
+    key, value = randn(2, kv_heads, kv_len, head_dim), randn(2, kv_len, kv_heads, head_dim).transpose(1, 2)
+    sink_keys, sink_values = (randn(2, kv_heads, n_sink, head_dim) for _ in range(2))
+    turn, inv_freq = 60 - torch.arange(q_len, device=DEVICE), frequencies(rotary_dim)
+    moved = turned(query, turn, Rotary(inv_freq, interleaved)) if rotary_dim else query.double()
+    repeated = (x.double().repeat_interleave(heads // kv_heads, 1) for x in (key, value, sink_keys, sink_values))
+    keys, values, of_sinks, at_sinks = repeated
+    scores = torch.cat([moved @ of_sinks.mT, query.double() @ keys.mT], -1) * SCALE
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    last = kv_len - q_len + torch.arange(q_len, device=DEVICE)[:, None]
+    at = torch.arange(kv_len, device=DEVICE)
+    seen = (at <= last) & (at >= last - (kv_len if window is None else window))
+    scores[..., n_sink:].masked_fill_(~seen, float("-inf"))
+    angles = turn.double()[:, None] * inv_freq
+    sinks = triton_kernels.Sinks(sink_keys, sink_values, angles.cos().float(), angles.sin().float(), interleaved)
+    buffer = torch.zeros(2, q_len + 10, heads, head_dim, device=DEVICE)
+    out = buffer[:, 7 : 7 + q_len]
+    given = sinks if n_sink else None
+    band_attention.band_attention(query, key, value, out, window, Scores(SCALE, softcap), given)
+    close(out.transpose(1, 2), scores.softmax(-1) @ torch.cat([at_sinks, values], 2))
+    assert not buffer[:, :7].any()
+    assert not buffer[:, 7 + q_len :].any()
+
+
 @pytest.mark.parametrize("window", [45, 9, 1])
 def test_blocks_are_reversed(window):
     x = randn(2, 45, 3, 3 * 20)[..., 20:40].transpose(1, 2)
@@ -869,6 +920,27 @@ def test_steps_of_a_model(case, own, batch, prompt, kind):
     plain = quantise_(model, kind).cpu() if kind else make_family(case)
     expected = family_reference_logits(plain, ids, 3, 7)
     check_steps(model, expected, ids.to(DEVICE), StreamingConfig(3, 7), prompt, own)
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize(
+    ("case", "n_sink", "block_size"),
+    [("gptj", 4, 7), ("gemma2", 4, 25), ("gemma3", 4, 7), ("smollm3", 4, 25), ("gpt_neox", 0, 25)],
+)
+def test_blocks_of_a_model_by_its_own_attention(monkeypatch, case, n_sink, block_size):
+    """Rotated by halves and by neighbours, soft-capped, with windows of the model's own, and without positions."""
+    if not available(case):
+        pytest.skip("not in the installed Transformers")
+    ids, model = torch.randint(VOCAB, (1, 50)), make_family(case)
+    forward = BlockForward(model.to(DEVICE), own_attention=True)
+    monkeypatch.setattr(blockwise, "block_forward", lambda *_: forward)
+    monkeypatch.setattr(kernel_choice, "choose_kernel", lambda *_: pytest.fail("a kernel of PyTorch's is asked for"))
+    nll = score_stream(model, ids, n_sink, 12, block_size, engine="eager")
+    plain = make_family(case, attention="eager")  # which soft-caps scores
+    expected = family_reference_logits(plain, ids, n_sink, 12)
+    close(nll.cpu(), F.cross_entropy(expected[:, :-1].mT, ids[:, 1:], reduction="none"), 1e-5)
+    monkeypatch.undo()
+    close(forward(ids.to(DEVICE)).cpu(), plain.base_model(ids).last_hidden_state, 1e-4)
 
 
 @pytest.fixture

@@ -11,12 +11,14 @@ import triton
 from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from streaming_llm.attention import triton_kernels
 from streaming_llm.attention.math_kernel import Scores
 from streaming_llm.cache_layer import StreamingLayer
 from streaming_llm.config import StreamingConfig
 from streaming_llm.fused import block_heads, elementwise, few_rows
+from streaming_llm.fused.band_attention import band_attention
 from streaming_llm.fused.full_ring import FullRing
 from streaming_llm.fused.gemv_sum import gemv_sum
 from streaming_llm.fused.norm_gemv import norm_gemv
@@ -42,6 +44,8 @@ def compiled(monkeypatch) -> list[str]:
     names = []
 
     def type_of(value) -> str:
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>".replace(" ", "")
         return TYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
 
     def compile_only(self, *args, grid, warmup, **kwargs) -> None:
@@ -143,6 +147,22 @@ def layer_of(
     layer.keys = layer.values = torch.zeros(1, dtype=dtype).expand(1, kv_heads, layer.layout.capacity, head_dim)
     layer.sinks = layer.keys[:, :, :4]
     return attention, layer
+
+
+@pytest.mark.parametrize("shared", [2**17, 10**5])
+@pytest.mark.parametrize(("head_dim", "softcap"), [(64, None), (80, None), (128, 30.0), (256, None)])
+def test_attention_over_a_band(head_dim, softcap, shared, compiled, monkeypatch):
+    monkeypatch.setattr("streaming_llm.fused.band_attention.shared_memory", lambda device: shared)
+    query, out = (
+        torch.zeros(1, 8, 5, head_dim, dtype=torch.bfloat16),
+        torch.zeros(1, 5, 8, head_dim, dtype=torch.bfloat16),
+    )
+    key, turn, scores = torch.zeros(1, 2, 9, head_dim, dtype=torch.bfloat16), torch.zeros(5, 16), Scores(0.1, softcap)
+    band_attention(
+        query, key, key, out, 4, scores, triton_kernels.Sinks(key[:, :, :4], key[:, :, :4], turn, turn, False)
+    )
+    band_attention(query, key, key, out, None, scores, None)
+    assert compiled == 2 * ["_band_attention"]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "kind", "softcap", "dtype"), SIZES)

@@ -226,7 +226,7 @@ def test_blocks_of_fused_kernels(dtype, batch, block_size):
         for backend in backends(dtype):
             model = model_with(dtype, backend)
             assert resolve_block_engine(model) == "fused"
-            for engine in ("eager", "fused"):
+            for engine in ("eager", "fused", resolve_block_engine(model, "fused-triton")):
                 nll = score_stream(model, ids, n_sink, W, block_size, engine=engine)
                 assert nll.device.type == "cpu"
                 errors[engine, backend] = mean_error(nll, exact)
@@ -260,7 +260,8 @@ def test_the_fastest_engine_is_found():
     model = model_with(torch.bfloat16)
     assert resolve_engine(model) == "fused"  # its adapters name a kernel
     unwrap_attention(model)
-    assert resolve_engine(model) == "fused-triton"
+    assert resolve_engine(model) == resolve_block_engine(model) == "fused-triton"
+    assert resolve_block_engine(model_with(torch.float32), "fused-triton") == "fused"
 
 
 # ------------------------------------------------------------------------------------------ recordings and the stream
@@ -468,6 +469,14 @@ def test_memory_is_constant_to_the_byte(variant):
         use()
         warm = use()
         assert [use(), use()] == [warm, warm]  # 2,000 steps each
+
+
+def test_recordings_share_the_workspace_of_products():
+    x, recordings, used = torch.randn(64, 64, device=DEVICE, dtype=torch.bfloat16), [], []
+    for _ in range(4):
+        recordings.append(Recording(lambda: x @ x, DEVICE))
+        used.append(torch.cuda.memory_allocated(DEVICE))
+    assert used[-1] - used[0] < 1 << 20
 
 
 def test_no_garbage_is_collected_while_a_graph_is_recorded():

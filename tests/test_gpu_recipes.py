@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.method_base import capture
 from personal_adapters.neox_flash import wrap_attention
-from streaming_llm import StreamingDecoder, score_stream
+from streaming_llm import StreamingDecoder, resolve_block_engine, score_stream
 from streaming_llm.fused import fused_forward, why_not_fused
 from streaming_llm.fused.family_recipes import NAMES
 from streaming_llm.fused.weights import stored
@@ -126,7 +126,7 @@ def test_blocks(case, dtype, backend):
     model = wrapped(case, dtype, backend)
     ids, errors = ids_of(3), {}
     expected = F.cross_entropy(exact(case, dtype, 3, 4)[:, :-1].mT, ids[:, 1:], reduction="none")
-    for engine in ("eager", "fused"):
+    for engine in ("eager", "fused", resolve_block_engine(model, "fused-triton")):
         nll = score_stream(model, ids, 4, W, block_size=37, engine=engine)
         errors[engine] = error(nll, expected).mean().item()
     assert max(errors.values()) < max(1.1 * errors["eager"], 1e-5), errors

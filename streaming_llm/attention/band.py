@@ -10,6 +10,8 @@ kernels that are allowed (``torch.nn.attention.sdpa_kernel``):
 * ``cudnn`` (where neither of the others is allowed): the two causal calls.
 * ``math``: one softmax with a mask, see :mod:`.math_kernel`. Soft-capped scores (Gemma 2) take this path alone.
 
+A kernel that does all of this at once may be given instead.
+
 Shapes: query ``[batch, num_heads, q_len, head_dim]``, key and value ``[batch, num_kv_heads, kv_len, head_dim]``.
 """
 
@@ -37,24 +39,30 @@ except ImportError:  # no Triton: PyTorch's own operators do the same
 WithLse = tuple[Tensor, Tensor]
 """Attention and the log-sum-exp of its scores."""
 
+OwnKernel = Callable[..., None]
+"""``(query, key, value, out, window, scores, sinks)``, as :func:`.band_attention` takes them."""
 
-def block_attention(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scores: Scores) -> Tensor:
+
+def block_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scores: Scores, own: OwnKernel | None = None
+) -> Tensor:
     """Attention of new tokens under the stream's rule (each its own window, sinks at ``min(t, S+W) - j``).
 
     Args:
         query: rotated to the tokens' positions in the stream.
         key, value: of the new tokens; those that ``plan.previous`` lacks precede them.
         plan: made by the cache.
+        own: a kernel that does all of it, in place of those of SDPA.
 
     Returns:
         ``[batch, num_heads, q_len, head_dim of value]`` in the dtype of ``query``.
     """
-    kernel = kernel_choice.choose_kernel(query, scores.softcap)
+    kernel = "own" if own else kernel_choice.choose_kernel(query, scores.softcap)
     # Under autocast a cache may hold another dtype.
     key, value, *previous = (repeat_heads(query, x.to(query.dtype), kernel) for x in (key, value, *plan.previous))
     batch, num_heads, q_len = query.shape[:3]
     out = query.new_empty((batch, q_len, num_heads, value.shape[-1]))
-    window, band = plan.layout.config.window_size, _Band(plan, scores, kernel)
+    window, band = plan.layout.config.window_size, _Band(plan, scores, kernel, own)
     if continues(query, plan, kernel):  # only the first W queries see tokens of the blocks before
         keys, values = (joined((x[:, :, -window:], new[:, :, :window]), dim=2)
                         for x, new in zip(previous, (key, value), strict=True))  # fmt: skip
@@ -67,8 +75,11 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, 
     n_dense = min(max(plan.layout.config.cache_size + 1 - plan.first_query, 0), q_len)
     if n_dense:
         kv_len = plan.first_query + n_dense - plan.first_key
-        dense = causal_attention(query[:, :, :n_dense], key[:, :, :kv_len], value[:, :, :kv_len], scores)
-        out[:, :n_dense] = dense.transpose(1, 2)
+        dense = query[:, :, :n_dense], key[:, :, :kv_len], value[:, :, :kv_len]
+        if own:
+            own(*dense, out[:, :n_dense], None, scores, None)
+        else:
+            out[:, :n_dense] = causal_attention(*dense, scores).transpose(1, 2)
     if n_dense < q_len:
         first_query = plan.first_query + n_dense
         first_key = first_query - window - plan.first_key
@@ -94,6 +105,7 @@ class _Band:
     plan: BlockPlan
     scores: Scores
     kernel: str
+    own: OwnKernel | None = None
 
     @property
     def _window(self) -> int:
@@ -104,6 +116,10 @@ class _Band:
 
         Writes to ``out`` ``[batch, q_len, num_heads, head_dim]``.
         """
+        if self.own:
+            sinks = self._sinks(first_query, query.shape[2])
+            self.own(query, key, value, out, self._window, self.scores, sinks)
+            return
         config, learned = self.plan.layout.config, self.scores.learned
         rotation = self.plan.rotation if config.n_sink else None
         can_turn = rotation is None or (rotation.rotary.rotary_dim > 0 and not rotation.rotary.offset)
@@ -128,7 +144,7 @@ class _Band:
 
     def _by_triton(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, first_query: int) -> None:
         """The same, put together by one kernel that also scores the sinks."""
-        config, rotation, q_len = self.plan.layout.config, self.plan.rotation, query.shape[2]
+        q_len = query.shape[2]
         whole = q_len - q_len % self._window
         if self.kernel != "flash" and 0 < whole < q_len:  # two causal calls take n * W queries, or fewer than W
             keys, values = (x[:, :, : whole + self._window] for x in (key, value))
@@ -136,11 +152,7 @@ class _Band:
             query, key, value = (x[:, :, whole:] for x in (query, key, value))
             self._by_triton(query, key, value, out[:, whole:], first_query + whole)
             return
-        sinks = None
-        if config.n_sink and rotation is not None:
-            cos, sin = rotation.turns(config.cache_size - first_query, q_len, query.device, paired=True)
-            keys, values = self.plan.sinks
-            sinks = triton_kernels.Sinks(keys, values, cos, sin, rotation.rotary.interleaved)
+        sinks = self._sinks(first_query, q_len)
         if self.kernel == "flash" or not whole:
             newer, older = self._over_window(query, key, value), None
         else:
@@ -149,6 +161,15 @@ class _Band:
             out.copy_(newer[0].transpose(1, 2))
         else:
             triton_kernels.merge_parts(query, newer, older, sinks, self.scores.scale, out)
+
+    def _sinks(self, first_query: int, q_len: int) -> triton_kernels.Sinks | None:
+        """The sinks, for kernels that turn the queries themselves."""
+        config, rotation = self.plan.layout.config, self.plan.rotation
+        if not config.n_sink or rotation is None:
+            return None
+        keys, values = self.plan.sinks
+        cos, sin = rotation.turns(config.cache_size - first_query, q_len, keys.device, paired=True)
+        return triton_kernels.Sinks(keys, values, cos, sin, rotation.rotary.interleaved)
 
     def _with_sinks(self, out: Tensor, lse: Tensor, turned: Tensor) -> WithLse:
         """Add the sinks, a handful of keys, to the attention over the window and its log-sum-exp."""

@@ -20,7 +20,7 @@ from .math_kernel import Scores, causal_math, explicit_attention
 def repeat_heads(query: Tensor, x: Tensor, kernel: str) -> Tensor:
     """Keys or values repeated to one per query head, except where the kernel shares them itself."""
     groups = query.shape[1] // x.shape[1]
-    if groups == 1 or (kernel == "flash" and query.device.type == "cuda"):
+    if groups == 1 or kernel == "own" or (kernel == "flash" and query.device.type == "cuda"):
         return x
     return x.repeat_interleave(groups, dim=1)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..attention.kernel_choice import adapters
 from ..families import family_of_model, queries_scaled_from, transformers_model
-from ..fused import why_not_fused
+from ..fused import has_own_attention, why_not_fused
 from ..kv_cache import StreamingKVCache
 from ..placement import why_not_one_cuda_device
 from .base import Engine
@@ -59,7 +59,7 @@ ENGINES = {
     "graph+compile": EngineKind(_recorded("graph+compile", CompiledModelCall), _why_not_recorded, "eager"),
     # CUDA graphs of this library's kernels, with PyTorch's attention kernel that is allowed and with one of its own
     "fused": EngineKind(_recorded("fused", FusedStep), why_not_fused, "fused"),
-    "fused-triton": EngineKind(_recorded("fused-triton", FusedTritonStep), why_not_fused, "fused"),
+    "fused-triton": EngineKind(_recorded("fused-triton", FusedTritonStep), why_not_fused, "fused-triton"),
 }
 """Name -> how a step runs. Until the cache is full, all but ``fused-triton`` run the plain model call where the math
 kernel, which takes a mask, is not allowed."""
@@ -82,6 +82,11 @@ def why_not_engine(model: nn.Module, name: str) -> str | None:
     return _kind(name).why_not(transformers_model(model))
 
 
+def _fused_for(model: nn.Module) -> str:
+    """The fused engine that ``auto`` means: with the kernel that adapters name, or else the fastest."""
+    return "fused" if adapters(model) else "fused-triton"
+
+
 def resolve_engine(model: nn.Module, name: str = "auto") -> str:
     """The engine that runs ``model`` here: ``name`` itself, or for ``auto`` the fastest.
 
@@ -91,8 +96,7 @@ def resolve_engine(model: nn.Module, name: str = "auto") -> str:
         ValueError: there is no engine of this name, or it cannot run this model; says why.
     """
     if name == "auto":
-        fused = "fused" if adapters(model) else "fused-triton"
-        return next(engine for engine in (fused, "graph", "eager") if why_not_engine(model, engine) is None)
+        return next(n for n in (_fused_for(model), "graph", "eager") if why_not_engine(model, n) is None)
     reason = why_not_engine(model, name)
     if reason is not None:
         raise ValueError(f"engine {name!r} cannot run: {reason}. 'auto' takes the fastest that can")
@@ -100,15 +104,21 @@ def resolve_engine(model: nn.Module, name: str = "auto") -> str:
 
 
 def resolve_block_engine(model: nn.Module, name: str = "auto") -> str:
-    """How blocks of tokens run with an engine: ``eager`` (the plain model call) or ``fused`` (this library's kernels).
+    """How blocks of tokens run with an engine: ``eager`` (the plain model call), ``fused`` or ``fused-triton``.
+
+    The last is ``fused`` where its attention kernel is not for a model: in float32, and for heads of more than 256
+    dimensions or no multiple of 8.
 
     Raises:
         ValueError: as :func:`resolve_engine`, but that blocks need no recording.
     """
+    model = transformers_model(model)
     if name == "auto":
-        return "eager" if why_not_fused(transformers_model(model)) else "fused"
-    kind = _kind(name)
-    return kind.blocks if kind.blocks == "eager" else ENGINES[resolve_engine(model, name)].blocks
+        name = "eager" if why_not_fused(model) else _fused_for(model)
+    blocks = _kind(name).blocks
+    if blocks != "eager":
+        resolve_engine(model, name)
+    return "fused" if blocks == "fused-triton" and not has_own_attention(model) else blocks
 
 
 def make_engine(model: nn.Module, cache: StreamingKVCache, name: str) -> Engine:

@@ -25,14 +25,15 @@ def block_forward(model: nn.Module, engine: str) -> BlockForward:
     """The forward of an attached model for blocks of any length.
 
     Args:
-        engine: ``eager`` (the plain model call) or ``fused`` (this library's kernels).
+        engine: ``eager`` (the plain model call), ``fused`` (this library's kernels, but for attention) or
+            ``fused-triton`` (all of them).
 
     Raises:
         ValueError: fused where it cannot run; says why.
     """
     model = transformers_model(model)
-    if engine == "fused":
-        return fused_blocks(model)
+    if engine != "eager":
+        return fused_blocks(model, own_attention=engine == "fused-triton")
 
     decoder = decoder_of(model)
 

@@ -35,12 +35,20 @@ def require_fused(model: nn.Module) -> None:
         raise ValueError(f"fused forwards cannot run: {reason}")
 
 
-def fused_blocks(model: nn.Module) -> Callable[..., Tensor]:
+def fused_blocks(model: nn.Module, *, own_attention: bool = False) -> Callable[..., Tensor]:
     """A forward of many tokens, see :class:`.block.BlockForward`; ``ValueError`` where it cannot run."""
     require_fused(model)
     from .block import BlockForward
 
-    return BlockForward(model)
+    return BlockForward(model, own_attention=own_attention)
+
+
+def has_own_attention(model: nn.Module) -> bool:
+    """Whether blocks of a model that can go through fused forwards can have this library's own attention kernel."""
+    from .band_attention import can_attend
+
+    recipe = recipe_of(model)
+    return all(can_attend(recipe.embedding.dtype, layer.attention.head_dim) for layer in recipe.layers)
 
 
 def fused_step(model: nn.Module, cache: StreamingKVCache, *, own_attention: bool, logits: Tensor) -> Any:

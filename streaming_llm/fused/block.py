@@ -20,6 +20,7 @@ from ..kv_cache import StreamingKVCache
 from ..placement import weight_addresses
 from ..positions import StreamLayout
 from ..rope_utils import Rotary
+from .band_attention import band_attention
 from .block_heads import norm_and_rotate_
 from .elementwise import activated, add_and_norm
 from .family_recipes import recipe_of
@@ -125,10 +126,12 @@ class BlockForward:
 
     Args:
         model: see :func:`.recipe_of`.
+        own_attention: attention by :func:`.band_attention`, instead of the SDPA kernel that is allowed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, own_attention: bool = False) -> None:
         self.model = model
+        self.own = band_attention if own_attention else None
         self._built_for: tuple[Any, ...] = ()
 
     @property
@@ -158,7 +161,7 @@ class BlockForward:
             attention = recipe.layers[index].attention
             query, key, value = rotated_heads(projected(x, attention), attention, *angles[id(attention.rotary)])
             with kernel_context(attention.module):
-                out = _attended(query, key, value, attention, index, cache)
+                out = self._attended(query, key, value, attention, index, cache)
             return product(out.transpose(1, 2).flatten(2), attention.output)
 
         if tokens.dim() == 2:
@@ -169,6 +172,30 @@ class BlockForward:
         if cache is not None:
             cache.end()
         return hidden
+
+    def _attended(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention: Attention,
+        index: int,
+        cache: StreamingKVCache | None,
+    ) -> Tensor:
+        """``[batch, num_heads, length, head_dim]``; keys and values go to the cache, if there is one."""
+        plan, window, length = None, attention.window, query.shape[2]
+        if cache is not None:
+            key, value = cache.update(key, value, index)
+            plan = cache.take_plan(index)
+        elif window is not None and length > window:
+            plan = BlockPlan(StreamLayout.of_window(window), 0, 0)
+        if isinstance(plan, BlockPlan):
+            return block_attention(query, key, value, plan, attention.scores, self.own)
+        if self.own is None:
+            return causal(query, key, value, attention.scores)
+        out = query.new_empty(query.transpose(1, 2).shape)
+        self.own(query, key, value, out, None, attention.scores, None)
+        return out.transpose(1, 2)
 
 
 def _angles(rotary: Rotary, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,18 +230,3 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scores: Scores, mask: Tens
     return F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=several, scale=scores.scale, enable_gqa=shared
     )
-
-
-def _attended(
-    query: Tensor, key: Tensor, value: Tensor, attention: Attention, index: int, cache: StreamingKVCache | None
-) -> Tensor:
-    """``[batch, num_heads, length, head_dim]``; keys and values go to the cache, if there is one."""
-    plan, window, length = None, attention.window, query.shape[2]
-    if cache is not None:
-        key, value = cache.update(key, value, index)
-        plan = cache.take_plan(index)
-    elif window is not None and length > window:
-        plan = BlockPlan(StreamLayout.of_window(window), 0, 0)
-    if isinstance(plan, BlockPlan):
-        return block_attention(query, key, value, plan, attention.scores)
-    return causal(query, key, value, attention.scores)
