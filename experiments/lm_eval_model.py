@@ -98,7 +98,8 @@ class StreamingLM(HFLM):
         )
         try:
             self._stream = StreamingLLMWrapper(model, engine=engine, config=config)
-            self._block = block_forward(model, resolve_block_engine(model, engine))
+            self._block_engine = resolve_block_engine(model, engine)
+            self._block = block_forward(model, self._block_engine)
         except ValueError as error:
             raise SetupError(f"model {pretrained!r} cannot stream: {error}") from None
         self.streaming_config = config
@@ -117,6 +118,7 @@ class StreamingLM(HFLM):
             "n_sink": self.streaming_config.n_sink,
             "window_size": self.streaming_config.window_size,
             "engine": self._stream.engine,
+            "block_engine": self._block_engine,
             **self._source,
         }
 

@@ -79,9 +79,8 @@ def capture(forward: Forward, example: Tensor, engine: str) -> Forward:
 
 
 def score(model, ids: Tensor, n_sink: int, window_size: int, engine: str) -> Tensor:
-    """Losses [1, N - 1] in nats of ids [1, N], block-parallel; blocks have no graph, they run fused or eager."""
-    blocks = "fused" if engine.startswith("fused") else "eager"
-    return score_stream(model, ids, n_sink, window_size, engine=blocks)
+    """Losses [1, N - 1] in nats of ids [1, N], block-parallel, by what `resolve_block_engine` says of the engine."""
+    return score_stream(model, ids, n_sink, window_size, engine=engine)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def build_parser() -> OneLineParser:
     """The command line."""
     parser = OneLineParser("benchmark_scoring.py", __doc__.split("\n\n")[0], EPILOG)
     add = add_options(parser, "what is measured", (*MODEL, "attn_backend_list")).add_argument
-    engines = "auto (default), eager, fused, or fused-triton, which has an attention kernel of its own"
+    engines = "auto (default), eager, fused, or fused-triton, with its own attention kernel in place of the backends"
     choices = ("auto", "eager", "fused", "fused-triton")
     add("--engine", dest="block_engine", default="auto", choices=choices, help=engines)
     defaults = {"n_sink": {"default": 4}, "window_size": {"default": 2048, "help": "recent tokens; default: 2048"}}
@@ -126,11 +126,15 @@ def run(argv: list[str]) -> int:
     for source in sources:
         loaded, backends = source.load(machine.dtype, machine.device), {}
         models[source.name] = {"weights": source.weights, "backends": backends}
-        for backend in machine.backends:
+        own = options.block_engine == "fused-triton"
+        for backend in ("triton",) if own else machine.backends:
             what = f"{source.name} ({source.weights} weights), {backend}"
             try:
-                machine.wrap(loaded, backend)
+                if not own:
+                    machine.wrap(loaded, backend)
                 engine = resolve_block_engine(loaded.model, options.block_engine)
+                if own and engine != options.block_engine:
+                    raise SetupError("its dtype or heads are none that the kernel of fused-triton takes")
                 backends[backend] = {"status": "ok"} | measure(loaded, options, engine)
                 speed, peaks = (backends[backend][name] for name in ("toks_per_sec", "peak_memory_mb"))
                 ratio = f"ratio {backends[backend]['streaming_to_dense']:.2f}, peak MB by tokens {peaks}"

@@ -129,7 +129,7 @@ def score_stream(
     """Negative log-likelihood of every token of a stream, exactly as the token-by-token loop gives it.
 
     Memory on the device does not grow with the stream. The kernel is chosen by the SDPA kernels in force
-    (``torch.nn.attention.sdpa_kernel``), if not the engine has its own; the model is restored afterwards.
+    (``torch.nn.attention.sdpa_kernel``) unless the engine has its own; the model is restored afterwards.
 
     Args:
         model: a Transformers causal language model of a supported family.
@@ -142,8 +142,9 @@ def score_stream(
         attention_mask: ``[batch, length]``, 0 at padding, left or right, of ids in one tensor: each row is a stream
             of its own.
         engine: ``eager`` (and ``graph``): the plain model call. ``fused``: this library's kernels, on CUDA, but for
-            attention. ``fused-triton``: with an attention kernel of its own. ``auto``: the fastest that runs, with
-            the kernel that adapters name; :func:`streaming_llm.resolve_block_engine` says which that is.
+            attention. ``fused-triton``: with an attention kernel of its own, where it is for the model. ``auto``:
+            the fastest that runs, with the kernel that adapters name. :func:`streaming_llm.resolve_block_engine` says
+            which runs.
         return_hidden: also return the final hidden states ``[batch, length, hidden]``.
         on_block: called with ``(start, nll, hidden_states)`` for each block instead of collecting anything: ``nll``
             ``[batch, n]`` of tokens ``start .. start + n - 1``, on the model's device.

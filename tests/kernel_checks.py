@@ -312,7 +312,8 @@ def test_sum_of_products(kind, residuals, multiplier, two):
 @pytest.mark.usefixtures("addresses")
 def test_products_by_the_tiles_that_are_used(monkeypatch, kind, factors, dtype, few):
     monkeypatch.setattr("streaming_llm.fused.norm_gemv.FEW_ROWS", few)
-    columns = {"plain": 3200, "int4 by 256": 2304}.get(kind, 2176)  # whole tiles and a part of one
+    # Whole tiles and a part of one, of plain weights and with groups of 256 those of the middle.
+    columns = {"plain": 3200, "int4 by 256": 3328}.get(kind, 2176)
     (layer, plain), x = stored_as(kind, columns, 20, factors=factors), randn(columns, dtype=dtype)
     out = randn(20) * torch.nan
     gemv_sum((layer, x), None, out)

@@ -14,8 +14,8 @@ class Contender:
     or `group` names another. `checked`: it computes StreamingLLM, so its logits have to be those of the eager decoder
     with math. `prefills`: its prefill differs from the others', and is measured where prefills are. `attention`: ""
     where SDPA computes its attention, with each backend in turn; else the name of what does, which then stands in the
-    backend's place (SDPA only prefills). `at_once`: opening it takes so long (it compiles) that its runs follow each
-    other instead of taking turns.
+    backend's place (in float32 SDPA prefills). `at_once`: opening it takes so long (it compiles) that its runs follow
+    each other instead of taking turns.
     """
 
     label: str

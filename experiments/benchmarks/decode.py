@@ -120,7 +120,7 @@ class Timing:
 
 
 class Bench:
-    """Runs cells of one model. `prefill_backend`: the SDPA backend of contenders that have attention of their own."""
+    """Runs cells of one model. `prefill_backend`: of contenders that have attention of their own, but for prompts."""
 
     def __init__(self, loaded: LoadedModel, timing: Timing, prefill_backend: str):
         self.loaded, self.model = loaded, loaded.model

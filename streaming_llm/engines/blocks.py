@@ -32,7 +32,7 @@ def block_forward(model: nn.Module, engine: str) -> BlockForward:
         ValueError: fused where it cannot run; says why.
     """
     model = transformers_model(model)
-    if engine != "eager":
+    if engine.startswith("fused"):
         return fused_blocks(model, own_attention=engine == "fused-triton")
 
     decoder = decoder_of(model)

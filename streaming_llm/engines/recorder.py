@@ -5,7 +5,6 @@ This is the one place in which graphs are recorded and replayed, with their devi
 
 from __future__ import annotations
 
-import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +30,8 @@ class Recording:
     ) -> None:
         self.device = device
         with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
-            side = _side_stream(torch.cuda.current_device())
+            # Kernels of the first stream go before those that run beside them on others, and fill the gaps.
+            side = torch.cuda.Stream(device, priority=-1)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
@@ -49,15 +49,6 @@ class Recording:
         with torch.cuda.device(self.device):
             for _ in range(times):
                 self._graph.replay()
-
-
-@functools.cache
-def _side_stream(device: int) -> torch.cuda.Stream:
-    """Where all calls on a device are recorded: for each stream that it is called on, cuBLAS keeps tens of megabytes.
-
-    Its kernels go before those that run beside them on others, and fill the gaps.
-    """
-    return torch.cuda.Stream(device, priority=-1)
 
 
 @contextmanager

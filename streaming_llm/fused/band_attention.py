@@ -86,7 +86,7 @@ def _over_keys(
 def _over_sinks(
     state, query, q, rows, in_rows, k_ptr, v_ptr, k_step, v_step, cos_ptr, sin_ptr, scale, softcap,
     CAP: tl.constexpr, N_SINK: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DIM_P: tl.constexpr, BLOCK_M: tl.constexpr, SINKS: tl.constexpr,
+    DIM_P: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The state of a softmax with the sinks, for queries turned to where these in their first rotation see them.
 
@@ -103,8 +103,8 @@ def _over_sinks(
         angle = rows.to(tl.int64)[:, None] * HALF + pair[None, :]
         cos, sin = tl.load(cos_ptr + angle, rotates, 1.0), tl.load(sin_ptr + angle, rotates, 0.0)
         turned = turned * cos + tl.where(leads[None, :], -other, other) * sin
-    for start in tl.range(0, N_SINK, SINKS, num_stages=1):
-        sink = start + tl.arange(0, SINKS)
+    for start in tl.range(0, N_SINK, 16, num_stages=1):  # as few as the matrix units take
+        sink = start + tl.arange(0, 16)
         mask = (sink < N_SINK)[:, None] & inside
         key = tl.load(k_ptr + sink[:, None] * k_step + dims[None, :], mask, 0.0)
         value = tl.load(v_ptr + sink[:, None] * v_step + dims[None, :], mask, 0.0)
@@ -119,12 +119,12 @@ def _band_attention(
     q_ptr, keys, values, out_ptr, sink_k_ptr, sink_v_ptr, cos_ptr, sin_ptr, q_len, kv_len, num_heads, groups,
     window, scale, softcap, q_b, q_h, q_m, sink_k_b, sink_k_h, sink_k_n, sink_v_b, sink_v_h, sink_v_n, out_b,
     WINDOWED: tl.constexpr, CAP: tl.constexpr, N_SINK: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # without a window the last have the most keys
     rows = first + tl.arange(0, BLOCK_M)
-    batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    head, batch = tl.program_id(1), tl.program_id(2)
     kv_head = head // groups
     dims = tl.arange(0, DIM_P)
     in_rows, inside = (rows < q_len)[:, None], (dims < HEAD_DIM)[None, :]
@@ -138,7 +138,7 @@ def _band_attention(
             sink_k_ptr + batch.to(tl.int64) * sink_k_b + kv_head.to(tl.int64) * sink_k_h,
             sink_v_ptr + batch.to(tl.int64) * sink_v_b + kv_head.to(tl.int64) * sink_v_h,
             sink_k_n, sink_v_n, cos_ptr, sin_ptr, scale, softcap,
-            CAP, N_SINK, HALF, INTERLEAVED, HEAD_DIM, DIM_P, BLOCK_M, SINKS,
+            CAP, N_SINK, HALF, INTERLEAVED, HEAD_DIM, DIM_P, BLOCK_M,
         )  # fmt: skip
 
     # Keys in tiles: some queries see those from `begin` on, all those from `all_see` until `all_saw`, some the rest.
@@ -207,16 +207,15 @@ def band_attention(
     batch, num_heads, q_len, head_dim = query.shape
     num_kv_heads, kv_len = key.shape[1:3]
     given = sinks or Sinks(key[:, :, :0], value[:, :, :0], query[0, 0, :, :0], query[0, 0, :, :0], False)
-    n_sink, dim_p = given.keys.shape[2], max(16, triton.next_power_of_2(head_dim))
+    dim_p = max(16, triton.next_power_of_2(head_dim))
     tile = tile_for(dim_p, query.element_size(), shared_memory(query.device))
     box = [1, 1, tile["BLOCK_N"], dim_p]
     launch(
-        _band_attention, (triton.cdiv(q_len, tile["BLOCK_M"]), batch * num_heads),
+        _band_attention, (triton.cdiv(q_len, tile["BLOCK_M"]), num_heads, batch),
         query, TensorDescriptor.from_tensor(key, box), TensorDescriptor.from_tensor(value, box), out,
         given.keys, given.values, given.cos, given.sin, q_len, kv_len, num_heads, num_heads // num_kv_heads,
         window or 0, scores.scale, scores.softcap or 0.0,
         *query.stride()[:3], *given.keys.stride()[:3], *given.values.stride()[:3], out.stride(0),
-        WINDOWED=window is not None, CAP=scores.softcap is not None, N_SINK=n_sink, HALF=given.cos.shape[1],
-        INTERLEAVED=given.interleaved, HEAD_DIM=head_dim, DIM_P=dim_p,
-        SINKS=min(64, max(16, triton.next_power_of_2(n_sink))), **tile,
+        WINDOWED=window is not None, CAP=scores.softcap is not None, N_SINK=given.keys.shape[2],
+        HALF=given.cos.shape[1], INTERLEAVED=given.interleaved, HEAD_DIM=head_dim, DIM_P=dim_p, **tile,
     )  # fmt: skip
