@@ -120,7 +120,11 @@ class Timing:
 
 
 class Bench:
-    """Runs cells of one model. `prefill_backend`: of contenders that have attention of their own, but for prompts."""
+    """Runs cells of one model.
+
+    `prefill_backend`: the SDPA backend that is allowed where a contender has attention of its own. In float32 it
+    prefills by that.
+    """
 
     def __init__(self, loaded: LoadedModel, timing: Timing, prefill_backend: str):
         self.loaded, self.model = loaded, loaded.model

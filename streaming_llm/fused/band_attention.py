@@ -170,7 +170,7 @@ def _band_attention(
 def can_attend(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether :func:`band_attention` is for heads of this kind.
 
-    In float32 PyTorch's products of matrices are faster; and tiles are copied by hardware that wants rows to begin at
+    In float32 it would multiply without the matrix units; and tiles are copied by hardware that wants rows to begin at
     multiples of 16 bytes.
     """
     return dtype in (torch.float16, torch.bfloat16) and not head_dim % 8 and head_dim <= max(TILES)
