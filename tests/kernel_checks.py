@@ -542,7 +542,7 @@ BANDS = {
 @pytest.mark.parametrize("n_sink", [0, 4, 70])
 def test_attention_over_sinks_and_a_band(monkeypatch, sizes, interleaved, softcap, n_sink, q_len, kv_len, window):
     head_dim, rotary_dim, heads, kv_heads = sizes
-    tile = {"BLOCK_M": 16, "BLOCK_N": 16, "STAGES": 2, "num_warps": 1}
+    tile = {"BLOCK_M": 32, "BLOCK_N": 16, "STAGES": 2, "num_warps": 1}
     monkeypatch.setattr(band_attention, "tile_for", lambda *_: tile)
     query = randn(2, q_len, heads, head_dim).transpose(1, 2)
     key, value = randn(2, kv_heads, kv_len, head_dim), randn(2, kv_len, kv_heads, head_dim).transpose(1, 2)
