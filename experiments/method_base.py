@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from experiments.costs import synchronise
-from streaming_llm import score_stream
 from streaming_llm.attachment import maskless_attention
 from streaming_llm.engines.recorder import Recording
 from streaming_llm.fused import fused_forward, why_not_fused
@@ -76,11 +75,6 @@ def capture(forward: Forward, example: Tensor, engine: str) -> Forward:
         return made[0]
 
     return replayed
-
-
-def score(model, ids: Tensor, n_sink: int, window_size: int, engine: str) -> Tensor:
-    """Losses [1, N - 1] in nats of ids [1, N], block-parallel, by what `resolve_block_engine` says of the engine."""
-    return score_stream(model, ids, n_sink, window_size, engine=engine)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from experiments.method_base import (
     forward_of,
     plain_forward,
     recomputing_engine,
-    score,
 )
 from experiments.placements import Gapped, Rerotated
-from streaming_llm import StreamingDecoder
+from streaming_llm import StreamingDecoder, score_stream
 from streaming_llm.attachment import maskless_attention
 from streaming_llm.families import decoder_of, transformers_model
 from streaming_llm.losses import cross_entropy, token_nll
@@ -103,7 +102,7 @@ class Dense(Method):
         return [t for layer in self._cache.layers for t in (layer.keys, layer.values)]
 
     def score(self, ids: Tensor) -> Tensor:
-        return score(self.model, ids, 0, ids.shape[1], "eager")
+        return score_stream(self.model, ids, 0, ids.shape[1], engine="eager")
 
 
 class KVPress(Dense):
@@ -161,7 +160,7 @@ class Streaming(Cached):
         return self._runner.prefill(ids)
 
     def score(self, ids: Tensor) -> Tensor:
-        return score(self.model, ids, *self.sizes, self.settings.engine)
+        return score_stream(self.model, ids, *self.sizes, engine=self.settings.engine)
 
 
 class Window(Streaming):

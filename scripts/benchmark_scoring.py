@@ -123,11 +123,12 @@ def run(argv: list[str]) -> int:
         **{name: getattr(options, name) for name in ("n_sink", "window_size", "block_size", "tokens")},
         "models": models,
     }
+    own = options.block_engine == "fused-triton"
+    names = ("triton",) if own else machine.backends
     for source in sources:
         loaded, backends = source.load(machine.dtype, machine.device), {}
         models[source.name] = {"weights": source.weights, "backends": backends}
-        own = options.block_engine == "fused-triton"
-        for backend in ("triton",) if own else machine.backends:
+        for backend in names:
             what = f"{source.name} ({source.weights} weights), {backend}"
             try:
                 if not own:

@@ -923,6 +923,14 @@ def test_steps_of_a_model(case, own, batch, prompt, kind):
     check_steps(model, expected, ids.to(DEVICE), StreamingConfig(3, 7), prompt, own)
 
 
+def test_whose_blocks_have_their_own_attention():
+    """Those of no other model go through PyTorch's kernels, under the name of ``fused-triton``, unnoticed."""
+    assert fused.has_own_attention(make_family("llama", torch.bfloat16))
+    assert fused.has_own_attention(make_family("gpt_neox", torch.float16))
+    assert not fused.has_own_attention(make_family("llama"))
+    assert not fused.has_own_attention(make_family("qwen3", torch.bfloat16))  # heads of 12 dimensions
+
+
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize(
     ("case", "n_sink", "block_size"),

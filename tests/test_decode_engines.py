@@ -190,13 +190,12 @@ def test_capturing_is_over_before_the_measurement_also_without_warm_up(captured,
 
 @pytest.mark.parametrize(
     ("name", "engine", "blocks"),
-    [("streaming", "eager", "eager"), ("window", "graph", "graph"), ("streaming", "fused", "fused"),
+    [("streaming", "eager", "eager"), ("window", "graph", "eager"), ("streaming", "fused", "fused"),
      ("streaming", "fused-triton", "fused-triton"), ("dense", "fused", "eager")],
 )  # fmt: skip
 def test_parallel_scoring_runs_the_engine_s_own_blocks(monkeypatch, name, engine, blocks):
-    """Which blocks an engine has is said by `resolve_block_engine`, which `score_stream` asks."""
     asked = []
-    monkeypatch.setattr(method_base, "score_stream", lambda *args, engine: asked.append(engine))
+    monkeypatch.setattr(methods, "score_stream", lambda *args, engine: asked.append(ENGINES[engine].blocks))
     METHODS[name](make_neox(), MethodSettings(S, W, engine=engine)).score(make_ids(N))
     assert asked == [blocks]
 

@@ -13,6 +13,38 @@ from ..launch import launch
 
 
 @triton.jit
+def pairing(dims, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """For each dimension its pair's number, its partner in the pair, and whether it is the first of the two."""
+    if INTERLEAVED:
+        return dims // 2, dims ^ 1, dims % 2 == 0
+    else:
+        leads = dims < HALF
+        return tl.where(leads, dims, dims - HALF), tl.where(leads, dims + HALF, dims - HALF), leads
+
+
+@triton.jit
+def turned_to_sinks(
+    query, q, rows, in_rows, cos_ptr, sin_ptr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, DIM_P: tl.constexpr
+):
+    """Queries ``[M, DIM_P]``, in float32, turned to where the sinks in their first rotation see them.
+
+    Args:
+        q, rows: where each query begins, ``[M, 1]``, and its number among the angles, int64 ``[M]``.
+        in_rows: which of them there are, ``[M, 1]``.
+    """
+    query = query.to(tl.float32)
+    if HALF > 0:
+        dims = tl.arange(0, DIM_P)
+        pair, partner, leads = pairing(dims, HALF, INTERLEAVED)
+        rotates = in_rows & (dims < 2 * HALF)[None, :]
+        other = tl.load(q + partner[None, :], rotates, 0.0).to(tl.float32)
+        angle = rows[:, None] * HALF + pair[None, :]
+        cos, sin = tl.load(cos_ptr + angle, rotates, 1.0), tl.load(sin_ptr + angle, rotates, 0.0)
+        query = query * cos + tl.where(leads[None, :], -other, other) * sin
+    return query
+
+
+@triton.jit
 def _merge(
     q_ptr, out_ptr, lse_ptr, older_ptr, older_lse_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, result_ptr,
     q_len, num_heads, groups, window, scale,
@@ -45,18 +77,9 @@ def _merge(
         largest = new_largest
 
     if N_SINK > 0:
-        if INTERLEAVED:
-            pair, partner, leads = dims // 2, dims ^ 1, dims % 2 == 0
-        else:
-            pair, partner, leads = dims % HALF, tl.where(dims < HALF, dims + HALF, dims - HALF), dims < HALF
-        # The query, turned to where the sinks in their first rotation see it.
         q = q_ptr + batch * q_b + head * q_h + rows[:, None] * q_m
-        rotates = in_rows[:, None] & (dims < 2 * HALF)[None, :]
-        query = tl.load(q + dims[None, :], mask, 0.0).to(tl.float32)
-        other = tl.load(q + partner[None, :], rotates, 0.0).to(tl.float32)
-        angle = rows[:, None] * HALF + pair[None, :]
-        cos, sin = tl.load(cos_ptr + angle, rotates, 1.0), tl.load(sin_ptr + angle, rotates, 0.0)
-        turned = query * cos + tl.where(leads[None, :], -other, other) * sin
+        query = tl.load(q + dims[None, :], mask, 0.0)
+        turned = turned_to_sinks(query, q, rows, in_rows[:, None], cos_ptr, sin_ptr, HALF, INTERLEAVED, DIM_P)
         k = k_ptr + batch * k_b + (head // groups) * k_h + dims
         v = v_ptr + batch * v_b + (head // groups) * v_h + dims
         for sink in range(N_SINK):

@@ -115,9 +115,9 @@ def resolve_block_engine(model: nn.Module, name: str = "auto") -> str:
     model = transformers_model(model)
     if name == "auto":
         name = "eager" if why_not_fused(model) else _fused_for(model)
-    blocks = _kind(name).blocks
-    if blocks != "eager":
+    elif _kind(name).blocks != "eager":
         resolve_engine(model, name)
+    blocks = _kind(name).blocks
     return "fused" if blocks == "fused-triton" and not has_own_attention(model) else blocks
 
 

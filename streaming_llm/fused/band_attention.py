@@ -16,11 +16,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..attention.math_kernel import Scores
-from ..attention.triton_kernels import Sinks
+from ..attention.triton_kernels import Sinks, turned_to_sinks
 from ..launch import launch, shared_memory
 from .activations import capped
-from .heads import pairing
-from .running_softmax import scores_of
+from .running_softmax import nothing_seen, scores_of
 
 TILES = {
     64: {"BLOCK_M": 128, "BLOCK_N": 64, "STAGES": 3, "num_warps": 8},
@@ -88,21 +87,14 @@ def _over_sinks(
     CAP: tl.constexpr, N_SINK: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIM_P: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The state of a softmax with the sinks, for queries turned to where these in their first rotation see them.
+    """The state of a softmax with the sinks.
 
     Args:
         q: where each query begins, ``[M, 1]``.
     """
     dims = tl.arange(0, DIM_P)
     inside = (dims < HEAD_DIM)[None, :]
-    turned = query.to(tl.float32)
-    if HALF > 0:
-        pair, partner, leads = pairing(dims, HALF, INTERLEAVED)
-        rotates = in_rows & (dims < 2 * HALF)[None, :]
-        other = tl.load(q + partner[None, :], rotates, 0.0).to(tl.float32)
-        angle = rows.to(tl.int64)[:, None] * HALF + pair[None, :]
-        cos, sin = tl.load(cos_ptr + angle, rotates, 1.0), tl.load(sin_ptr + angle, rotates, 0.0)
-        turned = turned * cos + tl.where(leads[None, :], -other, other) * sin
+    turned = turned_to_sinks(query, q, rows.to(tl.int64), in_rows, cos_ptr, sin_ptr, HALF, INTERLEAVED, DIM_P)
     for start in tl.range(0, N_SINK, 16, num_stages=1):  # as few as the matrix units take
         sink = start + tl.arange(0, 16)
         mask = (sink < N_SINK)[:, None] & inside
@@ -130,8 +122,7 @@ def _band_attention(
     in_rows, inside = (rows < q_len)[:, None], (dims < HEAD_DIM)[None, :]
     q = q_ptr + batch.to(tl.int64) * q_b + head.to(tl.int64) * q_h + rows.to(tl.int64)[:, None] * q_m
     query = tl.load(q + dims[None, :], in_rows & inside, 0.0)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    state = total + float("-inf"), total, tl.zeros((BLOCK_M, DIM_P), tl.float32)
+    state = nothing_seen(BLOCK_M, DIM_P)
     if N_SINK > 0:
         state = _over_sinks(
             state, query, q, rows, in_rows,

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention.triton_kernels import pairing
 from ..launch import launch
-from .heads import head_meta, pairing
+from .heads import head_meta
 from .norms import pointers_of
 from .recipe import Attention
 

@@ -7,17 +7,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ..attention.triton_kernels import pairing
 from .recipe import Attention
-
-
-@triton.jit
-def pairing(dims, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """For each dimension its pair's number, its partner in the pair, and whether it is the first of the two."""
-    if INTERLEAVED:
-        return dims // 2, dims ^ 1, dims % 2 == 0
-    else:
-        leads = dims < HALF
-        return tl.where(leads, dims, dims - HALF), tl.where(leads, dims + HALF, dims - HALF), leads
 
 
 @triton.jit
